@@ -1,0 +1,50 @@
+# `make bench` and `make test` are all a fresh machine needs; CONTRIBUTING.md explains the rest.
+PYTHON      ?= python3
+TORCH       ?= torch==2.13.0
+TORCH_INDEX ?=
+TRITON      ?= triton==3.6.0
+RESULTS     ?= benchmarks/results
+ARGS        ?=
+
+VENV := .venv
+RUN  := $(VENV)/bin/python
+
+.PHONY: bench test lint gpu-check extension sanitize clean
+.DELETE_ON_ERROR:
+
+bench: extension
+	$(RUN) -m fastlm bench --out $(RESULTS) $(ARGS)
+
+# Triton reads TRITON_INTERPRET when it is imported: its kernels are interpreted in a second process.
+test: extension
+	$(RUN) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_ops.py -k triton $(ARGS)
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+
+# On a machine with a GPU: no network, no pip, the Python that is there.
+gpu-check:
+	FASTLM_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest tests/test_ops.py tests/test_nn.py tests/cases --device cuda $(ARGS)
+	$(PYTHON) -m fastlm bench --suite ops --device cuda --out $(RESULTS)
+
+extension: $(VENV)/installed
+	@$(RUN) setup.py -q build_ext --inplace
+
+# A virtual environment of our own; no other environment is touched.
+$(VENV)/installed: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastlm needs Python 3.10 or newer: apt-get install python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "missing Python's venv module: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "missing Python's headers: apt-get install python3-dev"; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "missing a C++ compiler: apt-get install g++"; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install -q $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install -q $(TRITON) || echo "no Triton for this platform: its tests will be skipped"
+	$(RUN) -m pip install -q "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	$(RUN) -m pip install -q --no-build-isolation -e '.[all,test]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info fastlm/*.so fastlm/_build.json .ruff_cache
+	find fastlm tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

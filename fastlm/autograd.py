@@ -1,0 +1,207 @@
+"""Make a pair of kernels one differentiable function: in eager, under functorch and in a compiled graph.
+
+The kernels are registered with `torch.library`, one operator per direction, so that the compiler and
+`torch.export` see two opaque nodes. Eager calls go through an `autograd.Function` instead, because operators
+that register autograd break `torch.func.grad` and give silently zero forward-mode derivatives. The backward is
+itself differentiable: its own backward differentiates the reference.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fastlm", "DEF")
+
+ABSENT, FROZEN, NEEDED = -1, 0, 1  # what a slot of an operator's tensors holds
+
+
+class Differentiable:
+    """A forward and a backward kernel that autograd, functorch and the compiler can use.
+
+    Args:
+        name: the operators become `fastlm::<name>` and `fastlm::<name>_backward`.
+        statics: schema of the arguments that are no tensors, such as "float dropout, bool causal".
+        outputs: how many of the tensors that `forward` returns are results; the rest is saved for backward.
+        forward: `forward(tensors, needs, *statics) -> list`; `tensors` may hold None, `needs` says whose gradients
+            will be asked for; where no gradient is needed it should save nothing.
+        fake: the same signature, returns empty tensors of the same shapes, dtypes and strides.
+        backward: `backward(grads, saved, tensors, needs, *statics) -> list`: one contiguous gradient for each
+            tensor, of its shape and dtype, None where `needs` is False.
+        reference: `reference(tensors, *statics) -> sequence`: the results in twice-differentiable PyTorch.
+    """
+
+    def __init__(self, name: str, *, statics: str = "", outputs: int, forward: Callable, fake: Callable,
+                 backward: Callable, reference: Callable):
+        self.name, self.outputs, self.reference = name, outputs, reference
+        statics = f", {statics}" if statics else ""
+
+        def run_forward(tensors, slots, *statics):
+            return forward(_unpack(tensors, slots), [s == NEEDED for s in slots], *statics)
+
+        def run_backward(grads, saved, tensors, slots, *statics):
+            unpacked, needs = _unpack(tensors, slots), [s == NEEDED for s in slots]
+            found = backward(list(grads), list(saved), unpacked, needs, *statics)
+            return [t.new_empty(0) if g is None else g.contiguous()
+                    for g, t in zip(found, unpacked, strict=True) if t is not None]
+
+        def fake_forward(tensors, slots, *statics):
+            return fake(_unpack(tensors, slots), [s == NEEDED for s in slots], *statics)
+
+        def fake_backward(grads, saved, tensors, slots, *statics):
+            present = [s for s in slots if s != ABSENT]
+            return [t.new_empty(t.shape if s == NEEDED else (0,)) for t, s in zip(tensors, present, strict=True)]
+
+        self.run_forward, self.run_backward = run_forward, run_backward
+        self.forward_op = _define(name, f"(Tensor[] tensors, int[] slots{statics}) -> Tensor[]",
+                                  run_forward, fake_forward)
+        self.backward_op = _define(
+            f"{name}_backward", f"(Tensor[] grads, Tensor[] saved, Tensor[] tensors, int[] slots{statics}) -> Tensor[]",
+            run_backward, fake_backward)
+        torch.library.register_autograd(f"fastlm::{name}", self._compiled_backward,
+                                        setup_context=self._compiled_setup, lib=_library)
+
+    def __call__(self, tensors: Sequence[Tensor | None], *statics) -> Sequence[Tensor]:
+        """Return the results of the forward kernel as a list of `outputs` tensors."""
+        present = [t for t in tensors if t is not None]
+        if torch.compiler.is_compiling():
+            slots = _slots(tensors, torch.is_grad_enabled())
+            return self.forward_op(present, slots, *statics)[: self.outputs]
+        if _transformed():
+            return _Forward.apply(self, _slots(tensors, True, transformed=True), statics, *present)[: self.outputs]
+        slots = _slots(tensors, torch.is_grad_enabled())
+        if NEEDED in slots:
+            return _Forward.apply(self, slots, statics, *present)[: self.outputs]
+        forward = self.run_forward if _plain(present) else self.forward_op
+        return forward(present, slots, *statics)[: self.outputs]
+
+    @staticmethod
+    def _compiled_setup(ctx, inputs, output):
+        tensors, ctx.slots, *ctx.statics = inputs
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*tensors, *output)
+
+    def _compiled_backward(self, ctx, grads):
+        tensors, results = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count:]
+        grads = [torch.zeros_like(r) if g is None else g for g, r in zip(grads, results, strict=True)]
+        found = self.backward_op(grads[: self.outputs], results[self.outputs:], tensors, ctx.slots, *ctx.statics)
+        return _needed(found, ctx.slots), *[None] * (1 + len(ctx.statics))
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(kernels, slots, statics, *tensors):
+        run = kernels.run_forward if _plain(tensors) else kernels.forward_op
+        return tuple(run(tensors, slots, *statics))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.kernels, ctx.slots, ctx.statics, *tensors = inputs
+        saved = output[ctx.kernels.outputs:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.count = len(tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count:]
+        grads = grads[: ctx.kernels.outputs]
+        found = _Backward.apply(ctx.kernels, ctx.slots, ctx.statics, len(grads), len(saved), *grads, *saved, *tensors)
+        return None, None, None, *_needed(found, ctx.slots)
+
+    @staticmethod
+    def vmap(info, in_dims, kernels, slots, statics, *tensors):
+        return _loop(info, in_dims[3:], tensors, lambda *one: _Forward.apply(kernels, slots, statics, *one))
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(kernels, slots, statics, n_grads, n_saved, *tensors):
+        run = kernels.run_backward if _plain(tensors) else kernels.backward_op
+        grads, saved = tensors[:n_grads], tensors[n_grads: n_grads + n_saved]
+        return tuple(run(grads, saved, tensors[n_grads + n_saved:], slots, *statics))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.kernels, ctx.slots, ctx.statics, ctx.n_grads, ctx.n_saved, *tensors = inputs
+        ctx.save_for_backward(*tensors[: ctx.n_grads], *tensors[ctx.n_grads + ctx.n_saved:])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        upstream, tensors = ctx.saved_tensors[: ctx.n_grads], ctx.saved_tensors[ctx.n_grads:]
+        present = [s for s in ctx.slots if s != ABSENT]
+        needed = [i for i, s in enumerate(present) if s == NEEDED]
+
+        def first_order(upstream, *inputs):
+            def call(*inputs):
+                merged = list(tensors)
+                for i, x in zip(needed, inputs, strict=True):
+                    merged[i] = x
+                return tuple(ctx.kernels.reference(_unpack(merged, ctx.slots), *ctx.statics))
+            return torch.func.vjp(call, *inputs)[1](upstream)
+
+        _, pull = torch.func.vjp(first_order, tuple(upstream), *(tensors[i] for i in needed))
+        d_upstream, *d_inputs = pull(tuple(cotangents[i] for i in needed))
+        d_tensors = [None] * len(tensors)
+        for i, d in zip(needed, d_inputs, strict=True):
+            d_tensors[i] = d
+        return *[None] * 5, *d_upstream, *[None] * ctx.n_saved, *d_tensors
+
+    @staticmethod
+    def vmap(info, in_dims, kernels, slots, statics, n_grads, n_saved, *tensors):
+        return _loop(info, in_dims[5:], tensors,
+                     lambda *one: _Backward.apply(kernels, slots, statics, n_grads, n_saved, *one))
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast floating tensors, but for float64, to the autocast dtype where autocast is on for the device."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype)
+                 for t in tensors)
+
+
+def _define(name, schema, run, fake):
+    _library.define(name + schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastlm, name).default
+
+
+def _slots(tensors, grad_enabled, transformed=False):
+    """Say of each tensor whether it is absent, frozen, or needs a gradient; under functorch, assume that it does."""
+    return [ABSENT if t is None
+            else NEEDED if grad_enabled and t.is_floating_point() and (transformed or t.requires_grad)
+            else FROZEN for t in tensors]
+
+
+def _unpack(tensors, slots):
+    tensors = iter(tensors)
+    return [None if slot == ABSENT else next(tensors) for slot in slots]
+
+
+def _needed(grads, slots):
+    present = (slot for slot in slots if slot != ABSENT)
+    return [g if slot == NEEDED else None for g, slot in zip(grads, present, strict=True)]
+
+
+def _transformed() -> bool:
+    """Tell whether a functorch transform or forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _plain(tensors) -> bool:
+    """Tell whether the tensors hold memory that a kernel can be given (no fake tensor, no subclass, no tracer)."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        type(t) in (Tensor, torch.nn.Parameter) for t in tensors
+    ) and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _loop(info, in_dims, tensors, call):
+    """Run `call` on each element of the vmapped batch and stack what it returns."""
+    results = [call(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)))
+               for i in range(info.batch_size)]
+    stacked = tuple(torch.stack(r) for r in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)

@@ -1,0 +1,217 @@
+"""Choose which implementation of an op runs, and say which one and why.
+
+An op has up to five implementations: `reference` (the readable definition), `torch` (the best stock call)
+and the fast ones, `triton`, `native` and `blocked`. The fast ones are tried in the order the op names them;
+`torch` runs where none of them can, or where each of them is known to lose.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+NAMES = ("reference", "torch", "triton", "native", "blocked")
+
+# Plain module globals: a ContextVar breaks graph capture and a thread-local would be lost in autograd's threads.
+_order: tuple[str, ...] = ()
+_calls: list["Call"] | None = None
+
+
+class Call(NamedTuple):
+    """What one call of an op did: the implementation that ran, and why each earlier one did not."""
+
+    op: str
+    ran: str
+    declined: dict[str, str]
+
+
+class Sample(NamedTuple):
+    """Named arguments for an op: what tests check and benchmarks time.
+
+    `name` says which feature or shape it exercises, `args` are the op's positional arguments.
+    """
+
+    name: str
+    args: tuple
+
+
+class Implementation(NamedTuple):
+    """One way to compute an op. `cannot` and `loses` read metadata only and return a reason or None."""
+
+    run: Callable[..., Any]
+    cannot: Callable[..., str | None] = lambda *args: None
+    loses: Callable[..., str | None] = lambda *args: None
+    accepts: frozenset[str] = frozenset()
+    dtypes: tuple[torch.dtype, ...] = ()
+
+
+class Op:
+    """One operation: its definition, its implementations, its samples and its cost.
+
+    Args:
+        name: what `explain` and the benchmarks call it; `fastlm/ops/<name>_<fast>.py` hold the fast ones.
+        reference: the definition in plain PyTorch, twice differentiable, exact in float64.
+        torch: the best stock call: the fallback and the benchmark's baseline.
+        fast: names of the fast implementations, in the order they are tried.
+        samples: `samples(scale, dtype, device)` with scale "test" or "bench" yields `Sample`s.
+        cost: `cost(*args)` returns (floating-point operations, fewest bytes moved) of one forward pass.
+    """
+
+    def __init__(self, name, *, reference, torch, samples, cost, fast=()):
+        self.name, self.samples, self.cost = name, samples, cost
+        self.implementations = {f: _load(name, f) for f in fast}
+        self.implementations["torch"] = Implementation(torch)
+        self.implementations["reference"] = Implementation(reference)
+        self.default = (*fast, "torch")
+
+    def __repr__(self):
+        return f"Op({self.name!r}: {', '.join(self.implementations)})"
+
+    def __call__(self, *args):
+        ran, declined = self.choose(args)
+        if _calls is not None:
+            _calls.append(Call(self.name, ran, declined))
+        return self.implementations[ran].run(*args)
+
+    def choose(self, args) -> tuple[str, dict[str, str]]:
+        """Return the implementation that takes this call, and the reasons of those that were asked before it."""
+        wanted = [name for name in _order if name in self.implementations]
+        declined: dict[str, str] = {}
+        for name in wanted or self.default:
+            implementation = self.implementations[name]
+            reason = None if name in ("torch", "reference") else _foreign_device(args)
+            reason = reason or implementation.cannot(*args)
+            if reason is None and not wanted:
+                reason = implementation.loses(*args)
+            if reason is None:
+                return name, declined
+            declined[name] = reason
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+        raise RuntimeError(f"{self.name}: backend{tuple(wanted)} was asked for and cannot run: {reasons}")
+
+
+class backend:
+    """Context manager: ops that have one of the named implementations must use it, in the order given, or raise.
+
+    Ops that have none of them keep their default order. A measured reason not to run (`loses`) is overridden,
+    a hard one (`cannot`) is not. Keep the backward of checkpointed code inside the `with`.
+
+    >>> with fastlm.backend("triton"):
+    ...     y = fastlm.ops.softmax(x, -1)
+    """
+
+    def __init__(self, *names: str):
+        unknown = [name for name in names if name not in NAMES]
+        if unknown or not names:
+            raise ValueError(f"backend: expected one or more of {', '.join(NAMES)}, got {names}")
+        self.names = names
+
+    def __enter__(self):
+        global _order
+        self.previous = _order
+        _order = self.names
+        return self
+
+    def __exit__(self, *exc):
+        global _order
+        _order = self.previous
+
+
+class Calls(list):
+    """A list of `Call`s that prints as a table."""
+
+    compiled = False
+
+    def __str__(self):
+        rows = [("op", "ran", "declined")]
+        for call in self:
+            reasons = [f"{name}: {reason}" for name, reason in call.declined.items()] or ["-"]
+            rows += [(call.op, call.ran, reasons[0]), *(("", "", reason) for reason in reasons[1:])]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = ["  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2])) for row in rows]
+        if not self:
+            lines = ["no fastlm op was called"]
+        if self.compiled:
+            lines.append("A compiled function dispatches while it is traced; explain ran it uncompiled, "
+                         "which chooses alike.")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(fn: Callable[..., Any], *args, **kwargs) -> Calls:
+    """Run `fn(*args, **kwargs)` once and return the `Call` of every fastlm op in it, in order.
+
+    `fn` is anything callable: an op, a module, a training step. Printed, the result is a table.
+    """
+    global _calls
+    outer, _calls = _calls, Calls()
+    _calls.compiled = _is_compiled(fn)
+    try:
+        with _uncompiled():
+            fn(*args, **kwargs)
+        return _calls
+    finally:
+        _calls = outer
+
+
+def build_report() -> dict:
+    """Return what setup.py wrote about the compiled extension: instruction sets, CUDA, and what is missing."""
+    path = Path(__file__).with_name("_build.json")
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"instruction_sets": [], "cuda": None, "skipped": {}, "error": "fastlm was never built: pip install ."}
+
+
+def _load(op: str, name: str) -> Implementation:
+    """Import `fastlm/ops/<op>_<name>.py`; where its requirement is missing, return one that says so."""
+    try:
+        if name == "triton" and not triton_can_run():
+            raise ImportError("this PyTorch has no CUDA (TRITON_INTERPRET=1 interprets kernels on the CPU)")
+        module = importlib.import_module(f"fastlm.ops.{op}_{name}")
+    except ImportError as error:
+        reason = str(error)
+        if name == "native" and "_native" in reason:
+            reason = f"the C++ extension is missing: {build_report()['error']}"
+        elif name == "triton" and error.name == "triton":
+            reason = "Triton is not installed: pip install triton"
+        return Implementation(run=None, cannot=lambda *args: reason)
+    return Implementation(module.run, module.cannot, module.loses, frozenset(module.ACCEPTS), module.DTYPES)
+
+
+def triton_can_run() -> bool:
+    """Tell whether a Triton kernel could be launched by this process, without importing Triton."""
+    return torch.version.cuda is not None or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _foreign_device(args) -> str | None:
+    """Return the reason why the device of the first tensor in `args` has no kernels of ours."""
+    for arg in args:
+        if isinstance(arg, list | tuple) and arg:
+            arg = arg[0]
+        if isinstance(arg, torch.Tensor):
+            if arg.device.type not in ("cpu", "cuda"):
+                return f"device {arg.device.type}: fastlm has kernels for the CPU and NVIDIA GPUs only"
+            if arg.is_cuda and torch.version.hip:
+                return "ROCm: never measured there"
+            return None
+    return None
+
+
+def _is_compiled(fn) -> bool:
+    modules = fn.modules() if isinstance(fn, torch.nn.Module) else ()
+    return hasattr(fn, "_torchdynamo_orig_callable") or any(
+        type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in modules)
+
+
+def _uncompiled():
+    """Run what torch.compile made eagerly; where nothing was ever compiled, do not import the compiler for it."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()

@@ -1,0 +1,257 @@
+"""Measure: the one timer, the error rule, peak memory, and what this machine can do at best."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import fastlm
+from fastlm.dispatch import Op
+
+
+class Error(NamedTuple):
+    """The distance of one result or gradient from float64, beside stock PyTorch's own distance.
+
+    It passes when `ours` is at most `bound`: twice `stock` plus 4·eps·max|reference|.
+    """
+
+    what: str
+    ours: float
+    stock: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.bound
+
+
+class Timing(NamedTuple):
+    """Median, first and third quartile of the seconds that one call took."""
+
+    median: float
+    low: float
+    high: float
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------
+
+
+def differentiate(fn: Callable, args: tuple, upstream: list[Tensor] | None = None, seed: int = 0):
+    """Run `fn` on fresh leaves of `args` and return (results, gradients of every floating tensor in `args`).
+
+    Args:
+        fn: returns a tensor or a nest of tensors.
+        args: a nest of tensors and other values.
+        upstream: gradient of each floating result; drawn at random where None is given.
+        seed: what `torch.manual_seed` is set to before the call, for dropout.
+
+    Returns:
+        Lists of the floating results, of their gradients, and of the gradients of the inputs (zeros for inputs that
+        the results do not depend on).
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    leaves = [_leaf(x) for x in leaves]
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    torch.manual_seed(seed)
+    with torch.enable_grad():
+        results = floating(fn(*pytree.tree_unflatten(leaves, spec)))
+    if upstream is None:
+        upstream = [torch.randn_like(r) for r in results]
+    live = [(r, g) for r, g in zip(results, upstream, strict=True) if r.requires_grad]
+    if not live or not wanted:
+        return results, upstream, [torch.zeros_like(x) for x in wanted]
+    grads = torch.autograd.grad(*zip(*live, strict=True), wanted, allow_unused=True, materialize_grads=True)
+    return [r.detach() for r in results], upstream, list(grads)
+
+
+def errors(op: Op, name: str, args: tuple) -> list[Error]:
+    """Hold implementation `name` of `op` to the error rule, on every result and every gradient.
+
+    The judge is `op.reference` in float64; stock PyTorch at the dtype of `args` sets the bound. Where stock
+    cannot take the call, the reference at that dtype stands in for it.
+    """
+    ours = _run(op, name, args)
+    try:
+        stock = _run(op, "torch", args, ours[1])
+    except (RuntimeError, NotImplementedError, TypeError):
+        stock = _run(op, "reference", args, ours[1])
+    exact = _run(op, "reference", _double(args), _double(ours[1]))
+    names = [f"result {i}" for i in range(len(ours[0]))] + [f"gradient {i}" for i in range(len(ours[2]))]
+    return [_error(*row) for row in zip(names, ours[0] + ours[2], stock[0] + stock[2], exact[0] + exact[2],
+                                        strict=True)]
+
+
+def floating(nest: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a nest, in order."""
+    return [x for x in pytree.tree_leaves(nest) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _run(op, name, args, upstream=None):
+    with fastlm.backend(name):
+        return differentiate(op, args, upstream)
+
+
+def _leaf(x):
+    if isinstance(x, Tensor) and x.is_floating_point():
+        # detach keeps strides and storage: a kernel must see the layout that the sample has.
+        return x.detach().requires_grad_()
+    return x
+
+
+def _double(nest):
+    return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, nest)
+
+
+def _error(what, ours, stock, exact):
+    if ours.shape != exact.shape or ours.dtype != stock.dtype:
+        raise AssertionError(f"{what}: {ours.dtype}{list(ours.shape)}, stock gives {stock.dtype}{list(stock.shape)}")
+    if exact.numel() == 0:
+        return Error(what, 0.0, 0.0, 0.0)
+    scale = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
+    distance, stock_distance = _distance(ours, exact), _distance(stock, exact)
+    bound = 2 * stock_distance + 4 * torch.finfo(ours.dtype).eps * scale
+    return Error(what, distance, stock_distance, bound)
+
+
+def _distance(x: Tensor, exact: Tensor) -> float:
+    """Return max|x - exact|; equal infinities and NaNs at the same places count as zero, else as infinity."""
+    x = x.double()
+    special = ~exact.isfinite()
+    if not torch.equal(x[special].nan_to_num(nan=0.5), exact[special].nan_to_num(nan=0.5)):
+        return float("inf")
+    distance = (x - exact)[~special].abs()
+    return distance.nan_to_num(nan=torch.inf).max().item() if distance.numel() else 0.0
+
+
+# --- time ------------------------------------------------------------------------------------------------------
+
+
+def timings(candidates: dict[str, Callable[[], Any]], device: str = "cpu", seconds: float = 1.0,
+            rounds: int = 200) -> dict[str, Timing]:
+    """Time the candidates in turn, round after round, so that noise meets all of them alike.
+
+    Args:
+        candidates: name -> function without arguments.
+        device: "cpu" reads the wall clock; "cuda" reads CUDA events and flushes the L2 cache before each call.
+        seconds: time to spend on each candidate, at least three rounds.
+        rounds: the most rounds.
+    """
+    measure = _cuda_once if torch.device(device).type == "cuda" else _cpu_once
+    seen: dict[str, list[float]] = {name: [] for name in candidates}
+    for fn in candidates.values():
+        fn()  # warm-up: allocations, code generation, page faults
+    spent = 0.0
+    for i in range(rounds):
+        start = time.perf_counter()
+        for name, fn in candidates.items():
+            seen[name].append(measure(fn))
+        spent += time.perf_counter() - start
+        if i >= 2 and spent > seconds * len(candidates):
+            break
+    return {name: _summary(values) for name, values in seen.items()}
+
+
+def _summary(values):
+    low, median, high = statistics.quantiles(values, n=4)
+    return Timing(median, low, high)
+
+
+def _cpu_once(fn):
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def _cuda_once(fn):
+    _l2_flush().zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+@functools.cache
+def _l2_flush():
+    return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def peak_memory(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> int:
+    """Return the bytes that a call needs at its peak beyond its inputs and the results that it returns.
+
+    On CUDA the allocator counts them. On the CPU it is the resident high-water mark of a fresh process, so `make`
+    must be importable from a module: it makes the inputs and returns the function to call.
+    """
+    if torch.device(device).type == "cuda":
+        call = make()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - _bytes(kept)
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastlm"])
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_resident_peak, args=(make, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise RuntimeError("peak_memory: the measuring process died; its error is above") from None
+    finally:
+        process.join()
+
+
+def _resident_peak(make, send):
+    import resource
+
+    call = make()
+    before = _status("VmRSS")
+    kept = call()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    send.send(max(0, peak - before - _bytes(kept)))
+
+
+def _status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def _bytes(nest):
+    return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(nest) if isinstance(t, Tensor))
+
+
+# --- what the machine can do -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Return this machine's measured (GEMM FLOP/s at `dtype`, copy bytes/s, read plus written)."""
+    cuda = torch.device(device).type == "cuda"
+    n = 8192 if cuda else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty((1 << 30) if cuda else (64 << 20), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    found = timings({"gemm": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, seconds=0.5)
+    return 2 * n**3 / found["gemm"].low, 2 * source.numel() / found["copy"].low
+
+
+def floor(op: Op, args: tuple) -> float:
+    """Return the roofline of one forward pass in seconds: its arithmetic or its bytes, whichever takes longer."""
+    tensor = floating(args)[0]
+    flops, moved = op.cost(*args)
+    gemm, copy = peaks(tensor.device.type, tensor.dtype)
+    return max(flops / gemm, moved / copy)

@@ -1,0 +1,1 @@
+"""Modules: torch.nn names, arguments and state_dict, faster underneath."""

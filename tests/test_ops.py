@@ -1,0 +1,125 @@
+"""Every op × implementation × sample × dtype: numbers, refusals, memory, and how autograd and the compiler see it."""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+import fastlm
+from fastlm import measure
+from fastlm.ops import ALL
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def matrix():
+    """Yield (op, implementation, dtype, index of the sample, its name)."""
+    for op in ALL:
+        for name, dtype in itertools.product(op.implementations, DTYPES):
+            if name in ("torch", "reference"):
+                continue
+            for i, sample in enumerate(op.samples("test", dtype, "meta")):
+                label = f"{op.name}-{name}-{str(dtype)[6:]}-{sample.name.replace(' ', '_')}"
+                yield pytest.param(op, name, dtype, i, id=label)
+
+
+def args_of(op, dtype, index, device):
+    torch.manual_seed(index)
+    return next(itertools.islice(op.samples("test", dtype, device), index, None))
+
+
+@pytest.mark.parametrize(("op", "name", "dtype", "index"), matrix())
+def test_error_rule(op, name, dtype, index, device, poisoned):
+    sample = args_of(op, dtype, index, device)
+    reason = op.implementations[name].cannot(*sample.args)
+    if INTERPRETED and dtype is torch.bfloat16:
+        reason = "the interpreter computes bf16 dot products wrongly (triton issue 11584)"
+    if reason:
+        pytest.skip(reason)
+    for error in measure.errors(op, name, sample.args):
+        assert error.ok, error
+
+
+FAST = [(op, name) for op in ALL for name in op.implementations if name not in ("torch", "reference")]
+
+
+@pytest.mark.parametrize(("op", "name"), FAST, ids=lambda x: getattr(x, "name", x))
+def test_accepts_what_it_promises(op, name, device):
+    implementation = op.implementations[name]
+    if implementation.run is None:
+        pytest.skip(implementation.cannot())
+    if name == "triton" and device == "cpu" and not INTERPRETED:
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    assert implementation.accepts, "an implementation lists the samples that it must take"
+    for dtype in implementation.dtypes:
+        samples = {s.name: s for s in op.samples("test", dtype, device)}
+        for feature in implementation.accepts:
+            assert implementation.cannot(*samples[feature].args) is None, (feature, dtype)
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_stock_agrees_with_the_reference(op, device):
+    """The oracle itself: in float64, stock PyTorch and the readable definition are the same function."""
+    for sample in op.samples("test", torch.float64, device):
+        results = [measure.differentiate(op.implementations[name].run, sample.args, seed=1)
+                   for name in ("torch", "reference")]
+        for a, b in zip(results[0][0] + results[0][2], results[1][0] + results[1][2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m, s=sample: f"{s.name}: {m}")
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_cost_is_positive(op, device):
+    for sample in op.samples("test", torch.float32, device):
+        flops, moved = op.cost(*sample.args)
+        assert flops >= 0
+        assert moved >= 0
+
+
+@pytest.mark.parametrize(("op", "name"), FAST, ids=lambda x: getattr(x, "name", x))
+def test_frozen_inputs_and_no_grad(op, name, device):
+    """Freezing any one input leaves the other gradients as they are; under no_grad the results are the same."""
+    implementation = op.implementations[name]
+    sample = next((s for s in op.samples("test", torch.float32, device) if s.name in implementation.accepts), None)
+    if implementation.run is None or implementation.cannot(*sample.args):
+        pytest.skip("not available here")
+    with fastlm.backend(name):
+        results, upstream, grads = measure.differentiate(op, sample.args)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for a, b in zip(measure.floating(op(*sample.args)), results, strict=True):
+                torch.testing.assert_close(a, b)
+        for frozen in range(len(grads)):
+            leaves = measure.floating(sample.args)
+            inputs = [x.detach().requires_grad_(i != frozen) for i, x in enumerate(leaves)]
+            out = measure.floating(op(*_replace(sample.args, leaves, inputs)))
+            live = [(r, u) for r, u in zip(out, upstream, strict=True) if r.requires_grad]
+            if not live:
+                continue
+            wanted = [x for x in inputs if x.requires_grad]
+            found = torch.autograd.grad(*zip(*live, strict=True), wanted, allow_unused=True, materialize_grads=True)
+            for a, b in zip(found, grads[:frozen] + grads[frozen + 1:], strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def _replace(args, old, new):
+    """Return `args` with each tensor of `old` replaced by the one of `new` at its place."""
+    table = {id(a): b for a, b in zip(old, new, strict=True)}
+    return torch.utils._pytree.tree_map(lambda x: table.get(id(x), x), args)
+
+
+@pytest.mark.parametrize(("op", "name"), FAST, ids=lambda x: getattr(x, "name", x))
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs inside opaque operators only")
+def test_compiled_whole(op, name, device):
+    """torch.compile(fullgraph=True) traces the op, forward and backward, and the numbers stay."""
+    implementation = op.implementations[name]
+    sample = next((s for s in op.samples("test", torch.float32, device) if s.name in implementation.accepts), None)
+    if implementation.run is None or implementation.cannot(*sample.args):
+        pytest.skip("not available here")
+    torch._dynamo.reset()
+    with fastlm.backend(name):
+        eager = measure.differentiate(op, sample.args)
+        compiled = measure.differentiate(torch.compile(op, fullgraph=True), sample.args, eager[1])
+    for a, b in zip(compiled[0] + compiled[2], eager[0] + eager[2], strict=True):
+        torch.testing.assert_close(a, b)
