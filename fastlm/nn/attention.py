@@ -1,0 +1,171 @@
+"""MultiheadAttention and TransformerEncoderLayer: torch.nn's, with every dense call going through fastlm's ops.
+
+In eval mode without gradients, stock runs `torch._native_multi_head_attention` and
+`torch._transformer_encoder_layer_fwd` instead: two fused functions that build the whole `[B, H, L, S]` score matrix.
+Here such a call takes the same road as training, so that `fastlm.explain` shows what ran, train and eval agree, and
+no score matrix is built where the attention op has a better way. Nested tensors are the one exception: only stock's
+fused functions know them, so they run stock, and `explain` lists no call for them.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlm import ops
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Attend from queries to keys and values in several heads, with the arguments of `torch.nn.MultiheadAttention`."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return the attention output and, where `need_weights`, the weights.
+
+        Args:
+            query: `[L, N, E]`, `[N, L, E]` with `batch_first`, or `[L, E]`; `key` and `value` alike with length S
+                and `kdim` and `vdim` features.
+            key_padding_mask: `[N, S]` (`[S]`): True bars a key, floats are added to the scores.
+            need_weights: also return the weights, `[N, L, S]` or, not averaged, `[N, H, L, S]`. Ask for them only
+                if you need them: without, scaled_dot_product_attention does the work.
+            attn_mask: `[L, S]` or `[N * H, L, S]`: True bars a key from a query, floats are added.
+            is_causal: a hint that `attn_mask`, which must be given, is the causal mask.
+
+        Raises:
+            AssertionError: number of dimensions, features or dtype of an argument do not fit.
+            RuntimeError: a mask has the wrong shape, or `is_causal` comes without `attn_mask`.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask,
+                                   average_attn_weights, is_causal)
+        batched = self._check(query, key, value)
+        if is_causal and attn_mask is None:
+            raise RuntimeError("MultiheadAttention: is_causal is a hint about attn_mask, which is missing")
+        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
+        mask = self._merge_masks(attn_mask, key_padding_mask if batched or key_padding_mask is None
+                                 else key_padding_mask.unsqueeze(0), q, k)
+        # Causal attention needs no mask in memory, unless another one joins it or the weights are asked for.
+        is_causal = is_causal and key_padding_mask is None and not need_weights
+        k, v, mask = self._extend(k, v, None if is_causal else mask)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            attended, weights = _attend_with_weights(q, k, v, mask, dropout)
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            allowed = ~mask if mask is not None and mask.dtype is torch.bool else mask
+            attended, weights = ops.scaled_dot_product_attention(q, k, v, allowed, dropout, is_causal), None
+        attended = attended.permute(0, 2, 1, 3) if self.batch_first or not batched else attended.permute(2, 0, 1, 3)
+        output = F.linear(attended.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        return output if batched else output.squeeze(0), weights
+
+    def _check(self, query, key, value) -> bool:
+        """Raise where the inputs do not fit; return whether they are batched."""
+        rank = query.dim()
+        if rank not in (2, 3) or key.dim() != rank or value.dim() != rank:
+            raise AssertionError("MultiheadAttention: query, key and value must all be 2-D or all be 3-D, got "
+                                 f"{query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
+        widths = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
+        for name, x, width in widths:
+            if x.size(-1) != width:
+                raise AssertionError(f"MultiheadAttention: {name} has {x.size(-1)} features, expected {width}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise AssertionError(f"MultiheadAttention: key has shape {list(key.shape)}, value has {list(value.shape)}")
+        batch_dim = 0 if self.batch_first else 1
+        if rank == 3 and key.size(batch_dim) != query.size(batch_dim):
+            raise RuntimeError(f"MultiheadAttention: key has batch size {key.size(batch_dim)}, query has "
+                               f"{query.size(batch_dim)}")
+        return rank == 3
+
+    def _project(self, query, key, value):
+        bias, packed = self.in_proj_bias, self.in_proj_weight
+        if packed is not None and query is key and key is value:
+            return F.linear(query, packed, bias).chunk(3, -1)
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else packed.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+
+    def _heads(self, x: Tensor, batched: bool) -> Tensor:
+        """Bring a projection into the shape `[N, H, L, D]`."""
+        x = (x if batched else x.unsqueeze(0)).unflatten(-1, (self.num_heads, self.head_dim))
+        return x.permute(0, 2, 1, 3) if self.batch_first or not batched else x.permute(1, 2, 0, 3)
+
+    def _merge_masks(self, attn_mask, key_padding_mask, q, k) -> Tensor | None:
+        """Join both masks into one that broadcasts to `[N, H, L, S]`: boolean (True = barred), or to be added."""
+        (batch, heads, query_len, _), key_len = q.shape, k.size(2)
+        shapes = {"attn_mask": ((query_len, key_len), (batch * heads, query_len, key_len)),
+                  "key_padding_mask": ((batch, key_len),)}
+        given = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        given = {name: mask for name, mask in given.items() if mask is not None}
+        for name, mask in given.items():
+            if mask.dtype is not torch.bool and not mask.is_floating_point():
+                raise AssertionError(f"MultiheadAttention: {name} must be boolean or floating point, got {mask.dtype}")
+            if mask.shape not in shapes[name]:
+                expected = " or ".join(str(list(shape)) for shape in shapes[name])
+                raise RuntimeError(f"MultiheadAttention: {name} has shape {list(mask.shape)}, expected {expected}")
+        masks = []
+        if attn_mask is not None:
+            masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))
+        if key_padding_mask is not None:
+            masks.append(key_padding_mask[:, None, None])
+        if len({mask.dtype for mask in masks}) < 2 and all(mask.dtype is torch.bool for mask in masks):
+            return masks[0] | masks[-1] if masks else None
+        return sum(mask if mask.is_floating_point() else _additive(mask, q.dtype) for mask in masks)
+
+    def _extend(self, k, v, mask):
+        """Append the keys and values of `add_bias_kv` and `add_zero_attn`, which no mask bars."""
+        if self.bias_k is not None:
+            bias_k, bias_v = (b.to(k.dtype).view(1, self.num_heads, 1, self.head_dim).expand(k.size(0), -1, -1, -1)
+                              for b in (self.bias_k, self.bias_v))
+            k, v = torch.cat([k, bias_k], 2), torch.cat([v, bias_v], 2)
+        if self.add_zero_attn:
+            zeros = k.new_zeros(k.size(0), self.num_heads, 1, self.head_dim)
+            k, v = torch.cat([k, zeros], 2), torch.cat([v, zeros], 2)
+        if mask is not None:
+            mask = F.pad(mask, (0, k.size(2) - mask.size(-1)))
+        return k, v, mask
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """Apply self-attention and a feed-forward network, with the arguments of `torch.nn.TransformerEncoderLayer`.
+
+    It takes its place in a `torch.nn.TransformerEncoder`, whose nested tensors run stock's fused layer.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Ours adds no state: the module that stock has drawn from the generator becomes ours as it is.
+        self.self_attn.__class__ = MultiheadAttention
+
+    def forward(self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        """Return a tensor of the shape of `src`.
+
+        Args:
+            src: `[L, N, E]`, `[N, L, E]` with `batch_first`, or `[L, E]`.
+            src_mask, src_key_padding_mask, is_causal: as `attn_mask`, `key_padding_mask` and `is_causal` of
+                `MultiheadAttention`.
+        """
+        if src.is_nested:
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        masks = (src_mask, src_key_padding_mask, is_causal)
+        if self.norm_first:
+            x = src + self._sa_block(self.norm1(src), *masks)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(src + self._sa_block(src, *masks))
+        return self.norm2(x + self._ff_block(x))
+
+
+def _attend_with_weights(q, k, v, mask, dropout):
+    """Return the attended values `[N, H, L, D]` and the weights `[N, H, L, S]` that dropout left."""
+    scores = q * math.sqrt(1 / q.size(-1)) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(mask, -math.inf) if mask.dtype is torch.bool else scores + mask.to(scores.dtype)
+    weights = F.dropout(ops.softmax(scores, -1), dropout)
+    return weights @ v, weights
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

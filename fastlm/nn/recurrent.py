@@ -1,0 +1,268 @@
+"""RNN, LSTM and GRU: torch.nn's arguments, parameters and results, and whole graphs under torch.compile.
+
+They are plain modules: torch refuses to compile nn.RNN, nn.LSTM, nn.GRU and everything derived from them. Nothing
+is cached between calls, so parametrised, pruned, swapped and shared weights are simply read.
+"""
+
+import math
+import numbers
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlm import ops
+
+
+class _Recurrent(nn.Module):
+    """Hold the parameters of a stack of recurrent layers and bring input and state into the op's form."""
+
+    gates = 1  # rows of each weight matrix, in hidden sizes
+
+    def __init__(self, mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                 proj_size, device, dtype):
+        super().__init__()
+        _check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
+        self.mode = mode
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self._all_weights = []
+        for layer in range(num_layers):
+            for suffix in ("", "_reverse")[: self._directions]:
+                shapes = self._shapes(layer)
+                for name, shape in shapes.items():
+                    empty = torch.empty(shape, device=device, dtype=dtype)
+                    self.register_parameter(f"{name}_l{layer}{suffix}", nn.Parameter(empty))
+                self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
+        self.reset_parameters()
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Return the parameters of one direction of a layer, in the order that torch.nn registers them."""
+        rows, width = self.gates * self.hidden_size, self.proj_size or self.hidden_size
+        shapes = {"weight_ih": (rows, width * self._directions if layer else self.input_size),
+                  "weight_hh": (rows, width)}
+        if self.bias:
+            shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+        if self.proj_size:
+            shapes |= {"weight_hr": (self.proj_size, self.hidden_size)}
+        return shapes
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter from U(-1/√hidden_size, 1/√hidden_size)."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """Return the parameters, a list for each direction of each layer."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels take the parameters where they are."""
+
+    def extra_repr(self) -> str:
+        shown = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0,
+                 "bidirectional": False}
+        options = [f"{name}={getattr(self, name)}" for name, default in shown.items() if getattr(self, name) != default]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *options])
+
+    def forward(self, input: Tensor | PackedSequence, hx=None):
+        """Run the layers over a sequence.
+
+        Args:
+            input: `[T, B, input_size]` (`[B, T, input_size]` with `batch_first`), `[T, input_size]` or a
+                `PackedSequence`.
+            hx: the initial state, zeros where None; `[num_layers * directions, B, H]`, without `B` for unbatched
+                input. H is `proj_size` where that is set; LSTM takes a pair `(h, c)`, whose c has `hidden_size`.
+
+        Returns:
+            Every hidden state of the last layer, in the form of `input`, and the last state, in the form of `hx`.
+
+        Raises:
+            ValueError: `input` is neither 2-D nor 3-D, or its dtype is not that of the weights.
+            RuntimeError: the shape of `input` or `hx` does not fit.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{self._name}: input has {input.dim()} dimensions, expected 2 or 3")
+        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+        self._check_input(input)
+        if hx is None:
+            state = self._zeros(input, input.size(batch_dim))
+        else:
+            state = self._split(hx)
+            self._check_state(state, (input.size(batch_dim),) if batched else ())
+            state = state if batched else [s.unsqueeze(1) for s in state]
+        output, *state = self._run(input, self._join(state), *self._settings, self.batch_first)
+        if not batched:
+            output, state = output.squeeze(batch_dim), [s.squeeze(1) for s in state]
+        return output, self._join(state)
+
+    def _forward_packed(self, input, hx):
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if data.dim() != 2:
+            raise RuntimeError(f"{self._name}: packed data has {data.dim()} dimensions, expected 2")
+        self._check_input(data)
+        if hx is None:
+            state = self._zeros(data, _batch_size(batch_sizes, sorted_indices))
+        else:
+            state = self._split(hx)
+            # A graph does not know the values of batch_sizes: a compiled call is checked by what runs it.
+            batch = state[0].size(1) if torch.compiler.is_compiling() else int(batch_sizes[0])
+            self._check_state(state, (batch,))
+            state = _permute(state, sorted_indices)
+        output, *state = self._run(data, batch_sizes, self._join(state), *self._settings)
+        output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return output, self._join(_permute(state, unsorted_indices))
+
+    @property
+    def _settings(self):
+        return (self._flat_weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+
+    @property
+    def _name(self) -> str:
+        return self.mode.split("_")[0]
+
+    @property
+    def _widths(self) -> list[int]:
+        """Return the width of each tensor of the state."""
+        return [self.hidden_size]
+
+    def _split(self, hx) -> list[Tensor]:
+        return [hx]
+
+    def _join(self, state):
+        return state[0]
+
+    def _zeros(self, like, batch):
+        layers = self.num_layers * self._directions
+        return [torch.zeros(layers, batch, width, dtype=like.dtype, device=like.device) for width in self._widths]
+
+    def _check_input(self, input):
+        dtype = getattr(self, self._all_weights[0][0]).dtype
+        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(f"{self._name}: input has dtype {input.dtype}, expected the weights' {dtype}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(f"{self._name}: input has {input.size(-1)} features, expected {self.input_size}")
+
+    def _check_state(self, state, batch):
+        for i, (tensor, width) in enumerate(zip(state, self._widths, strict=True)):
+            expected = (self.num_layers * self._directions, *batch, width)
+            if tensor.shape != expected:
+                what = f"hx[{i}]" if len(state) > 1 else "hx"
+                raise RuntimeError(f"{self._name}: {what} has shape {list(tensor.shape)}, expected {list(expected)}")
+
+
+class RNN(_Recurrent):
+    """Apply h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu, with the arguments of `torch.nn.RNN`."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
+                 bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+                 proj_size: int = 0, device=None, dtype=None):
+        if proj_size:
+            raise ValueError("RNN: proj_size is only supported by LSTM")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"RNN: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
+                         dropout, bidirectional, 0, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def _run(self, *args):
+        return ops.rnn(*args, nonlinearity=self.nonlinearity)
+
+
+class GRU(_Recurrent):
+    """Apply a gated recurrent unit (Cho et al. 2014), with the arguments of `torch.nn.GRU`."""
+
+    gates = 3
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+                 batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
+                 device=None, dtype=None):
+        if proj_size:
+            raise ValueError("GRU: proj_size is only supported by LSTM")
+        super().__init__("GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0,
+                         device, dtype)
+
+    def _run(self, *args):
+        return ops.gru(*args)
+
+
+class LSTM(_Recurrent):
+    """Apply long short-term memory (Hochreiter & Schmidhuber 1997), with the arguments of `torch.nn.LSTM`."""
+
+    gates = 4
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+                 batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
+                 device=None, dtype=None):
+        super().__init__("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                         proj_size, device, dtype)
+
+    @property
+    def _widths(self):
+        return [self.proj_size or self.hidden_size, self.hidden_size]
+
+    def _split(self, hx):
+        return [hx[0], hx[1]]
+
+    def _join(self, state):
+        return tuple(state)
+
+    def _run(self, *args):
+        return ops.lstm(*args)
+
+
+def _check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size):
+    if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a number between 0 and 1, got {dropout!r}")
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(f"dropout={dropout} has no effect: it acts between layers, and num_layers is 1", stacklevel=4)
+    for name, value in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if not 0 <= proj_size < hidden_size:
+        raise ValueError(f"proj_size must be at least 0 and less than hidden_size {hidden_size}, got {proj_size}")
+
+
+def _permute(state, indices):
+    return state if indices is None else [s.index_select(1, indices) for s in state]
+
+
+def _batch_size(batch_sizes: Tensor, sorted_indices: Tensor | None) -> int:
+    """Return the number of packed sequences, from shapes where they tell it: a graph cannot know values."""
+    if sorted_indices is not None:
+        return sorted_indices.numel()
+    if torch.compiler.is_compiling():
+        with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+            return batch_sizes[0].item()
+    return int(batch_sizes[0])
