@@ -72,7 +72,7 @@ class Differentiable:
         slots = _slots(tensors, torch.is_grad_enabled())
         if NEEDED in slots:
             return _Forward.apply(self, slots, statics, *present)[: self.outputs]
-        forward = self.run_forward if _plain(present) else self.forward_op
+        forward = self.run_forward if plain(present) else self.forward_op
         return forward(present, slots, *statics)[: self.outputs]
 
     @staticmethod
@@ -91,7 +91,7 @@ class Differentiable:
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(kernels, slots, statics, *tensors):
-        run = kernels.run_forward if _plain(tensors) else kernels.forward_op
+        run = kernels.run_forward if plain(tensors) else kernels.forward_op
         return tuple(run(tensors, slots, *statics))
 
     @staticmethod
@@ -117,7 +117,7 @@ class _Forward(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(kernels, slots, statics, n_grads, n_saved, *tensors):
-        run = kernels.run_backward if _plain(tensors) else kernels.backward_op
+        run = kernels.run_backward if plain(tensors) else kernels.backward_op
         grads, saved = tensors[:n_grads], tensors[n_grads: n_grads + n_saved]
         return tuple(run(grads, saved, tensors[n_grads + n_saved:], slots, *statics))
 
@@ -192,7 +192,7 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _plain(tensors) -> bool:
+def plain(tensors) -> bool:
     """Tell whether the tensors hold memory that a kernel can be given (no fake tensor, no subclass, no tracer)."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         type(t) in (Tensor, torch.nn.Parameter) for t in tensors
