@@ -61,10 +61,11 @@ class Op:
         fast: names of the fast implementations, in the order they are tried.
         samples: `samples(scale, dtype, device)` with scale "test" or "bench" yields `Sample`s.
         cost: `cost(*args)` returns (floating-point operations, fewest bytes moved) of one forward pass.
+        constants: positions of floating-point arguments that have no gradient in stock PyTorch (class weights).
     """
 
-    def __init__(self, name, *, reference, torch, samples, cost, fast=()):
-        self.name, self.samples, self.cost = name, samples, cost
+    def __init__(self, name, *, reference, torch, samples, cost, fast=(), constants=()):
+        self.name, self.samples, self.cost, self.constants = name, samples, cost, constants
         self.implementations = {f: _load(name, f) for f in fast}
         self.implementations["torch"] = Implementation(torch)
         self.implementations["reference"] = Implementation(reference)

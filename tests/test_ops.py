@@ -63,10 +63,13 @@ def test_accepts_what_it_promises(op, name, device):
 def test_stock_agrees_with_the_reference(op, device):
     """The oracle itself: in float64, stock PyTorch and the readable definition are the same function."""
     for sample in op.samples("test", torch.float64, device):
-        results = [measure.differentiate(op.implementations[name].run, sample.args, seed=1)
-                   for name in ("torch", "reference")]
-        for a, b in zip(results[0][0] + results[0][2], results[1][0] + results[1][2], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m, s=sample: f"{s.name}: {m}")
+        stock, upstream, stock_grads = measure.differentiate(
+            op.implementations["torch"].run, sample.args, constants=op.constants)
+        exact, _, grads = measure.differentiate(
+            op.implementations["reference"].run, sample.args, upstream, constants=op.constants)
+        for a, b in zip(stock + stock_grads, exact + grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True,
+                                       msg=lambda m, s=sample: f"{s.name}: {m}")
 
 
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
@@ -85,20 +88,16 @@ def test_frozen_inputs_and_no_grad(op, name, device):
     if implementation.run is None or implementation.cannot(*sample.args):
         pytest.skip("not available here")
     with fastlm.backend(name):
-        results, upstream, grads = measure.differentiate(op, sample.args)
+        results, upstream, grads = measure.differentiate(op, sample.args, constants=op.constants)
         torch.manual_seed(0)
         with torch.no_grad():
             for a, b in zip(measure.floating(op(*sample.args)), results, strict=True):
                 torch.testing.assert_close(a, b)
         for frozen in range(len(grads)):
-            leaves = measure.floating(sample.args)
+            leaves = measure.floating([a for i, a in enumerate(sample.args) if i not in op.constants])
             inputs = [x.detach().requires_grad_(i != frozen) for i, x in enumerate(leaves)]
             out = measure.floating(op(*_replace(sample.args, leaves, inputs)))
-            live = [(r, u) for r, u in zip(out, upstream, strict=True) if r.requires_grad]
-            if not live:
-                continue
-            wanted = [x for x in inputs if x.requires_grad]
-            found = torch.autograd.grad(*zip(*live, strict=True), wanted, allow_unused=True, materialize_grads=True)
+            found = measure.pull_back(out, upstream, [x for x in inputs if x.requires_grad])
             for a, b in zip(found, grads[:frozen] + grads[frozen + 1:], strict=True):
                 torch.testing.assert_close(a, b)
 
@@ -119,7 +118,8 @@ def test_compiled_whole(op, name, device):
         pytest.skip("not available here")
     torch._dynamo.reset()
     with fastlm.backend(name):
-        eager = measure.differentiate(op, sample.args)
-        compiled = measure.differentiate(torch.compile(op, fullgraph=True), sample.args, eager[1])
+        eager = measure.differentiate(op, sample.args, constants=op.constants)
+        compiled = measure.differentiate(torch.compile(op, fullgraph=True), sample.args, eager[1],
+                                         constants=op.constants)
     for a, b in zip(compiled[0] + compiled[2], eager[0] + eager[2], strict=True):
         torch.testing.assert_close(a, b)
