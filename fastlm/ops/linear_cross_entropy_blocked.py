@@ -90,7 +90,7 @@ def _sweep(tensors, scale, needs, ignore_index, smoothing):
     x, weight, target, bias, class_weight = tensors
     dtype = _accumulator(x)
     (n, hidden), classes = x.shape, weight.shape[0]
-    rows = min(n, max(MIN_ROWS, BLOCK_BYTES // (4 * classes)))
+    rows = min(max(n, 1), max(MIN_ROWS, BLOCK_BYTES // (4 * classes)))
     logits = x.new_empty(rows, classes)
     block = logits if dtype == x.dtype else torch.empty(rows, classes, dtype=dtype, device=x.device)
     even = _even_share(class_weight, smoothing, classes, dtype)
