@@ -43,12 +43,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = self._check(query, key, value)
         if is_causal and attn_mask is None:
             raise RuntimeError("MultiheadAttention: is_causal is a hint about attn_mask, which is missing")
-        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
-        mask = self._merge_masks(attn_mask, key_padding_mask if batched or key_padding_mask is None
-                                 else key_padding_mask.unsqueeze(0), q, k)
+        if key_padding_mask is not None and not batched:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
         # Causal attention needs no mask in memory, unless another one joins it or the weights are asked for.
         is_causal = is_causal and key_padding_mask is None and not need_weights
-        k, v, mask = self._extend(k, v, None if is_causal else mask)
+        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
+        mask = self._merge_masks(None if is_causal else attn_mask, key_padding_mask, q, k)
+        k, v, mask = self._extend(k, v, mask)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             attended, weights = _attend_with_weights(q, k, v, mask, dropout)
@@ -110,9 +111,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))
         if key_padding_mask is not None:
             masks.append(key_padding_mask[:, None, None])
-        if len({mask.dtype for mask in masks}) < 2 and all(mask.dtype is torch.bool for mask in masks):
-            return masks[0] | masks[-1] if masks else None
-        return sum(mask if mask.is_floating_point() else _additive(mask, q.dtype) for mask in masks)
+        if any(mask.is_floating_point() for mask in masks):
+            masks = [mask if mask.is_floating_point() else _additive(mask, q.dtype) for mask in masks]
+            return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+        return masks[0] | masks[-1] if masks else None
 
     def _extend(self, k, v, mask):
         """Append the keys and values of `add_bias_kv` and `add_zero_attn`, which no mask bars."""
