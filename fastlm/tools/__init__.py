@@ -1,0 +1,1 @@
+"""What the commands do: bench, profile, doctor, report."""

@@ -1,0 +1,121 @@
+"""Say what this machine has, what is missing and why, and what to do about it."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from typing import NamedTuple
+
+import torch
+
+from fastlm.dispatch import build_report, explain
+from fastlm.ops import ALL
+
+EXTRAS = {"typer": "cli", "rich": "cli", "safetensors": "cli", "tokenizers": "cli", "matplotlib": "report",
+          "jinja2": "report", "pytest": "test"}
+
+
+class Check(NamedTuple):
+    """One line of the report: `state` is "ok", "off" (works without) or "missing"; `fix` is a command or empty."""
+
+    name: str
+    state: str
+    detail: str
+    fix: str = ""
+
+
+def environment() -> list[Check]:
+    """Check Python, PyTorch, the GPU, Triton, the compilers, the extension and the optional packages."""
+    return [
+        Check("Python", "ok", platform.python_version()),
+        Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, "
+                             f"{torch.backends.cpu.get_cpu_capability()}"),
+        _cuda(), _triton(), _compiler(), _nvcc(), *_extension(),
+        *(_package(name, extra) for name, extra in EXTRAS.items()),
+    ]
+
+
+def implementations(device: str = "cpu") -> list[Check]:
+    """Check each implementation of each op on `device`, in the order in which they are tried."""
+    rows = []
+    for op in ALL:
+        args = next(iter(op.samples("test", torch.float32, device))).args
+        ran = explain(op, *args)[-1]
+        for name, implementation in op.implementations.items():
+            label = f"{op.name} / {name}"
+            reason = implementation.cannot(*args)
+            if name == ran.ran:
+                rows.append(Check(label, "ok", "runs by default"))
+            elif reason:
+                rows.append(Check(label, "off", reason, _fix(reason)))
+            else:
+                reason = implementation.loses(*args) or "on request"
+                rows.append(Check(label, "off", f"{reason}; fastlm.backend({name!r}) runs it"))
+    return rows
+
+
+def _fix(reason):
+    if "extension is missing" in reason:
+        return "make extension (needs g++ and python3-dev)"
+    if "Triton is not installed" in reason:
+        return "pip install triton"
+    return ""
+
+
+def _cuda():
+    if torch.version.cuda is None:
+        return Check("CUDA", "off", "this PyTorch was built without CUDA", "install a CUDA build of torch")
+    if not torch.cuda.is_available():
+        return Check("CUDA", "off", f"PyTorch has CUDA {torch.version.cuda}, but no GPU answers")
+    major, minor = torch.cuda.get_device_capability()
+    return Check("CUDA", "ok", f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}")
+
+
+def _triton():
+    if importlib.util.find_spec("triton") is None:
+        return Check("Triton", "missing", "not installed", "pip install triton")
+    from importlib.metadata import version
+
+    state = f"{version('triton')}" + (", interpreting" if os.environ.get("TRITON_INTERPRET") == "1" else "")
+    return Check("Triton", "ok", state)
+
+
+def _compiler():
+    found = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+    if found is None:
+        return Check("C++ compiler", "missing", "none of g++, c++, clang++ is on PATH", "apt-get install g++")
+    return Check("C++ compiler", "ok", _first_line([found, "--version"]))
+
+
+def _nvcc():
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        return Check("nvcc", "off", "not found: the CUDA half of the extension is not built", "install the CUDA toolkit")
+    return Check("nvcc", "ok", _first_line([found, "--version"], last=True))
+
+
+def _extension():
+    report = build_report()
+    if report["error"]:
+        lines = [line for line in report["error"].splitlines() if line.strip()]
+        telling = next((line for line in lines if "error" in line), lines[0])
+        return [Check("extension", "missing", telling, "make extension (needs g++ and python3-dev)")]
+    rows = [Check("extension", "ok", "built for " + ", ".join(report["instruction_sets"]))]
+    if report["cuda"]:
+        rows.append(Check("extension, CUDA", "ok", ", ".join(f"sm_{t}" for t in report["cuda"])))
+    rows += [Check(f"extension, {part}", "off", reason.splitlines()[0], "FASTLM_CUDA=1 make extension"
+                   if part == "cuda" and "FASTLM_CUDA" in reason else "")
+             for part, reason in report["skipped"].items()]
+    return rows
+
+
+def _package(name, extra):
+    if importlib.util.find_spec(name) is None:
+        return Check(name, "off", "not installed", f"pip install 'fastlm[{extra}]'")
+    return Check(name, "ok", f"for fastlm[{extra}]")
+
+
+def _first_line(command, last=False):
+    output = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
+    return (output[-1] if last else output[0]) if output else "says nothing"
