@@ -29,11 +29,13 @@ class Differentiable:
         backward: `backward(grads, saved, tensors, needs, *statics) -> list`: one contiguous gradient for each
             tensor, of its shape and dtype, None where `needs` is False.
         reference: `reference(tensors, *statics) -> sequence`: the results in twice-differentiable PyTorch.
+        reads_results: backward needs the results too; then they come first in its `saved`.
     """
 
     def __init__(self, name: str, *, statics: str = "", outputs: int, forward: Callable, fake: Callable,
-                 backward: Callable, reference: Callable):
+                 backward: Callable, reference: Callable, reads_results: bool = False):
         self.name, self.outputs, self.reference = name, outputs, reference
+        self.first_saved = 0 if reads_results else outputs
         statics = f", {statics}" if statics else ""
 
         def run_forward(tensors, slots, *statics):
@@ -84,7 +86,7 @@ class Differentiable:
     def _compiled_backward(self, ctx, grads):
         tensors, results = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count:]
         grads = [torch.zeros_like(r) if g is None else g for g, r in zip(grads, results, strict=True)]
-        found = self.backward_op(grads[: self.outputs], results[self.outputs:], tensors, ctx.slots, *ctx.statics)
+        found = self.backward_op(grads[: self.outputs], results[self.first_saved:], tensors, ctx.slots, *ctx.statics)
         return _needed(found, ctx.slots), *[None] * (1 + len(ctx.statics))
 
 
@@ -97,9 +99,8 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.kernels, ctx.slots, ctx.statics, *tensors = inputs
-        saved = output[ctx.kernels.outputs:]
-        ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.mark_non_differentiable(*output[ctx.kernels.outputs:])
+        ctx.save_for_backward(*tensors, *output[ctx.kernels.first_saved:])
         ctx.count = len(tensors)
 
     @staticmethod
