@@ -84,7 +84,8 @@ class Differentiable:
         ctx.save_for_backward(*tensors, *output)
 
     def _compiled_backward(self, ctx, grads):
-        tensors, results = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count:]
+        kept = ctx.saved_tensors  # once: a checkpoint unpacks them only once
+        tensors, results = kept[: ctx.count], kept[ctx.count:]
         grads = [torch.zeros_like(r) if g is None else g for g, r in zip(grads, results, strict=True)]
         found = self.backward_op(grads[: self.outputs], results[self.first_saved:], tensors, ctx.slots, *ctx.statics)
         return _needed(found, ctx.slots), *[None] * (1 + len(ctx.statics))
@@ -105,7 +106,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count:]
+        kept = ctx.saved_tensors
+        tensors, saved = kept[: ctx.count], kept[ctx.count:]
         grads = grads[: ctx.kernels.outputs]
         found = _Backward.apply(ctx.kernels, ctx.slots, ctx.statics, len(grads), len(saved), *grads, *saved, *tensors)
         return None, None, None, *_needed(found, ctx.slots)
@@ -129,7 +131,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        upstream, tensors = ctx.saved_tensors[: ctx.n_grads], ctx.saved_tensors[ctx.n_grads:]
+        kept = ctx.saved_tensors
+        upstream, tensors = kept[: ctx.n_grads], kept[ctx.n_grads:]
         present = [s for s in ctx.slots if s != ABSENT]
         needed = [i for i, s in enumerate(present) if s == NEEDED]
 
@@ -194,9 +197,9 @@ def _transformed() -> bool:
 
 
 def plain(tensors) -> bool:
-    """Tell whether the tensors hold memory that a kernel can be given (no fake tensor, no subclass, no tracer)."""
+    """Tell whether the tensors hold memory that a kernel can be given (not fake or meta, no subclass or tracer)."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(t) in (Tensor, torch.nn.Parameter) for t in tensors
+        type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors
     ) and torch._C._functorch.peek_interpreter_stack() is None
 
 
