@@ -1,0 +1,76 @@
+// One recurrent layer in one direction: LSTM, GRU (PyTorch's form, reset gate after the product) or Elman.
+//
+// T steps, B sequences, H hidden units, G gates (LSTM 4: i f g o; GRU 3: r z n; Elman 1), N rows: all steps of all
+// sequences, step by step, the first batch_sizes[t] sequences at step t, so N = T·B for a dense batch.
+// All pointers are contiguous row-major and belong to the caller; nothing is allocated, nothing read from Python.
+// The caller makes the large products that are not recurrent: W_ih x before, and dW, dX, db after.
+//
+// A GPU implementation has the same functions in namespace fastlm::cuda, with `void* stream` as last argument;
+// there batch_sizes, alone, stays a host pointer.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlm {
+
+enum class Cell : int { lstm, gru, tanh, relu };
+
+struct RnnProblem {
+  Cell cell;
+  bool reverse;                // read the sequences from their ends
+  int64_t steps;               // T ≥ 1
+  int64_t batch;               // B ≥ 0
+  int64_t hidden;              // H ≥ 1
+  const int64_t* batch_sizes;  // [T], at most B, never rising, at least 1; null: B at each step
+  int threads;                 // CPU: use at most so many
+};
+
+// Bytes of workspace, aligned to 64, that a call needs. Its content is undefined before and after.
+// size_t rnn_workspace(const RnnProblem&, bool backward, size_t size_of_number);
+
+template <class T>
+struct RnnForward {
+  const T* w_hh;  // [G·H, H]
+  const T* b_hn;  // [H] b_hh of gate n, GRU only; null: zero. All other biases are in `gates` already.
+  T* gates;       // [N, S·H]; in: W_ih x + b in the first G·H columns of each row. S = 4 for LSTM, 1 for Elman,
+                  // 3 for GRU, 4 for GRU when `train`. Out when `train`: LSTM i f g o, GRU r z n and U_n h + b_hn,
+                  // after activation. Elman: may be the same memory as y.
+  const T* h0;    // [B, H]
+  const T* c0;    // [B, H] LSTM only
+  T* y;           // [N, H] out: h at each step
+  T* c;           // [N, H] out: cell states, LSTM when `train`, else null
+  T* hn;          // [B, H] out: last h of each sequence
+  T* cn;          // [B, H] out: last c of each sequence, LSTM only
+  bool train;     // keep what the backward pass needs
+  void* workspace;
+};
+
+template <class T>
+struct RnnBackward {
+  const T* w_hh;   // [G·H, H]
+  const T* gates;  // [N, 4·H] as the forward pass left them; Elman: null
+  const T* y;      // [N, H]
+  const T* c;      // [N, H] LSTM only
+  const T* h0;     // [B, H]
+  const T* c0;     // [B, H] LSTM only
+  const T* dy;     // [N, H] gradient of y
+  const T* dhn;    // [B, H] gradient of hn
+  const T* dcn;    // [B, H] gradient of cn, LSTM only
+  T* dgates;       // [N, S·H] out: gradients before activation. LSTM S = 4: i f g o. Elman S = 1.
+                   // GRU S = 4: n r z and U_n h + b_hn: columns 0..3H are of W_ih x (n r z),
+                   // columns H..4H are of U h (r z n).
+  T* dh0;          // [B, H] out
+  T* dc0;          // [B, H] out, LSTM only
+  void* workspace;
+};
+
+#define FASTLM_DECLARE_RNN(isa)                                            \
+  namespace isa {                                                          \
+  size_t rnn_workspace(const RnnProblem&, bool backward, size_t number);   \
+  void rnn_forward(const RnnProblem&, const RnnForward<float>&);           \
+  void rnn_forward(const RnnProblem&, const RnnForward<double>&);          \
+  void rnn_backward(const RnnProblem&, const RnnBackward<float>&);         \
+  void rnn_backward(const RnnProblem&, const RnnBackward<double>&);        \
+  }
+
+}  // namespace fastlm
