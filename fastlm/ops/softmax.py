@@ -49,18 +49,22 @@ def samples(scale: str, dtype: torch.dtype, device: str):
         return torch.randn(shape, device=device).to(dtype)
 
     if scale == "bench":
-        for rows, cols in ((4096, 1024), (1024, 32000), (256, 131072)):
+        for rows, cols in ((4096, 1024), (256, 32000), (64, 131072)):
             yield Sample(f"{rows}x{cols}", (randn(rows, cols), -1))
         return
     for cols in (1, 2, 127, 128, 129, 1000):
         yield Sample(f"row of {cols}", (randn(3, cols), -1))
-    yield Sample("longest row", (randn(2, 9001), -1))
+    yield Sample("long row", (randn(2, 9001), -1))
+    yield Sample("row in pieces", (randn(2, 40001), -1))
+    early = torch.arange(40001, device=device) < 9000
+    yield Sample("late values", (randn(1, 40001).masked_fill(early, -torch.inf), -1))
     yield Sample("outliers", (randn(5, 257) * 50, -1))
     yield Sample("minus infinity", (randn(4, 65).masked_fill(torch.eye(4, 65, device=device).bool(), -torch.inf), -1))
     yield Sample("no rows", (randn(0, 16), -1))
     yield Sample("empty rows", (randn(4, 0), -1))
     yield Sample("one number", (randn(), 0))
     yield Sample("first dimension", (randn(33, 3, 2), 0))
+    yield Sample("long first dimension", (randn(1100, 3, 11), 0))
     yield Sample("middle dimension", (randn(3, 33, 2), 1))
     yield Sample("transposed", (randn(65, 7).t(), -1))
     yield Sample("every other column", (randn(7, 130)[:, ::2], -1))

@@ -1,0 +1,111 @@
+"""Compile every Triton kernel for three GPU generations, without a GPU, and bound its registers, spills, shared memory.
+
+The launches come from the functions that the implementations use themselves, on meta tensors, so what is compiled is
+what would run. `pytest tests/test_triton.py -s` prints the table.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastlm.ops import softmax_triton  # noqa: E402
+
+GENERATIONS = (80, 90, 100)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin"
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+          torch.int64: "i64", torch.bool: "i1", torch.int8: "i8"}
+
+
+class Resources(NamedTuple):
+    registers: int
+    spills: int
+    shared: int
+
+
+def resources(plan, generation) -> Resources:
+    """Compile a launch `(kernel, grid, arguments)` and return what a thread, and a block, of it needs.
+
+    Registers a thread; bytes of spill stores and loads a thread; bytes of shared memory a block.
+    """
+    kernel, _, arguments = plan
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    signature, constants, alignment = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        kind, aligned = _specialise(parameter, arguments[parameter.name])
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = arguments[parameter.name]
+        elif aligned:
+            alignment[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, alignment)
+    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    registers, spills = _ptxas(compiled.asm["ptx"], generation)
+    return Resources(registers, spills, compiled.metadata.shared)
+
+
+def _specialise(parameter, value):
+    """Return (type, divisible by 16), as Triton's launcher specialises an argument."""
+    if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        return f"*{DTYPES[value.dtype]}", True
+    if isinstance(value, float):
+        return "fp32", False
+    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+
+
+def _ptxas(ptx, generation):
+    name = "ptxas-blackwell" if generation >= 100 else "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        target = re.search(r"\.target (\w+)", ptx).group(1)
+        report = subprocess.run([PTXAS / name, "-v", f"-arch={target}", path, "-o", f"{folder}/kernel.cubin"],
+                                capture_output=True, text=True, check=True).stderr
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
+    return int(re.search(r"Used (\d+) registers", report).group(1)), max(int(stores), int(loads))
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def check(label, plan, generation, spills=0):
+    """Hold a launch to the limits of a GPU generation and to `spills` bytes a thread."""
+    name = plan[0].fn.__name__
+    found = resources(plan, generation)
+    print(f"\n{name:24} {label:32} sm_{generation} {found.registers:4} registers {found.spills:5} B spilled "
+          f"{found.shared / 1024:6.1f} KiB shared", end="")
+    assert found.shared <= SHARED_MEMORY[generation]
+    assert found.spills <= spills
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols"), [(4096, 1024), (1024, 16384), (1024, 32000), (256, 131072)])
+def test_softmax(rows, cols, dtype, generation):
+    x = softmax_triton._view(tensor(rows, cols, dtype=dtype), -1)
+    check(f"{rows}x{cols} {dtype}", softmax_triton.plan_forward(x, x), generation)
+    check(f"{rows}x{cols} {dtype}", softmax_triton.plan_backward(x, x, x), generation)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_softmax_along_a_middle_dimension(generation):
+    x = softmax_triton._view(tensor(64, 500, 64), 1)
+    check("64x500x64, dim 1", softmax_triton.plan_forward(x, x), generation)
+    check("64x500x64, dim 1", softmax_triton.plan_backward(x, x, x), generation)
