@@ -86,8 +86,9 @@ class Differentiable:
     def _compiled_backward(self, ctx, grads):
         kept = ctx.saved_tensors  # once: a checkpoint unpacks them only once
         tensors, results = kept[: ctx.count], kept[ctx.count:]
-        grads = [torch.zeros_like(r) if g is None else g for g, r in zip(grads, results, strict=True)]
-        found = self.backward_op(grads[: self.outputs], results[self.first_saved:], tensors, ctx.slots, *ctx.statics)
+        grads = [torch.zeros_like(r) if g is None else g
+                 for g, r in zip(grads, results[: self.outputs], strict=False)]
+        found = self.backward_op(grads, results[self.first_saved:], tensors, ctx.slots, *ctx.statics)
         return _needed(found, ctx.slots), *[None] * (1 + len(ctx.statics))
 
 
@@ -100,6 +101,8 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.kernels, ctx.slots, ctx.statics, *tensors = inputs
+        ctx.set_materialize_grads(False)  # or autograd would make zeros for all that is saved
+        ctx.results = [(r.shape, r.dtype, r.device) for r in output[: ctx.kernels.outputs]]
         ctx.mark_non_differentiable(*output[ctx.kernels.outputs:])
         ctx.save_for_backward(*tensors, *output[ctx.kernels.first_saved:])
         ctx.count = len(tensors)
@@ -108,7 +111,8 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, *grads):
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count:]
-        grads = grads[: ctx.kernels.outputs]
+        grads = [torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+                 for g, (shape, dtype, device) in zip(grads, ctx.results, strict=False)]
         found = _Backward.apply(ctx.kernels, ctx.slots, ctx.statics, len(grads), len(saved), *grads, *saved, *tensors)
         return None, None, None, *_needed(found, ctx.slots)
 

@@ -56,9 +56,7 @@ def differentiate(fn: Callable, args: tuple, upstream: list[Tensor] | None = Non
         Lists of the floating results, of their gradients, and of the gradients of every floating tensor in `args` but
         the constants (zeros for those that the results do not depend on).
     """
-    args = tuple(a if i in constants else pytree.tree_map(_leaf, a) for i, a in enumerate(args))
-    leaves = pytree.tree_leaves(args)
-    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    args, wanted = leaves(args, constants)
     torch.manual_seed(seed)
     with torch.enable_grad():
         results = floating(fn(*args))
@@ -85,19 +83,34 @@ def errors(op: Op, name: str, args: tuple) -> list[Error]:
     """
     ours = _run(op, name, args)
     try:
-        stock = _run(op, "torch", args, ours[1])
+        stock = ours if name == "torch" else _run(op, "torch", args, ours[1])
     except (RuntimeError, NotImplementedError, TypeError):
         stock = _run(op, "reference", args, ours[1])
-    exact = _run(op, "reference", _cast(args, torch.float64), _cast(ours[1], torch.float64))
+    exact = _run(op, "reference", cast(args, torch.float64), cast(ours[1], torch.float64))
     names = [f"result {i}" for i in range(len(ours[0]))] + [f"gradient {i}" for i in range(len(ours[2]))]
-    found = [_error(*row) for row in zip(names, ours[0] + ours[2], stock[0] + stock[2], exact[0] + exact[2],
-                                         strict=True)]
+    found = compare(names, ours[0] + ours[2], stock[0] + stock[2], exact[0] + exact[2])
     if any(x.dtype is torch.float64 for x in floating(args)):
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        single = errors(op, "torch", _cast(args, torch.float32))
+        single = errors(op, "torch", cast(args, torch.float32))
         found = [e._replace(stock=max(e.stock, s.stock * ratio), bound=e.bound + 2 * s.stock * ratio)
                  for e, s in zip(found, single, strict=True)]
     return found
+
+
+def compare(names, ours, stock, exact) -> list[Error]:
+    """Apply the error rule to lists of tensors, name by name."""
+    return [_error(*row) for row in zip(names, ours, stock, exact, strict=True)]
+
+
+def cast(nest: Any, dtype: torch.dtype) -> Any:
+    """Return the nest with its floating-point tensors converted to `dtype`."""
+    return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, nest)
+
+
+def leaves(args: tuple, constants: tuple = ()) -> tuple[tuple, list[Tensor]]:
+    """Return `args` with fresh leaves for its floating tensors, but for the constants, and those leaves."""
+    args = tuple(a if i in constants else pytree.tree_map(_leaf, a) for i, a in enumerate(args))
+    return args, [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
 
 
 def floating(nest: Any) -> list[Tensor]:
@@ -115,10 +128,6 @@ def _leaf(x):
         # detach keeps strides and storage: a kernel must see the layout that the sample has.
         return x.detach().requires_grad_()
     return x
-
-
-def _cast(nest, dtype):
-    return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, nest)
 
 
 def _error(what, ours, stock, exact):
@@ -202,8 +211,8 @@ def _l2_flush():
 def peak_memory(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> int:
     """Return the bytes that a call needs at its peak beyond its inputs and the results that it returns.
 
-    On CUDA the allocator counts them. On the CPU it is the resident high-water mark of a fresh process, so `make`
-    must be importable from a module: it makes the inputs and returns the function to call.
+    On CUDA the allocator counts them. On the CPU it is the resident high-water mark of a fresh process (Linux), so
+    `make` must be importable from a module: it makes the inputs and returns the function to call.
     """
     if torch.device(device).type == "cuda":
         call = make()
@@ -230,13 +239,12 @@ def peak_memory(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> i
 
 
 def _resident_peak(make, send):
-    import resource
-
     call = make()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts again at what is resident now
     before = _status("VmRSS")
     kept = call()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    send.send(max(0, peak - before - _bytes(kept)))
+    send.send(max(0, _status("VmHWM") - before - _bytes(kept)))
 
 
 def _status(field):
