@@ -1,0 +1,69 @@
+"""The Transformer language model: causal self-attention and position-wise feed-forward layers.
+
+Vaswani et al., "Attention Is All You Need" (2017), the decoder without cross-attention, with the normalisation
+before each sub-layer and learned positions, as in Radford et al., "Language Models are Unsupervised Multitask
+Learners" (2019).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlm.models.language_model import LanguageModel, namespace
+
+
+@dataclass
+class TransformerConfig:
+    """Sizes of a TransformerLM. `max_seq_len` is how many tokens it can see at once."""
+
+    vocab_size: int
+    hidden_size: int = 256
+    num_layers: int = 2
+    num_heads: int = 4
+    max_seq_len: int = 128
+    dropout: float = 0.0
+    tied: bool = True
+    layers: str = "fastlm"
+
+
+class TransformerLM(LanguageModel):
+    """Predict the next token by attending to the tokens before it."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        if config.hidden_size % config.num_heads:
+            raise ValueError(f"TransformerLM: hidden_size is {config.hidden_size}, "
+                             f"expected a multiple of num_heads, {config.num_heads}")
+        self.config = config
+        width = config.hidden_size
+        self.embedding = torch.nn.Embedding(config.vocab_size, width)
+        self.positions = torch.nn.Embedding(config.max_seq_len, width)
+        for table in (self.embedding, self.positions):
+            torch.nn.init.normal_(table.weight, std=0.02)
+        self.dropout = torch.nn.Dropout(config.dropout)
+        self.blocks = torch.nn.ModuleList(
+            namespace(config.layers).TransformerEncoderLayer(
+                width, config.num_heads, 4 * width, config.dropout, "gelu", batch_first=True, norm_first=True)
+            for _ in range(config.num_layers))
+        self.norm = torch.nn.LayerNorm(width)
+        self.make_head(self.embedding, config.tied)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        seq_len = tokens.size(1)
+        if seq_len > self.config.max_seq_len:
+            raise ValueError(f"TransformerLM: tokens has {seq_len} positions, "
+                             f"expected at most max_seq_len, {self.config.max_seq_len}")
+        positions = torch.arange(seq_len, device=tokens.device)
+        future = torch.ones(seq_len, seq_len, dtype=torch.bool, device=tokens.device).triu(1)
+        x = self.dropout(self.embedding(tokens) + self.positions(positions))
+        for block in self.blocks:
+            x = block(x, src_mask=future, is_causal=True)
+        return self.norm(x)
+
+    def step(self, tokens: Tensor, state) -> tuple[Tensor, Tensor]:
+        """Return the logits after the last `max_seq_len` tokens; the state is these tokens."""
+        seen = tokens if state is None else torch.cat([state, tokens], 1)
+        seen = seen[:, -self.config.max_seq_len:]
+        hidden = self.hidden(seen)[:, -1]
+        return torch.nn.functional.linear(hidden, self.head_weight, self.head_bias), seen

@@ -1,0 +1,1 @@
+"""Train, evaluate and sample language models, with checkpoints that survive a crash."""
