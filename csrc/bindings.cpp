@@ -1,0 +1,137 @@
+// What Python sees of the kernels. Addresses arrive as integers, checked by the caller; the GIL is released.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "rnn.h"
+
+namespace py = pybind11;
+
+namespace fastlm {
+FASTLM_DECLARE_RNN(generic)
+#ifdef FASTLM_AVX2
+FASTLM_DECLARE_RNN(avx2)
+#endif
+#ifdef FASTLM_AVX512
+FASTLM_DECLARE_RNN(avx512)
+#endif
+#ifdef FASTLM_AMX
+FASTLM_DECLARE_RNN(amx)
+#endif
+}  // namespace fastlm
+
+namespace {
+
+using namespace fastlm;
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  size_t (*rnn_workspace)(const RnnProblem&, bool, size_t);
+  void (*rnn_forward_f32)(const RnnProblem&, const RnnForward<float>&);
+  void (*rnn_forward_f64)(const RnnProblem&, const RnnForward<double>&);
+  void (*rnn_backward_f32)(const RnnProblem&, const RnnBackward<float>&);
+  void (*rnn_backward_f64)(const RnnProblem&, const RnnBackward<double>&);
+};
+
+#define FASTLM_KERNELS(isa) \
+  Kernels{#isa, isa::rnn_workspace, isa::rnn_forward, isa::rnn_forward, isa::rnn_backward, isa::rnn_backward}
+
+// The widest set that was built, that this CPU has, and that FASTLM_MAX_ISA allows.
+Kernels choose_kernels() {
+  const char* names[] = {"generic", "avx2", "avx512", "amx"};
+  const char* cap = std::getenv("FASTLM_MAX_ISA");
+  int most = 3;
+  if (cap && *cap) {
+    for (most = 0; std::string(names[most]) != cap; ++most)
+      if (most == 3) throw std::runtime_error("FASTLM_MAX_ISA must be generic, avx2, avx512 or amx, got " + std::string(cap));
+  }
+  Kernels found = FASTLM_KERNELS(generic);
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef FASTLM_AVX2
+  if (most >= 1 && avx2) found = FASTLM_KERNELS(avx2);
+#endif
+#ifdef FASTLM_AVX512
+  if (most >= 2 && avx512) found = FASTLM_KERNELS(avx512);
+#endif
+#ifdef FASTLM_AMX
+  if (most >= 3 && avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16"))
+    found = FASTLM_KERNELS(amx);
+#endif
+#endif
+  return found;
+}
+
+Kernels kernels;
+
+template <class P>
+P* pointer(uintptr_t address) {
+  return reinterpret_cast<P*>(address);
+}
+
+RnnProblem problem(int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes,
+                   int threads) {
+  if (cell < 0 || cell > 3 || steps < 1 || batch < 0 || hidden < 1 || threads < 1)
+    throw std::invalid_argument("rnn: sizes out of range");
+  return {static_cast<Cell>(cell), reverse, steps, batch, hidden, pointer<const int64_t>(batch_sizes), threads};
+}
+
+template <class T, class Kernel>
+void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, bool train) {
+  if (a.size() != 10) throw std::invalid_argument("rnn_forward: expected 10 addresses");
+  const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
+  const RnnForward<T> call{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), train, at(9)};
+  py::gil_scoped_release release;
+  kernel(p, call);
+}
+
+template <class T, class Kernel>
+void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a) {
+  if (a.size() != 13) throw std::invalid_argument("rnn_backward: expected 13 addresses");
+  const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
+  const RnnBackward<T> call{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12)};
+  py::gil_scoped_release release;
+  kernel(p, call);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  kernels = choose_kernels();
+  m.doc() = "Kernels in C++ and CUDA; see csrc/*.h for what each pointer means.";
+  m.attr("isa") = kernels.name;
+
+  m.def("rnn_workspace",
+        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
+           bool backward, size_t number) {
+          return kernels.rnn_workspace(problem(cell, reverse, steps, batch, hidden, batch_sizes, threads), backward,
+                                       number);
+        },
+        "Return the bytes of workspace that a call needs.");
+  m.def("rnn_forward",
+        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
+           size_t number, bool train, const py::tuple& addresses) {
+          const RnnProblem p = problem(cell, reverse, steps, batch, hidden, batch_sizes, threads);
+          if (number == 4)
+            forward<float>(kernels.rnn_forward_f32, p, addresses, train);
+          else
+            forward<double>(kernels.rnn_forward_f64, p, addresses, train);
+        },
+        "Run RnnForward: addresses of w_hh, b_hn, gates, h0, c0, y, c, hn, cn, workspace.");
+  m.def("rnn_backward",
+        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
+           size_t number, const py::tuple& addresses) {
+          const RnnProblem p = problem(cell, reverse, steps, batch, hidden, batch_sizes, threads);
+          if (number == 4)
+            backward<float>(kernels.rnn_backward_f32, p, addresses);
+          else
+            backward<double>(kernels.rnn_backward_f64, p, addresses);
+        },
+        "Run RnnBackward: addresses of w_hh, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
+}

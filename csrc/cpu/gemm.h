@@ -1,0 +1,139 @@
+// Products with a packed matrix, for the few rows of one time step.
+#pragma once
+
+#include "simd.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+// out [MR, NV vectors] (+)= x [MR, depth] · panel [depth, NV vectors]
+template <class T, int NV, int MR>
+void tile(const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool add) {
+  using V = Vector<T>;
+  V acc[MR][NV] = {};
+  const V* b = reinterpret_cast<const V*>(panel);
+  for (int64_t k = 0; k < depth; ++k, b += NV) {
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+      const T a = x[i * ldx + k];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] += a * b[j];
+    }
+  }
+  V* c = reinterpret_cast<V*>(out);
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) c[i * NV + j] = add ? c[i * NV + j] + acc[i][j] : acc[i][j];
+}
+
+template <class T, int NV, int MR>
+void tile_of(int rows, const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool add) {
+  if (rows == MR) return tile<T, NV, MR>(x, ldx, panel, depth, out, add);
+  if constexpr (MR > 1) tile_of<T, NV, MR - 1>(rows, x, ldx, panel, depth, out, add);
+}
+
+// out [rows, NV vectors] = x [rows, depth] · panel [depth, NV vectors].
+// The panel is taken in chunks that stay in the L1 cache; each starts with fresh accumulators, because one long
+// chain of additions loses too many digits.
+template <class T, int NV>
+void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, int64_t depth, T* out) {
+  constexpr int most = kAccumulators / NV < 12 ? kAccumulators / NV : 12;
+  constexpr int64_t chunk = 32768 / (NV * kVectorBytes);
+  constexpr int width = NV * kLanes<T>;
+  const int64_t groups = (rows + most - 1) / most;
+  for (int64_t k = 0; k < depth; k += chunk) {
+    const int64_t deep = depth - k < chunk ? depth - k : chunk;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = rows * g / groups, last = rows * (g + 1) / groups;
+      tile_of<T, NV, most>(static_cast<int>(last - first), x + first * ldx + k, ldx, panel + k * width, deep,
+                           out + first * width, k > 0);
+    }
+  }
+}
+
+// panel [depth, NV vectors]: vector j holds, transposed, the rows of w [·, depth] from j·stride + u on, as many as
+// units from u + j·shift on exist, then zeros
+template <class T, int NV>
+void pack_rows(const T* w, int64_t stride, int64_t shift, int64_t units, int64_t depth, int64_t u, T* panel) {
+  constexpr int lanes = kLanes<T>;
+  for (int j = 0; j < NV; ++j)
+    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+      const int64_t k1 = k0 + 16 < depth ? k0 + 16 : depth;
+      for (int lane = 0; lane < lanes; ++lane) {
+        const bool there = u + j * shift + lane < units;
+        const T* from = w + (there ? (j * stride + u + lane) * depth : 0);
+        T* to = panel + j * lanes + lane;
+        for (int64_t k = k0; k < k1; ++k) to[k * NV * lanes] = there ? from[k] : T(0);
+      }
+    }
+}
+
+// panel [depth, NV vectors] = columns u..u+n of w [depth, units]
+template <class T, int NV>
+void pack_columns(const T* w, int64_t units, int64_t depth, int64_t u, int64_t n, T* panel) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t k = 0; k < depth; ++k)
+    for (int j = 0; j < NV; ++j) {
+      const int64_t left = n - j * lanes;
+      store(panel + (k * NV + j) * lanes, load(w + k * units + u + j * lanes, left < lanes ? int(left) : lanes));
+    }
+}
+
+// out[i] = w[i] · x for `rows` rows of w, which is read in place
+template <class T>
+void dot_rows(const T* w, int64_t depth, int rows, const T* x, T* out) {
+  constexpr int lanes = kLanes<T>, together = 4;
+  int i = 0;
+  for (; i + together <= rows; i += together) {
+    Vector<T> acc[together][2] = {};
+    const T* p = w + i * depth;
+    int64_t k = 0;
+    for (; k + 2 * lanes <= depth; k += 2 * lanes)
+#pragma GCC unroll 4
+      for (int j = 0; j < together; ++j) {
+        acc[j][0] += load(p + j * depth + k) * load(x + k);
+        acc[j][1] += load(p + j * depth + k + lanes) * load(x + k + lanes);
+      }
+    for (; k < depth; k += lanes) {
+      const int n = depth - k < lanes ? int(depth - k) : lanes;
+#pragma GCC unroll 4
+      for (int j = 0; j < together; ++j) acc[j][0] += load(p + j * depth + k, n) * load(x + k, n);
+    }
+    for (int j = 0; j < together; ++j) out[i + j] = sum<T>(acc[j][0] + acc[j][1]);
+  }
+  for (; i < rows; ++i) {
+    Vector<T> acc = {};
+    for (int64_t k = 0; k < depth; k += lanes) {
+      const int n = depth - k < lanes ? int(depth - k) : lanes;
+      acc += load(w + i * depth + k, n) * load(x + k, n);
+    }
+    out[i] = sum<T>(acc);
+  }
+}
+
+// out [width] += Σ_i d[i] · w[i] for `rows` rows of w, read in place; eight products are summed before each addition
+template <class T>
+void add_rows(const T* w, int64_t width, int rows, const T* d, T* out) {
+  constexpr int lanes = kLanes<T>, together = 8;
+  for (int i = 0; i < rows; i += together) {
+    const int now = rows - i < together ? rows - i : together;
+    const T* p = w + i * width;
+    for (int64_t u = 0; u < width; u += lanes) {
+      const int n = width - u < lanes ? int(width - u) : lanes;
+      Vector<T> part = {};
+      if (now == together && n == lanes) {
+#pragma GCC unroll 8
+        for (int j = 0; j < together; ++j) part += d[i + j] * load(p + j * width + u);
+      } else {
+        for (int j = 0; j < now; ++j) part += d[i + j] * load(p + j * width + u, n);
+      }
+      store(out + u, load(out + u, n) + part, n);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

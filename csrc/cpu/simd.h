@@ -1,0 +1,129 @@
+// Vectors as wide as the instruction set, by GCC's vector extensions, and the functions that gates need.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../gates.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kAccumulators = 24;  // of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kAccumulators = 12;  // of 16
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kAccumulators = 12;
+#endif
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  static constexpr float kLog2e = 1.44269504088896f;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // Cody and Waite
+  static constexpr float kRound = 12582912.f;  // 1.5·2^23: adding it leaves the nearest integer in the low bits
+  static constexpr int kMantissa = 23, kBias = 127, kDegree = 7;
+  static constexpr float kSigmoidEnd = 87.f, kTanhEnd = 10.f;
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  static constexpr double kLog2e = 1.44269504088896340736;
+  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kRound = 6755399441055744.0;
+  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
+  static constexpr double kSigmoidEnd = 708., kTanhEnd = 20.;
+};
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+using Vector = typename Simd<T>::V;
+
+// Read n ≤ lanes numbers; the rest of the vector is zero.
+template <class T>
+FASTLM_INLINE Vector<T> load(const T* p, int n = kLanes<T>) {
+  if (__builtin_expect(n == kLanes<T>, 1)) return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+  Vector<T> v = {};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class T>
+FASTLM_INLINE void store(T* p, const Vector<T>& v, int n = kLanes<T>) {
+  if (__builtin_expect(n == kLanes<T>, 1))
+    *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+  else
+    std::memcpy(p, &v, n * sizeof(T));
+}
+
+template <class T>
+FASTLM_INLINE T sum(const Vector<T>& v) {
+  T half[kLanes<T>];
+  std::memcpy(half, &v, sizeof v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) half[i] += half[i + width];
+  return half[0];
+}
+
+// exp(x) = scale·(1 + p) with scale a power of two; p = exp(r) - 1 by its Taylor series, |r| ≤ ln 2 / 2.
+template <class T>
+FASTLM_INLINE void split_exp(const Vector<T>& x, Vector<T>& scale, Vector<T>& p) {
+  using S = Simd<T>;
+  const Vector<T> shifted = x * S::kLog2e + S::kRound;
+  const Vector<T> n = shifted - S::kRound;
+  scale = (Vector<T>)(((typename S::Bits)shifted + S::kBias) << S::kMantissa);
+  const Vector<T> r = (x - n * S::kLn2High) - n * S::kLn2Low;
+  T inverse = 1;
+  for (int k = 2; k <= S::kDegree; ++k) inverse /= k;
+  Vector<T> q = Vector<T>{} + inverse;
+#pragma GCC unroll 16
+  for (int k = S::kDegree; k > 2; --k) {
+    inverse *= k;
+    q = q * r + inverse;
+  }
+  p = q * r * r + r;
+}
+
+// Within 2.5 units in the last place; a NaN fails every comparison, so it passes through.
+template <class T>
+struct Math {
+  FASTLM_INLINE Vector<T> sigmoid(const Vector<T>& x) {
+    const T end = Simd<T>::kSigmoidEnd;
+    Vector<T> m = -x, scale, p;
+    m = m > end ? Vector<T>{} + end : m;
+    m = m < -end ? Vector<T>{} - end : m;
+    split_exp<T>(m, scale, p);
+    return 1 / (1 + (scale + scale * p));
+  }
+
+  FASTLM_INLINE Vector<T> tanh(const Vector<T>& x) {
+    const T end = Simd<T>::kTanhEnd;
+    Vector<T> a = x < 0 ? -x : x, scale, p;
+    a = a > end ? Vector<T>{} + end : a;
+    split_exp<T>(-2 * a, scale, p);
+    const Vector<T> expm1 = scale * p + (scale - 1);  // of -2a
+    // Near 1 the small distance from 1 is what must be exact: the gradient 1 - t² lives on it.
+    const Vector<T> part = (a > 1 ? 2 * (scale + scale * p) : -expm1) / (expm1 + 2);
+    const Vector<T> t = a > 1 ? 1 - part : part;
+    return x < 0 ? -t : t;
+  }
+};
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

@@ -1,0 +1,60 @@
+// A parallel region whose threads meet at a barrier after each time step.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include <sched.h>
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+// Waits by spinning, because a step takes microseconds, but soon gives the core to whoever else wants it.
+struct alignas(128) Barrier {
+  int64_t arrived = 0;
+
+  void wait(int64_t target) {
+    __atomic_fetch_add(&arrived, 1, __ATOMIC_ACQ_REL);
+    for (int spins = 0; __atomic_load_n(&arrived, __ATOMIC_ACQUIRE) < target; ++spins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+      if (spins >= 200) sched_yield();
+    }
+  }
+};
+
+struct Member {
+  int index, count;
+  Barrier& barrier;
+  int64_t met = 0;
+
+  void meet() { barrier.wait(++met * count); }
+  // This member's share [begin, end) of n things.
+  int64_t begin(int64_t n) const { return n * index / count; }
+  int64_t end(int64_t n) const { return n * (index + 1) / count; }
+};
+
+template <class Body>
+void parallel(int threads, const Body& body) {
+  Barrier barrier;
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      Member member{omp_get_thread_num(), omp_get_num_threads(), barrier};
+      body(member);
+    }
+    return;
+  }
+#endif
+  Member alone{0, 1, barrier};
+  body(alone);
+}
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

@@ -1,0 +1,14 @@
+"""The LSTM by the kernels of csrc/rnn.h."""
+
+import fastlm._native as _native
+from fastlm.ops.lstm import step
+from fastlm.ops.recurrent_kernels import ACCEPTS, DTYPES, Layers, losses
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
+_layers = Layers(_native, "lstm", step)
+cannot, run = _layers.cannot, _layers.run
+
+
+def loses(*args) -> str | None:
+    return losses(_native.isa, "lstm", *args)

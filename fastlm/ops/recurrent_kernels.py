@@ -1,0 +1,210 @@
+"""Layers of lstm, gru and rnn around the kernels of csrc/rnn.h: buffers, checks, and the products that do not recur.
+
+It is handed the extension by `lstm_native.py`, `gru_native.py` and `rnn_native.py`, so that it imports without it.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastlm.autograd import Differentiable
+from fastlm.ops import recurrent
+
+CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
+GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
+
+MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+
+
+def losses(isa: str, *args) -> str | None:
+    """Return why stock is the better choice, None where a measured row says that it is not."""
+    if isa not in MEASURED:
+        return f"not yet measured with {isa}"
+    return None
+
+
+class Layers:
+    """One cell's `cannot` and `run`, and the differentiable layer in one direction that they are made of.
+
+    Args:
+        native: the compiled extension.
+        cell: "lstm", "gru", "tanh" or "relu".
+        step: the cell's definition, see `recurrent.scan`.
+    """
+
+    def __init__(self, native: ModuleType, cell: str, step: Callable):
+        self.native, self.cell, self.step = native, cell, step
+        self.gates, self.states = GATES[cell], 2 if cell == "lstm" else 1
+        self.kernels = Differentiable(
+            f"{cell}_layer", statics="bool reverse", outputs=1 + self.states, forward=self.forward, fake=self.fake,
+            backward=self.backward, reference=self.reference, reads_results=True)
+
+    def cannot(self, data, batch_sizes, hx, params, *options) -> str | None:
+        if data.device.type != "cpu":
+            return "no CUDA kernel in this build"
+        if data.dtype not in DTYPES:
+            return f"dtype {data.dtype}"
+        if hx[0].shape[-1] * self.gates != params[1].shape[0]:
+            return "proj_size: not yet in the kernel"
+        return None
+
+    def run(self, data, batch_sizes, hx, params, has_biases, *options) -> tuple[Tensor, ...]:
+        """Run the network; 16-bit inputs are computed in float32 and rounded at the end."""
+        compute = torch.float64 if data.dtype is torch.float64 else torch.float32
+        result = self.result_dtype(data, batch_sizes, hx)
+
+        def one(x, batch_sizes, states, weights, reverse):
+            tensors = [x, batch_sizes, *states, *weights[:4]]
+            return self.kernels([t if t is batch_sizes or t is None else t.to(compute) for t in tensors], reverse)
+
+        layer = recurrent.directions(one, has_biases, options[3])
+        found = recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options)
+        return tuple(t.to(result) for t in found)
+
+    def result_dtype(self, data, batch_sizes, hx) -> torch.dtype:
+        """Return what stock returns: under autocast the dense LSTM and the RNN lower it, the others keep hx's."""
+        if data.dtype is torch.float64 or not torch.is_autocast_enabled(data.device.type):
+            return data.dtype
+        if self.cell == "gru" or (self.cell == "lstm" and batch_sizes is not None):
+            return hx[0].dtype
+        return torch.get_autocast_dtype(data.device.type)
+
+    def reference(self, tensors, reverse):
+        x, batch_sizes, *rest = tensors
+        return recurrent.scan(self.step, x, batch_sizes, rest[:self.states], (*rest[self.states:], None), reverse)
+
+    # --- one layer in one direction ---
+
+    def forward(self, tensors, needs, reverse):
+        x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = tensors
+        train, hidden = any(needs), w_hh.shape[1]
+        states = [s.contiguous() for s in states]
+        gates, b_hn = self.project(x.reshape(-1, x.shape[-1]), w_ih, b_ih, b_hh, train)
+        y = gates if self.gates == 1 else gates.new_empty(gates.shape[0], hidden)
+        c = torch.empty_like(y) if train and self.cell == "lstm" else None
+        last = [torch.empty_like(s) for s in states]
+        problem = self.problem(x, batch_sizes, states[0], reverse)
+        buffers = (w_hh.contiguous(), b_hn, gates, *pair(states), y, c, *pair(last), self.workspace(y, problem, False))
+        self.native.rnn_forward(*problem, y.element_size(), train, self.addresses(buffers))
+        saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
+        return [y.view(*x.shape[:-1], hidden), *last, *saved]
+
+    def fake(self, tensors, needs, reverse):
+        x, _, *states, _, w_hh, _, _ = tensors
+        hidden, rows = w_hh.shape[1], x.shape[:-1].numel()
+        saved = {"lstm": (4 * hidden, hidden), "gru": (4 * hidden,)}.get(self.cell, ())
+        return [x.new_empty(*x.shape[:-1], hidden), *(s.new_empty(s.shape) for s in states),
+                *(x.new_empty(rows, n) for n in saved if any(needs))]
+
+    def backward(self, grads, saved, tensors, needs, reverse):
+        x, batch_sizes, *states, w_ih, w_hh, _, _ = tensors
+        y, *saved = saved[:1] + saved[1 + self.states:]
+        gates, c = [*saved, None, None][:2]
+        hidden = w_hh.shape[1]
+        states, grads = [s.contiguous() for s in states], [g.contiguous() for g in grads]
+        y = y.reshape(-1, hidden)
+        d = y.new_empty(y.shape[0], hidden if self.gates == 1 else 4 * hidden)
+        d_states = [torch.empty_like(s) for s in states]
+        problem = self.problem(x, batch_sizes, states[0], reverse)
+        buffers = (w_hh.contiguous(), gates, y, c, *pair(states), grads[0], *pair(grads[1:]), d, *pair(d_states),
+                   self.workspace(y, problem, True))
+        self.native.rnn_backward(*problem, y.element_size(), self.addresses(buffers))
+        need_x, _, *_, need_w, need_u, need_b, need_bu = needs
+        d_input = d[:, :3 * hidden] if self.cell == "gru" else d
+        d_hidden = d[:, hidden:] if self.cell == "gru" else d
+        dx = dw = du = db = dbu = None
+        if need_x:
+            dx = (d_input @ self.to_kernel(w_ih)).view(x.shape)
+        if need_w:
+            dw = self.from_kernel(d_input.t() @ x.reshape(-1, x.shape[-1]))
+        if need_u:
+            du = previous_product(d_hidden, y, states[0], batch_sizes, reverse)
+        if need_b or need_bu:
+            total = d.sum(0)
+            db = self.from_kernel(total[:3 * hidden]) if self.cell == "gru" else total
+            dbu = total[hidden:] if self.cell == "gru" else total.clone()
+        return [dx, None, *d_states, dw, du, db, dbu]
+
+    def project(self, rows, w_ih, b_ih, b_hh, train):
+        """Return W_ih x + b with every bias that may be added outside, and the one that may not: GRU's b_hn."""
+        wide = w_ih.shape[0]
+        kept = wide // 3 * 4 if self.cell == "gru" and train else wide
+        gates = rows.new_empty(rows.shape[0], kept)
+        if b_ih is None:
+            torch.mm(rows, w_ih.t(), out=gates[:, :wide])
+            return gates, None
+        bias, b_hn = b_ih + b_hh, None
+        if self.cell == "gru":
+            outside = wide // 3 * 2
+            bias, b_hn = torch.cat([bias[:outside], b_ih[outside:]]), b_hh[outside:].contiguous()
+        torch.addmm(bias, rows, w_ih.t(), out=gates[:, :wide])
+        return gates, b_hn
+
+    def to_kernel(self, w):
+        """Order the rows of a GRU's matrix as its gradients are: n r z."""
+        return w.roll(w.shape[0] // 3, 0) if self.cell == "gru" else w
+
+    def from_kernel(self, w):
+        return w.roll(-(w.shape[0] // 3), 0) if self.cell == "gru" else w
+
+    # --- what crosses into C++ ---
+
+    def problem(self, x, batch_sizes, h0, reverse):
+        batch, hidden = h0.shape
+        steps, sizes = x.shape[0], 0
+        if batch_sizes is not None:
+            recurrent.check_batch_sizes(self.cell, batch_sizes, x.shape[0])
+            if int(batch_sizes[0]) != batch:
+                raise RuntimeError(f"{self.cell}: hx is for {batch} sequences, batch_sizes for {int(batch_sizes[0])}")
+            steps, sizes = batch_sizes.numel(), batch_sizes.data_ptr()
+        return CELLS[self.cell], reverse, steps, batch, hidden, sizes, torch.get_num_threads()
+
+    def workspace(self, like, problem, backward):
+        size = like.element_size()
+        return like.new_empty(self.native.rnn_workspace(*problem, backward, size) // size)
+
+    def addresses(self, buffers):
+        """Check what the kernel takes for granted, and return where the tensors lie (0 for None).
+
+        The caller keeps `buffers` until the kernel is done: an address alone keeps no memory.
+        """
+        like = buffers[0]
+        for t in buffers:
+            if t is not None and (t.dtype is not like.dtype or t.device != like.device or not t.is_contiguous()):
+                raise RuntimeError(f"{self.cell}: a kernel needs contiguous {like.dtype} on {like.device}, got "
+                                   f"{t.dtype} of strides {t.stride()} on {t.device}")
+        return tuple(0 if t is None else t.data_ptr() for t in buffers)
+
+
+def pair(states):
+    """Return (h, c), or (h, None) for a cell that has no c."""
+    return states if len(states) == 2 else [*states, None]
+
+
+def previous_product(d: Tensor, y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
+    """Return Σ d_rᵀ h_r, [G·H, H], where h_r [H] is the state that came before row r in reading order."""
+    batch, rows = h0.shape[0], y.shape[0]
+    if batch_sizes is not None:
+        return d.t() @ torch.cat([h0, y])[_rows_before(batch_sizes, batch, reverse)]
+    if reverse:
+        first, rest, before = d[rows - batch:], d[:rows - batch], y[batch:]
+    else:
+        first, rest, before = d[:batch], d[batch:], y[:rows - batch]
+    return (rest.t() @ before).addmm_(first.t(), h0)
+
+
+def _rows_before(batch_sizes, batch, reverse):
+    """Return for each packed row the row of cat([h0, y]) that holds the state before it."""
+    sizes, index, row = batch_sizes.tolist(), [], 0
+    for t, n in enumerate(sizes):
+        if not reverse:
+            index.append(torch.arange(n) + (0 if t == 0 else batch + row - sizes[t - 1]))
+        else:
+            later = sizes[t + 1] if t + 1 < len(sizes) else 0
+            index += [torch.arange(later) + batch + row + n, torch.arange(later, n)]
+        row += n
+    return torch.cat(index)
