@@ -58,9 +58,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             allowed = ~mask if mask is not None and mask.dtype is torch.bool else mask
             attended, weights = ops.scaled_dot_product_attention(q, k, v, allowed, dropout, is_causal), None
-        attended = attended.permute(0, 2, 1, 3) if self.batch_first or not batched else attended.permute(2, 0, 1, 3)
-        output = F.linear(attended.flatten(2), self.out_proj.weight, self.out_proj.bias)
-        return output if batched else output.squeeze(0), weights
+        # In memory [L, N, E] as in stock, whatever batch_first says: a dropout that follows draws the same mask.
+        output = F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            return output.squeeze(1), weights
+        return output.transpose(0, 1) if self.batch_first else output, weights
 
     def _check(self, query, key, value) -> bool:
         """Raise where the inputs do not fit; return whether they are batched."""

@@ -1,0 +1,311 @@
+"""RNN, GRU and LSTM beside torch.nn's: the same arguments, parameters, numbers, gradients and errors."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from parity import CELLS, DTYPES, combinations, hold, leaf, pair, run, tensors
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastlm
+
+# --- recurrent -------------------------------------------------------------------------------------------------
+
+RECURRENT = [("num_layers", 2), ("num_layers", 3), ("bidirectional", True), ("batch_first", True), ("bias", False),
+             ("dropout", 0.5), ("dropout", 1.0), ("proj_size", 3), ("nonlinearity", "relu"), ("hx", True),
+             ("form", "unbatched"), ("form", "packed"), ("form", "unsorted"), ("eval", True)]
+LENGTHS = {"packed": [5, 3, 3, 1], "unsorted": [3, 5, 1, 3]}
+
+
+def recurrent_case(cell, options, device, dtype):
+    """Return (stock, ours, call, leaves), or skip what the cell does not have."""
+    options = dict(options)
+    form, with_hx, eval_mode = (options.pop(k, None) for k in ("form", "hx", "eval"))
+    if ("proj_size" in options and cell != "LSTM") or ("nonlinearity" in options and cell != "RNN"):
+        pytest.skip(f"{cell} has no such option")
+    theirs, ours = pair(cell, 4, 6, device=device, dtype=dtype, **options)
+    theirs.train(not eval_mode), ours.train(not eval_mode)
+    batch_first = options.get("batch_first", False)
+    shape = (5, 4) if form == "unbatched" else (4, 5, 4) if batch_first else (5, 4, 4)
+    leaves = [leaf(*shape, device=device, dtype=dtype)]
+    if with_hx:
+        rows = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
+        batch = () if form == "unbatched" else (4,)
+        leaves += [leaf(rows, *batch, options.get("proj_size", 6), device=device, dtype=dtype)]
+        leaves += [leaf(rows, *batch, 6, device=device, dtype=dtype)] if cell == "LSTM" else []
+
+    def call(module, x, *hx):
+        if form in LENGTHS:
+            x = pack_padded_sequence(x, LENGTHS[form], batch_first, enforce_sorted=form == "packed")
+        return module(x, None if not hx else hx if cell == "LSTM" else hx[0])
+
+    return theirs, ours, call, leaves
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", combinations(RECURRENT))
+def test_recurrent(cell, options, device):
+    if device == "cuda" and options.get("dropout") == 0.5:
+        pytest.skip("cuDNN draws its dropout mask from a generator of its own")
+    hold(*recurrent_case(cell, options, device, torch.float32))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("options", combinations([o for o in RECURRENT if o[0] != "dropout"], 1))
+def test_recurrent_dtypes(cell, options, dtype, device):
+    hold(*recurrent_case(cell, options, device, dtype))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", combinations(RECURRENT, 1))
+def test_recurrent_parameters(cell, options):
+    """The same seed gives the same parameters in the same order, and both print alike."""
+    options = {k: v for k, v in options.items() if k not in ("form", "hx", "eval")}
+    if ("proj_size" in options and cell != "LSTM") or ("nonlinearity" in options and cell != "RNN"):
+        pytest.skip(f"{cell} has no such option")
+    made = []
+    for module in (nn, fastlm.nn):
+        torch.manual_seed(5)
+        made.append(getattr(module, cell)(4, 6, **{"num_layers": 2} | options))
+    theirs, ours = made
+    assert repr(theirs) == repr(ours)
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(theirs.all_weights, ours.all_weights, strict=True):
+        assert all(x is not y and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert ours._flat_weights_names == theirs._flat_weights_names
+    assert ours.flatten_parameters() is None
+    for name in ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional",
+                 "proj_size", *(["nonlinearity"] if cell == "RNN" else [])):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_recurrent_positional_arguments():
+    for args in ((3, 4, 2, True, True, 0.5, True), (3, 4, 1, False)):
+        assert repr(nn.GRU(*args)) == repr(fastlm.nn.GRU(*args))
+        assert repr(nn.LSTM(*args)) == repr(fastlm.nn.LSTM(*args))
+    args = (3, 4, 2, "relu", False, True, 0.5, True)
+    assert repr(nn.RNN(*args)) == repr(fastlm.nn.RNN(*args))
+    assert fastlm.nn.RNN(*args).mode == "RNN_RELU"
+    args = (5, 6, 1, True, False, 0.0, False, 3)
+    assert repr(nn.LSTM(*args)) == repr(fastlm.nn.LSTM(*args))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_copies(cell, device):
+    theirs, ours, call, leaves = recurrent_case(cell, {"num_layers": 2, "hx": True}, device, torch.float32)
+    expected = run(ours, call, leaves)
+    meta = getattr(fastlm.nn, cell)(4, 6, 2, device="meta")
+    assert all(p.is_meta for p in meta.parameters())
+    meta = meta.to_empty(device=device)
+    meta.load_state_dict(theirs.state_dict())
+    assigned = getattr(fastlm.nn, cell)(4, 6, 2, device="meta")
+    assigned.load_state_dict(theirs.state_dict(), assign=True)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), meta):
+        assert all(a is not b for a, b in zip(other.parameters(), ours.parameters(), strict=True))
+        for a, b in zip(run(other, call, leaves), expected, strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(tensors(call(assigned, *leaves))[0], tensors(call(ours, *leaves))[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("convert", ["half", "bfloat16", "double"])
+def test_recurrent_converted(cell, convert, device):
+    theirs, ours, call, leaves = recurrent_case(cell, {"hx": True}, device, torch.float32)
+    theirs, ours = getattr(theirs, convert)(), getattr(ours, convert)()
+    leaves = [getattr(x.detach(), convert)().requires_grad_() for x in leaves]
+    hold(theirs, ours, call, leaves)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_frozen_weights(cell, device):
+    """Frozen weights get no gradient, the rest keeps its own; a wholly frozen module still passes one to its input."""
+    theirs, ours, call, leaves = recurrent_case(cell, {"num_layers": 2, "hx": True}, device, torch.float32)
+    for prefix in ("weight_hh", "bias", "weight_ih_l1", ""):
+        for module in (theirs, ours):
+            for name, p in module.named_parameters():
+                p.requires_grad_(not name.startswith(prefix))
+        hold(theirs, ours, call, leaves)
+    assert not any(r.requires_grad for r in tensors(call(ours, *[x.detach() for x in leaves])))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_weights_are_read_anew(cell, device):
+    """Changed in place, replaced, parametrised or given by functional_call: the weights of now are used."""
+    theirs, ours, call, leaves = recurrent_case(cell, {}, device, torch.float32)
+    hold(theirs, ours, call, leaves)
+    for module in (theirs, ours):
+        module.weight_hh_l0.data.mul_(0.5)
+    hold(theirs, ours, call, leaves)
+    new = nn.Parameter(torch.randn_like(ours.weight_ih_l0))
+    theirs.weight_ih_l0 = ours.weight_ih_l0 = new
+    hold(theirs, ours, call, leaves)
+    zeros = {name: torch.zeros_like(p) for name, p in ours.named_parameters()}
+    a, b = (torch.func.functional_call(m, zeros, (leaves[0],))[0] for m in (theirs, ours))
+    assert torch.equal(a, b)
+    nn.utils.parametrizations.weight_norm(ours, "weight_hh_l0")
+    torch.testing.assert_close(ours(leaves[0])[0], theirs(leaves[0])[0])
+    tensors(ours(leaves[0]))[0].sum().backward()
+    assert ours.parametrizations.weight_hh_l0.original0.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_dropout_follows_the_seed(cell, device):
+    _, ours, call, leaves = recurrent_case(cell, {"num_layers": 2, "dropout": 0.5}, device, torch.float32)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(tensors(call(ours, *leaves))[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+BAD_OPTIONS = [{"dropout": 1.5}, {"dropout": "x"}, {"dropout": True}, {"bias": 1}, {"batch_first": 0},
+               {"hidden_size": 0}, {"input_size": 0}, {"input_size": 2.5}, {"hidden_size": "8"}, {"num_layers": 0},
+               {"proj_size": 6}, {"proj_size": 9}, {"proj_size": -1}, {"nonlinearity": "gelu"}, {"unknown": 1}]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
+def test_recurrent_bad_options(cell, options):
+    options = {"input_size": 4, "hidden_size": 6} | options
+    with pytest.raises(Exception) as stock:
+        getattr(nn, cell)(**options)
+    with pytest.raises(stock.type):
+        getattr(fastlm.nn, cell)(**options)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_dropout_without_layers_warns(cell):
+    with pytest.warns(UserWarning, match="num_layers") as record:
+        getattr(fastlm.nn, cell)(3, 4, dropout=0.5)
+    assert record[0].filename == __file__
+
+
+def bad_inputs(cell):
+    """Yield (what is wrong, the argument that the message must name, input, hx)."""
+    x, h = torch.randn(5, 2, 4), torch.randn(1, 2, 6)
+    state = (lambda h: (h, h)) if cell == "LSTM" else (lambda h: h)
+    packed = pack_padded_sequence(x, [5, 3])
+    yield "features", "input", torch.randn(5, 2, 3), None
+    yield "dtype", "input", x.double(), None
+    yield "four dimensions", "input", x[None], None
+    yield "one dimension", "input", x[0, 0], None
+    yield "batch of hx", "hx", x, state(torch.randn(1, 3, 6))
+    yield "width of hx", "hx", x, state(torch.randn(1, 2, 5))
+    yield "layers of hx", "hx", x, state(torch.randn(2, 2, 6))
+    yield "unbatched hx", "hx", x, state(h[:, 0])
+    yield "batched hx", "hx", x[:, 0], state(h)
+    yield "dtype of hx", "hx", x, state(h.double())
+    yield "packed features", "input", pack_padded_sequence(torch.randn(5, 2, 3), [5, 3]), None
+    yield "packed width of hx", "hx", packed, state(torch.randn(1, 2, 5))
+    yield "packed batch of hx", "hx", packed, state(torch.randn(1, 3, 6))
+    yield "packed dimensions", "data", PackedSequence(torch.randn(8, 2, 4), packed.batch_sizes), None
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_bad_inputs(cell):
+    theirs, ours = pair(cell, 4, 6)
+    for what, name, x, hx in bad_inputs(cell):
+        with pytest.raises(Exception) as stock:
+            theirs(x, hx)
+        with pytest.raises(stock.type) as caught:
+            ours(x, hx)
+        assert cell.lower() in str(caught.value).lower(), what
+        assert name in str(caught.value), what
+
+
+# --- compile, threads, fork ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", [
+    {}, {"num_layers": 2, "bidirectional": True, "hx": True, "batch_first": True}, {"form": "unbatched"},
+    {"form": "packed"}, {"form": "unsorted", "hx": True, "num_layers": 2}, {"form": "packed", "hx": True}], ids=str)
+def test_recurrent_compiled(cell, options, device):
+    """The whole graph, forward and backward, with packed sequences entering and leaving it."""
+    torch._dynamo.reset()
+    _, ours, call, leaves = recurrent_case(cell, options, device, torch.float32)
+    expected = run(ours, call, leaves)
+    backend = "inductor" if cell == "LSTM" and len(options) < 2 else "aot_eager"
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    for a, b in zip(run(compiled, call, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(tensors(call(compiled, *leaves))[0], expected[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads(cell, device):
+    """Python threads that share a module get what serial calls get, also while the thread count changes."""
+    _, ours, call, _ = recurrent_case(cell, {"num_layers": 2}, device, torch.float32)
+    batches = [torch.randn(5, 4, 4, device=device, requires_grad=True) for _ in range(24)]
+    expected = [run(ours, call, [x]) for x in batches]
+    found, before = [None] * len(batches), torch.get_num_threads()
+
+    def work(start):
+        for i in range(start, len(batches), 4):
+            x = batches[i].detach().clone().requires_grad_()
+            results = tensors(call(ours, x))
+            found[i] = [r.detach() for r in results] + list(torch.autograd.grad(results[0].sum(), x))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for count in (1, 3, 2, 4):
+            torch.set_num_threads(count)
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            for a, b in zip(run(ours, call, [batches[0]]), expected[0], strict=True):
+                torch.testing.assert_close(a, b)
+    finally:
+        torch.set_num_threads(before)
+    for x, mine, serial in zip(batches, found, expected, strict=True):
+        results = tensors(call(ours, x))
+        gradient = torch.autograd.grad(results[0].sum(), x)
+        for a, b in zip(mine, [*serial[: len(results)], *gradient], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+FORK = """
+import os, signal, sys, time, torch, fastlm
+nn = fastlm.nn if sys.argv[1] == "ours" else torch.nn
+x = torch.randn(16, 16, 64, requires_grad=True)
+for threads, cells in ((1, ("RNN", "GRU", "LSTM")), (2, ("LSTM",))):
+    torch.set_num_threads(threads)
+    for cell in cells:
+        module = getattr(nn, cell)(64, 64)
+        module(x)[0].sum().backward()
+        child = os.fork()
+        if child == 0:
+            module(x)[0].sum().backward()
+            os._exit(0)
+        outcome, deadline = "hung", time.monotonic() + 4
+        while outcome == "hung" and time.monotonic() < deadline:
+            outcome = "ran" if os.waitpid(child, os.WNOHANG) == (child, 0) else outcome
+            time.sleep(0.02)
+        if outcome == "hung":
+            os.kill(child, signal.SIGKILL)
+        print(cell, threads, outcome)
+"""
+
+
+def test_fork_after_use_is_no_worse_than_stock():
+    """A forked child can run the module where it can run stock's; after threads ran, neither may be able to."""
+    runs = [subprocess.Popen([sys.executable, "-c", FORK, where], stdout=subprocess.PIPE, text=True)
+            for where in ("stock", "ours")]
+    stock, ours = (process.communicate(timeout=60)[0].splitlines() for process in runs)
+    assert len(stock) == len(ours) == 4, (stock, ours)
+    for a, b in zip(stock, ours, strict=True):
+        assert b == a or b.endswith("ran"), (stock, ours)

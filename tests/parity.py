@@ -1,0 +1,77 @@
+"""Hold a module to torch.nn's: the same parameters, numbers and gradients."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlm
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CELLS = ("RNN", "GRU", "LSTM")
+
+
+def pair(name, *args, device="cpu", dtype=torch.float32, stock=None, **options):
+    """Make stock's module and ours with the same parameters; both load the other's state_dict strictly."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = (stock or getattr(nn, name))(*args, device=device, dtype=dtype, **options)
+        ours = getattr(fastlm.nn, name)(*args, device=device, dtype=dtype, **options)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    return theirs, ours
+
+
+def tensors(nest):
+    """Return the floating-point tensors of a result, packed sequences included."""
+    if isinstance(nest, Tensor):
+        return [nest] if nest.is_floating_point() else []
+    return [t for part in nest for t in tensors(part)] if isinstance(nest, tuple | list) else []
+
+
+def run(module, call, leaves):
+    """Return the results of `call(module, *leaves)`, then the gradients of leaves and parameters."""
+    leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in leaves]
+    torch.manual_seed(3)
+    results = tensors(call(module, *leaves))
+    generator = torch.Generator().manual_seed(4)
+    upstream = [torch.randn(r.shape, generator=generator).to(r) for r in results]
+    wanted = [p for p in (*leaves, *module.parameters()) if p.requires_grad]
+    live = [(r, g) for r, g in zip(results, upstream, strict=True) if r.requires_grad]
+    if not live or not wanted:
+        return results
+    results, upstream = zip(*live, strict=True)
+    grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True, materialize_grads=True)
+    return [r.detach() for r in results] + list(grads)
+
+
+def hold(theirs, ours, call, leaves):
+    """Hold our results and gradients to the error rule of DESIGN.md, with stock in float64 as the judge."""
+    found, stock = run(ours, call, leaves), run(theirs, call, leaves)
+    exact = run(copy.deepcopy(theirs).double(), call, [x.double() for x in leaves])
+    assert len(found) == len(stock) == len(exact)
+    for i, (a, b, e) in enumerate(zip(found, stock, exact, strict=True)):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), i
+        if a.dtype is torch.float64:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        elif a.numel():
+            bound = 2 * (b.double() - e).abs().max() + 4 * torch.finfo(a.dtype).eps * e.abs().max()
+            assert (a.double() - e).abs().max() <= bound, i
+
+
+def combinations(settings, most=2):
+    """List no setting, each alone and every pair as pytest parameters; settings of one key exclude each other."""
+    found = []
+    for size in range(most + 1):
+        for chosen in itertools.combinations(settings, size):
+            if len({key for key, _ in chosen}) == size:
+                name = "+".join(key if value is True else f"{key}={value}" for key, value in chosen)
+                found.append(pytest.param(dict(chosen), id=name or "plain"))
+    return found
+
+
+def leaf(*shape, device, dtype, grad=True):
+    return torch.randn(shape, device=device).to(dtype).requires_grad_(grad)
