@@ -4,4 +4,13 @@ from fastlm import nn, ops
 from fastlm.dispatch import backend, explain
 
 __version__ = "0.1.0"
-__all__ = ["backend", "explain", "nn", "ops"]
+__all__ = ["backend", "explain", "nn", "ops", "profile"]
+
+
+def __getattr__(name):
+    """Import the profiler only when it is asked for."""
+    if name == "profile":
+        from fastlm.tools.profile import profile
+
+        return profile
+    raise AttributeError(f"module 'fastlm' has no attribute {name!r}")

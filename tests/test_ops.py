@@ -30,7 +30,7 @@ def args_of(op, dtype, index, device):
     return next(itertools.islice(op.samples("test", dtype, device), index, None))
 
 
-@pytest.mark.parametrize(("op", "name", "dtype", "index"), matrix())
+@pytest.mark.parametrize(("op", "name", "dtype", "index"), list(matrix()))
 def test_error_rule(op, name, dtype, index, device, poisoned):
     sample = args_of(op, dtype, index, device)
     reason = op.implementations[name].cannot(*sample.args)

@@ -7,6 +7,7 @@ against float64 beside stock's own, and the peak memory of both. Where stock ran
 import functools
 import itertools
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ def _op_errors(op, args, ran):
     return measure.errors(op, ran, args)
 
 
-def _modules(namespace, device, dtype):
+def modules(namespace, device, dtype):
     """Yield (name, case, module, input) for a namespace of modules, torch.nn or fastlm.nn; all seeds are the same."""
     def build(name, case, shape, *args, call=None, **kwargs):
         torch.manual_seed(0)
@@ -119,7 +120,7 @@ def _modules(namespace, device, dtype):
 def module_cases(device: str, dtypes) -> Iterator[Case]:
     """Yield a case for each module and dtype; its arguments are the input and the parameters."""
     for dtype in dtypes:
-        pairs = zip(_modules(torch.nn, device, dtype), _modules(fastlm.nn, device, dtype), strict=True)
+        pairs = zip(modules(torch.nn, device, dtype), modules(fastlm.nn, device, dtype), strict=True)
         for (name, case, stock, call, x), (_, _, ours, _, _) in pairs:
             ours.load_state_dict(stock.state_dict())
             args = (x, list(stock.parameters()))
@@ -170,9 +171,9 @@ def measure_case(case: Case, device: str, seconds: float) -> Iterator[Row]:
         # An implementation may take one of the modes only.
         calls = explain(_no_grad(case.ours) if mode == "forward" else case.ours, *leaves)
         ran = "+".join(sorted({c.ran for c in calls})) or "torch"
-        candidates = {name: _step(fn, case, mode) for name, fn in case.baselines.items()}
+        candidates = {name: step(fn, case, mode) for name, fn in case.baselines.items()}
         if ran != "torch":
-            candidates["fastlm"] = _step(case.ours, case, mode)
+            candidates["fastlm"] = step(case.ours, case, mode)
         times = measure.timings(candidates, device, seconds)
         ours = times.get("fastlm", times["torch"])
         baseline = min(case.baselines, key=lambda name: times[name].median)
@@ -195,7 +196,7 @@ def _no_grad(fn):
     return run
 
 
-def _step(fn, case, mode):
+def step(fn, case, mode):
     """Return a function without arguments that runs `fn` once, on leaves made beforehand."""
     if mode == "forward":
         args = case.args
@@ -218,7 +219,7 @@ def memory_of(suite: str, name: str, case: str, dtype: str, mode: str, device: s
         if op.name == name:  # touch code and thread pools, on inputs too small to count
             small = next(iter(op.samples("test", dtype, device))).args
             measure.differentiate(found.baselines["torch"] if stock else op, small, constants=op.constants)
-    return _step(found.baselines["torch"] if stock else found.ours, found, mode)
+    return step(found.baselines["torch"] if stock else found.ours, found, mode)
 
 
 def add_memory(row: Row, device: str) -> None:
@@ -228,20 +229,40 @@ def add_memory(row: Row, device: str) -> None:
         measure.peak_memory(functools.partial(memory_of, *key, stock), device) for stock in (False, True))
 
 
-def curves(steps: int, device: str) -> Iterator[Curve]:
-    """Train the three language models for a short run with stock and with fastlm layers; see `training.train`."""
-    from fastlm.training import train
+def trainer(model: str, layers: str, device: str):
+    """Return a `training.train.Trainer` of a model on the default corpus, with its default settings."""
+    from fastlm.training.config import configure
+    from fastlm.training.train import Trainer
 
+    config = configure(model, layers=layers, device=device)
+    return Trainer(config, _data(config.seq_len))
+
+
+@functools.cache
+def _data(seq_len):
+    from fastlm.training.config import RunConfig
+    from fastlm.training.data import build_tokenizer, load_corpus, tokenize
+
+    corpus = load_corpus(RunConfig.data)
+    return tokenize(corpus, build_tokenizer(RunConfig.tokenizer, corpus.train, RunConfig.vocab_size), seq_len)
+
+
+def curves(steps: int, device: str) -> Iterator[Curve]:
+    """Train the three language models for `steps` steps with stock and with fastlm layers, step by step in turn."""
     for model in ("unigram", "lstm", "transformer"):
-        runs = {}
-        for layers in ("stock", "fastlm"):
-            trainer = train.short_run(model, layers=layers, device=device)
-            calls = explain(trainer.rehearse) if layers == "fastlm" else []
-            start = time.perf_counter()
-            losses = [trainer.step() for _ in range(steps)]
-            runs[layers] = losses, steps * trainer.tokens_per_step / (time.perf_counter() - start)
-        yield Curve(model, runs["stock"][0], runs["fastlm"][0], runs["stock"][1], runs["fastlm"][1],
-                    {c.op: c.ran for c in calls})
+        trainers = {layers: trainer(model, layers, device) for layers in ("stock", "fastlm")}
+        calls = trainers["fastlm"].explain()
+        seconds = {layers: [] for layers in trainers}
+        for _ in range(steps):
+            for layers, run in trainers.items():
+                start = time.perf_counter()
+                run.step().item()  # waits for the device
+                seconds[layers].append(time.perf_counter() - start)
+        tokens = trainers["stock"].config.batch_size * trainers["stock"].config.seq_len
+        losses = {layers: [loss.item() for loss in run.losses] for layers, run in trainers.items()}
+        rates = {layers: tokens / statistics.median(s) for layers, s in seconds.items()}
+        yield Curve(model, losses["stock"], losses["fastlm"], rates["stock"], rates["fastlm"],
+                    {c.op: "stock" if c.ran == "torch" else c.ran for c in calls})
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def _compiler():
 def _nvcc():
     found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if found is None:
-        return Check("nvcc", "off", "not found: the CUDA half of the extension is not built", "install the CUDA toolkit")
+        return Check("nvcc", "off", "not found: no CUDA half of the extension", "install the CUDA toolkit")
     return Check("nvcc", "ok", _first_line([found, "--version"], last=True))
 
 

@@ -1,0 +1,161 @@
+"""Show a benchmark's result: a terminal table, a self-contained HTML page with plots, the README's table."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MARKS = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end of results -->)", re.S)
+
+
+def save(result: dict, folder: str | Path, name: str) -> list[Path]:
+    """Write the result as JSON and, where matplotlib and jinja2 are installed, as HTML; return the paths.
+
+    Both files are called after the device and `name`, so that the results of several machines lie side by side.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{_slug(result['machine'])}-{name}"
+    paths = [folder / f"{stem}.json"]
+    paths[0].write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        page = html(result)
+    except ImportError as missing:
+        print(f"no HTML report: {missing.name} is not installed (pip install 'fastlm[report]')")
+    else:
+        paths.append(folder / f"{stem}.html")
+        paths[1].write_text(page)
+    return paths
+
+
+def _slug(machine):
+    words = re.sub(r"\(\w+\)|CPU|Processor|@", " ", machine["device"])
+    return re.sub(r"[^a-z0-9.]+", "-", f"{words} {machine['threads']}t".lower()).strip("-")
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """Format one row of a result: what, ran, time, ratio, error, memory, share of the machine's peak."""
+    memory = "-"
+    if row["memory"] is not None:
+        memory = f"{row['memory'] / 1e6:.0f} / {row['baseline_memory'] / 1e6:.0f}"
+    return (
+        f"{row['name']}", f"{row['case']}", f"{row['dtype']} {row['mode']}", row["ran"],
+        f"{row['seconds'] * 1e3:.2f}", f"{row['baseline_seconds'] * 1e3:.2f}",
+        "-" if row["ran"] == "stock" else f"{row['ratio']:.2f}×",
+        f"{row['error']:.1e} / {row['stock_error']:.1e}" + ("" if row["within_rule"] else " FAILS"), memory,
+        "-" if row["peak_share"] is None else f"{row['peak_share']:.0%}",
+    )
+
+
+HEADINGS = ("what", "case", "type, mode", "ran", "ms", "stock ms", "ratio", "error / stock's", "peak MB / stock's",
+            "of floor")
+
+
+def curve_cells(curve: dict) -> tuple[str, ...]:
+    """Format one model's comparison of training with stock and with fastlm layers."""
+    return (curve["model"], f"{curve['stock_losses'][0]:.4f} → {curve['stock_losses'][-1]:.4f}",
+            f"{curve['fastlm_losses'][-1]:.4f}", f"{curve['difference']:.1e}",
+            f"{curve['stock_tokens_per_s']:,.0f}", f"{curve['fastlm_tokens_per_s']:,.0f}",
+            f"{curve['fastlm_tokens_per_s'] / curve['stock_tokens_per_s']:.2f}×",
+            ", ".join(f"{op}: {ran}" for op, ran in curve["ran"].items()))
+
+
+CURVE_HEADINGS = ("model", "stock loss, first → last", "fastlm last", "largest difference", "stock tokens/s",
+                  "fastlm tokens/s", "ratio", "ran")
+
+
+def tables(result: dict):
+    """Return rich tables: the models' training runs, and every row."""
+    from rich.table import Table
+
+    found = []
+    if result["curves"]:
+        found.append(_table(Table(title="training with stock and with fastlm layers"), CURVE_HEADINGS,
+                            map(curve_cells, result["curves"])))
+    if result["rows"]:
+        found.append(_table(Table(title="ops and modules"), HEADINGS, map(cells, result["rows"])))
+    return found
+
+
+def _table(table, headings, rows):
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        style = "bold red" if any("FAILS" in cell for cell in row) else "dim" if "stock" in row else ""
+        table.add_row(*row, style=style)
+    return table
+
+
+def html(result: dict) -> str:
+    """Return a page that needs nothing beside itself: tables, plots as inline SVG, reasons of what did not run."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text())
+    return template.render(result=result, headings=HEADINGS, curve_headings=CURVE_HEADINGS, cells=cells,
+                           curve_cells=curve_cells, ratios=_ratio_plot(result), losses=_loss_plots(result))
+
+
+def _ratio_plot(result):
+    rows = [r for r in result["rows"] if r["ran"] != "stock"]
+    if not rows:
+        return ""
+    figure, axes = _figure(8, 0.3 * len(rows) + 1)
+    labels = [f"{r['name']} {r['case']} {r['mode']} {r['dtype']}" for r in rows]
+    axes.barh(labels, [r["ratio"] for r in rows], color=["#2a7" if r["ratio"] >= 1 else "#c43" for r in rows])
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of the best stock baseline / time of fastlm (higher is better)")
+    return _svg(figure)
+
+
+def _loss_plots(result):
+    plots = []
+    for curve in result["curves"]:
+        figure, axes = _figure(5, 3)
+        axes.plot(curve["stock_losses"], color="black", linewidth=3, alpha=0.3, label="stock")
+        axes.plot(curve["fastlm_losses"], color="#c43", linewidth=1, label="fastlm")
+        axes.set(title=curve["model"], xlabel="step", ylabel="loss, nats per token")
+        axes.legend()
+        plots.append(_svg(figure))
+    return plots
+
+
+def _figure(width, height):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure):
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue().split("?>", 1)[1].split(">", 1)[1]  # without the XML and document-type headers
+
+
+def markdown(result: dict) -> str:
+    """Return the README's table: every row that is not stock, then what ran stock."""
+    ours = [r for r in result["rows"] if r["ran"] != "stock"]
+    columns = ("what", "case", "mode", "ran", "stock ms", "ms", "ratio", "error / stock's", "peak MB / stock's")
+    lines = [f"{result['machine']['device']}, {result['machine']['threads']} threads, torch "
+             f"{result['machine']['torch']}, {result['machine']['date'][:10]}:", "",
+             "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in ours:
+        what, case, mode, ran, ms, stock, ratio, error, memory, _ = cells(row)
+        lines.append("| " + " | ".join((what, case, mode, ran, stock, ms, ratio, error, memory)) + " |")
+    names = sorted({r["name"] for r in result["rows"] if r["ran"] == "stock"})
+    if names:
+        lines += ["", f"Stock PyTorch ran, nothing of ours being faster or measured here, for: {', '.join(names)}."]
+    return "\n".join(lines) + "\n"
+
+
+def update_readme(readme: str | Path, results: str | Path) -> None:
+    """Fill each `<!-- results: FILE -->` section of the README from the JSON file of that name in `results`."""
+    readme = Path(readme)
+
+    def fill(match):
+        result = json.loads((Path(results) / match["file"]).read_text())
+        return match[1] + markdown(result) + match[3]
+    readme.write_text(MARKS.sub(fill, readme.read_text()))
