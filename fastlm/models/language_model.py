@@ -147,7 +147,7 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is None and top_p is None:
         return torch.multinomial(scaled.softmax(-1), 1, generator=generator).squeeze(-1)
-    scaled, order = scaled.sort(-1, descending=True, stable=True)
+    scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         scaled[:, top_k:] = -torch.inf
     probabilities = scaled.softmax(-1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from fastlm.models import (
     UnigramLM,
 )
 from fastlm.models.language_model import LAYERS
-from fastlm.training.data import TOKENIZERS
+from fastlm.training.data import BUILT_IN, TOKENIZERS
 
 MODELS = ("unigram", "rnn", "gru", "lstm", "transformer")
 DTYPES = ("float32", "bfloat16")
@@ -70,15 +71,22 @@ class RunConfig:
             raise ValueError(f"train: lr is {self.lr}, expected more than 0; dropout is {self.dropout}, expected 0 to "
                              f"below 1; weight_decay is {self.weight_decay}, expected 0 or more; grad_clip is "
                              f"{self.grad_clip}, expected more than 0")
-        check_device(self.device)
-
 
 def configure(model: str = "lstm", **given) -> RunConfig:
     """Return the settings of a run of `model`: those given (None counts as not given), else its defaults."""
     if model not in MODELS:
         raise ValueError(f"train: model is {model!r}, expected one of {', '.join(MODELS)}")
     given = {name: value for name, value in given.items() if value is not None}
+    given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    check_device(given["device"])
+    if "data" in given:
+        given["data"] = data_name(given["data"])
     return RunConfig(**{"model": model, **DEFAULTS[model], **given})
+
+
+def data_name(name: str) -> str:
+    """Return the name of a built-in corpus as it is, that of a file as an absolute path."""
+    return name if name in BUILT_IN else str(Path(name).resolve())
 
 
 def check_device(name: str) -> None:
@@ -107,6 +115,8 @@ def changed(stored: RunConfig, **given) -> str | None:
     A run may go on elsewhere and with other layers, for these do not change what it computes.
     """
     for name, value in given.items():
+        if value is not None and name == "data":
+            value = data_name(value)
         if value is not None and name not in ("device", "layers") and getattr(stored, name) != value:
             return f"{name} is {value!r}, the run in this folder has {getattr(stored, name)!r}"
     return None

@@ -5,23 +5,29 @@ position in the data and in the random numbers, and a run that goes on from a ch
 interrupted, bit for bit.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastlm.dispatch import Calls, explain
-from fastlm.training.config import RunConfig, build_model
-from fastlm.training.data import Data
+from fastlm.training import checkpoint
+from fastlm.training.checkpoint import CheckpointError, Run
+from fastlm.training.config import RunConfig, build_model, changed, check_device, replace
+from fastlm.training.data import Corpus, Data, build_tokenizer, load_corpus, tokenize
 
 
 class Trainer:
     """A model, its optimizer and the number of steps done.
 
-    >>> data = tokenize(corpus := load_corpus("python-docs"), build_tokenizer("word", corpus.train, 8192), 64)
-    >>> trainer = Trainer(configure("lstm"), data)
+    >>> config = configure("lstm")
+    >>> trainer = Trainer(config, load_data(config))
     >>> trainer.step().item()          # the loss of the first step, in nats per token
 
     Attributes:
@@ -107,21 +113,113 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Return all that changes during a run: weights, optimizer and losses, whose number is the position."""
-        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        state = {"losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
+        state |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, tensor in self.optimizer.state[parameter].items():
                 state[f"optimizer.{name}.{key}"] = tensor
-        return state | {"losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
+        return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` returned, from a trainer of the same settings."""
         weights = {name[6:]: tensor for name, tensor in state.items() if name.startswith("model.")}
+        checkpoint.expect(weights, self.model.state_dict(), checkpoint.TRAINING)
         self.model.load_state_dict(weights)
         for name, parameter in self.model.named_parameters():
             prefix = f"optimizer.{name}."
             self.optimizer.state[parameter] = {key[len(prefix):]: tensor.to(self.device) for key, tensor
                                                in state.items() if key.startswith(prefix)}
         self.losses = list(state["losses"].to(self.device).unbind())
+
+
+def load_data(config: RunConfig) -> Data:
+    """Load a run's corpus and build its vocabulary on the training split."""
+    return prepare(load_corpus(config.data), config)
+
+
+def prepare(corpus: Corpus, config: RunConfig) -> Data:
+    """Build a run's vocabulary on the training split of `corpus` and encode all three."""
+    return tokenize(corpus, build_tokenizer(config.tokenizer, corpus.train, config.vocab_size), config.seq_len)
+
+
+def begin(folder: str | Path, config: RunConfig) -> tuple[Run, Data, Trainer]:
+    """Start a run in a folder.
+
+    Raises:
+        CheckpointError: the folder holds a run already.
+        ValueError, OSError: the data cannot be read, or is too short.
+    """
+    corpus = load_corpus(config.data)
+    data = prepare(corpus, config)
+    trainer = Trainer(config, data)
+    return checkpoint.start(folder, config, data.tokenizer, corpus.fingerprint), data, trainer
+
+
+def resume(folder: str | Path, device: str | None = None, layers: str | None = None,
+           **given) -> tuple[Run, Data, Trainer]:
+    """Go on with the run in a folder, on its device and with its layers or on others.
+
+    Raises:
+        CheckpointError: there is no run, it is damaged, its text has changed, or a setting given is not the run's.
+    """
+    run = checkpoint.read_run(folder)
+    if difference := changed(run.config, **given):
+        raise CheckpointError(f"resume: {difference}: leave it out, or start a new run in another folder (--out)")
+    config = replace(run.config, device=device, layers=layers)
+    check_device(config.device)
+    corpus = load_corpus(config.data)
+    if corpus.fingerprint != run.corpus:
+        raise CheckpointError(f"resume: the text of {config.data} is not the one this run began with")
+    data = tokenize(corpus, run.tokenizer, config.seq_len)
+    trainer = Trainer(config, data)
+    state = checkpoint.read_state(run)
+    if state is not None:
+        trainer.restore(state)
+    return run, data, trainer
+
+
+def train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] = lambda trainer: None,
+          save_seconds: float = 30.0) -> bool:
+    """Train to the end; save every `save_seconds`, at the end and when interrupted.
+
+    Ctrl-C and SIGTERM let the step that runs finish first; a second one stops at once, and what was saved last
+    stays whole.
+
+    Returns:
+        Whether the run is complete.
+    """
+    saved_at, saved_step = time.monotonic(), trainer.done
+    with interruptions() as caught:
+        while trainer.done < trainer.steps and not caught:
+            trainer.step()
+            on_step(trainer)
+            if time.monotonic() - saved_at >= save_seconds:
+                checkpoint.save(run, trainer.state())
+                saved_at, saved_step = time.monotonic(), trainer.done
+        if saved_step < trainer.done:
+            checkpoint.save(run, trainer.state())
+    return trainer.done >= trainer.steps
+
+
+@contextlib.contextmanager
+def interruptions():
+    """Yield a list to which the first SIGINT or SIGTERM adds its number; the second raises KeyboardInterrupt."""
+    caught: list[int] = []
+
+    def handle(number, frame):
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # only the main thread may handle signals
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def losses(config: RunConfig, data: Data, steps: int) -> list[float]:
@@ -143,4 +241,4 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
 
 
 def _mix(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step) % 2**63
+    return (seed * 1_000_003 + step + 1) % 2**63

@@ -1,0 +1,109 @@
+"""The command line: each command parses its options and calls the function that does the work."""
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(name="fastlm", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
+                  help="Faster drop-in PyTorch layers for language models, with the proof beside each one.")
+
+
+def clear_errors(command):
+    """Print an error that the user can mend as one line, without a traceback, and exit with status 1."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            message = str(error)
+        except ModuleNotFoundError as error:
+            if error.name not in ("safetensors", "tokenizers", "numpy"):
+                raise
+            message = f"{error.name} is not installed: pip install 'fastlm[cli]'"
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1)
+
+    return run
+
+
+def _escape(text):
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+Run = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+@app.command()
+@clear_errors
+def train(
+    model: Annotated[str | None, typer.Option(help="unigram, rnn, gru, lstm or transformer "
+                                                   "(default: lstm).")] = None,
+    data: Annotated[str | None, typer.Option(help="A text file, python-docs or python-source "
+                                                  "(default: python-docs).")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="word, char or bpe (default: word).")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Most tokens in the vocabulary (default: 8192).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps (default: 600; unigram: one pass).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step (default: 16).")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence (default: 64).")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate (default: chosen for the model).")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Width of the model (default: 256).")] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Depth of the model (default: 1; transformer: 2).")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout between layers (default: 0.3).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers (default: 0).")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast) (default: float32).")] = None,
+    layers: Annotated[str | None, typer.Option(help="fastlm or stock (default: fastlm).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run (default: a new one in runs/).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+):
+    """Train a language model, and report its perplexity on text that it never saw."""
+    from fastlm.training import session
+
+    given = dict(model=model, data=data, tokenizer=tokenizer, vocab_size=vocab_size, steps=steps, batch_size=batch_size,
+                 seq_len=seq_len, lr=lr, hidden_size=hidden_size, num_layers=num_layers, dropout=dropout, seed=seed,
+                 device=device, dtype=dtype, layers=layers)
+    if not session.train(_console(), out, resume, given):
+        raise typer.Exit(130)
+
+
+@app.command()
+@clear_errors
+def eval(
+    run: Run,
+    data: Annotated[str | None, typer.Option(help="A text file, python-docs or python-source "
+                                                  "(default: the run's own test text).")] = None,
+    device: Device = "cpu",
+):
+    """Report the perplexity of a trained model."""
+    from fastlm.training import session
+
+    session.evaluate_run(_console(), run, data, device)
+
+
+@app.command()
+@clear_errors
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "The",
+    tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Below 1 safer, above 1 wilder, 0 the likeliest only.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the fewest tokens of this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    device: Device = "cpu",
+):
+    """Continue a text with a trained model."""
+    from fastlm.training import session
+
+    session.generate(_console(), run, prompt, tokens, temperature, top_k, top_p, seed, device)
