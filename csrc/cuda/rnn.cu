@@ -312,7 +312,7 @@ void backward(const RnnProblem& p, const RnnBackward<T>& a, void* stream) {
 
 }  // namespace
 
-size_t rnn_workspace(const RnnProblem& p, size_t number) {
+size_t rnn_workspace(const RnnProblem& p, bool, size_t number) {
   return number < 4 && (p.cell == Cell::lstm || p.cell == Cell::gru) ? p.batch * p.hidden * sizeof(float) : 0;
 }
 

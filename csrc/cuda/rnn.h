@@ -6,6 +6,8 @@
 // Throws std::runtime_error where a launch fails.
 #pragma once
 
+#include <cstddef>
+
 #include "../rnn.h"
 
 struct __half;
@@ -14,7 +16,7 @@ struct __nv_bfloat16;
 namespace fastlm::cuda {
 
 // Bytes of workspace, aligned to 16, that a call needs: the running state of 16-bit numbers.
-size_t rnn_workspace(const RnnProblem&, size_t size_of_number);
+size_t rnn_workspace(const RnnProblem&, bool backward, size_t size_of_number);
 
 template <class T>
 void rnn_forward(const RnnProblem&, const RnnForward<T>&, void* stream);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable
+from fastlm.dispatch import build_report
 from fastlm.ops import recurrent
 
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
@@ -22,8 +23,21 @@ MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 
 def losses(isa: str, *args) -> str | None:
     """Return why stock is the better choice, None where a measured row says that it is not."""
+    if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+        return "not yet run on a GPU"
     if isa not in MEASURED:
         return f"not yet measured with {isa}"
+    return None
+
+
+def cuda_missing(native: ModuleType) -> str | None:
+    """Return why the extension cannot use a GPU here, None where it can."""
+    if not hasattr(native, "cuda"):
+        return f"the extension was built without CUDA: {build_report()['skipped'].get('cuda', 'reason not recorded')}"
+    built, known = native.cuda.built_version // 1000, native.cuda.driver_version() // 1000
+    if known < built:
+        return f"the extension was built with CUDA {built}, " + (
+            f"the NVIDIA driver is for CUDA {known}" if known else "there is no NVIDIA driver")
     return None
 
 
@@ -39,13 +53,16 @@ class Layers:
     def __init__(self, native: ModuleType, cell: str, step: Callable):
         self.native, self.cell, self.step = native, cell, step
         self.gates, self.states = GATES[cell], 2 if cell == "lstm" else 1
+        self.no_cuda = cuda_missing(native)
         self.kernels = Differentiable(
             f"{cell}_layer", statics="bool reverse", outputs=1 + self.states, forward=self.forward, fake=self.fake,
             backward=self.backward, reference=self.reference, reads_results=True)
 
     def cannot(self, data, batch_sizes, hx, params, *options) -> str | None:
-        if data.device.type != "cpu":
-            return "no CUDA kernel in this build"
+        if data.is_cuda and self.no_cuda:
+            return self.no_cuda
+        if data.is_cuda and torch.cuda.get_device_properties(data.device).major < 8:
+            return "the GPU is older than compute capability 8.0"
         if data.dtype not in DTYPES:
             return f"dtype {data.dtype}"
         if hx[0].shape[-1] * self.gates != params[1].shape[0]:
@@ -89,7 +106,7 @@ class Layers:
         last = [torch.empty_like(s) for s in states]
         problem = self.problem(x, batch_sizes, states[0], reverse)
         buffers = (w_hh.contiguous(), b_hn, gates, *pair(states), y, c, *pair(last), self.workspace(y, problem, False))
-        self.native.rnn_forward(*problem, y.element_size(), train, self.addresses(buffers))
+        self.call("rnn_forward", y, problem, train, self.addresses(buffers))
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
         return [y.view(*x.shape[:-1], hidden), *last, *saved]
 
@@ -112,7 +129,7 @@ class Layers:
         problem = self.problem(x, batch_sizes, states[0], reverse)
         buffers = (w_hh.contiguous(), gates, y, c, *pair(states), grads[0], *pair(grads[1:]), d, *pair(d_states),
                    self.workspace(y, problem, True))
-        self.native.rnn_backward(*problem, y.element_size(), self.addresses(buffers))
+        self.call("rnn_backward", y, problem, self.addresses(buffers))
         need_x, _, *_, need_w, need_u, need_b, need_bu = needs
         d_input = d[:, :3 * hidden] if self.cell == "gru" else d
         d_hidden = d[:, hidden:] if self.cell == "gru" else d
@@ -163,9 +180,20 @@ class Layers:
             steps, sizes = batch_sizes.numel(), batch_sizes.data_ptr()
         return CELLS[self.cell], reverse, steps, batch, hidden, sizes, torch.get_num_threads()
 
+    def library(self, like):
+        return self.native.cuda if like.is_cuda else self.native
+
     def workspace(self, like, problem, backward):
         size = like.element_size()
-        return like.new_empty(self.native.rnn_workspace(*problem, backward, size) // size)
+        return like.new_empty(self.library(like).rnn_workspace(*problem, backward, size) // size)
+
+    def call(self, name, like, problem, *args):
+        """Run a kernel on the device of `like`; a GPU's is queued on PyTorch's current stream there."""
+        kernel = getattr(self.library(like), name)
+        if not like.is_cuda:
+            return kernel(*problem, like.element_size(), *args)
+        with torch.cuda.device(like.device):
+            return kernel(*problem, str(like.dtype)[6:], *args, torch.cuda.current_stream().cuda_stream)
 
     def addresses(self, buffers):
         """Check what the kernel takes for granted, and return where the tensors lie (0 for None).
