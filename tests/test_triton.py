@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastlm.ops import softmax_triton  # noqa: E402
+from fastlm.ops import attention_triton, softmax_triton  # noqa: E402
 
 GENERATIONS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -109,3 +109,24 @@ def test_softmax_along_a_middle_dimension(generation):
     x = softmax_triton._view(tensor(64, 500, 64), 1)
     check("64x500x64, dim 1", softmax_triton.plan_forward(x, x), generation)
     check("64x500x64, dim 1", softmax_triton.plan_backward(x, x, x), generation)
+
+
+# Bytes that a thread may spill. Attention's forward never does up to D = 128 in half precision.
+def attention_plans(dim, dtype, causal, mask=None, value_dim=None):
+    """Yield the four launches of a training step of attention, 2048 tokens long, 4 query heads to a key head."""
+    q, k = tensor(2, 16, 2048, dim, dtype=dtype), tensor(2, 4, 2048, dim, dtype=dtype)
+    v, o = tensor(2, 4, 2048, value_dim or dim, dtype=dtype), tensor(2, 16, 2048, value_dim or dim, dtype=dtype)
+    lse = tensor(2, 16, 2048)
+    yield attention_triton.plan_forward(q, k, v, mask, o, lse, causal, 0.1)
+    yield attention_triton.plan_delta(o, o, lse)
+    yield attention_triton.plan_keys(q, k, v, mask, o, lse, lse, k, v, causal, 0.1)
+    dmask = None if mask is None or mask.dtype is torch.bool else tensor(2, 16, 2048, 2048)
+    yield attention_triton.plan_queries(q, k, v, mask, o, lse, lse, q, dmask, causal, 0.1)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_attention(dim, dtype, generation):
+    for plan in attention_plans(dim, dtype, causal=True):
+        check(f"D={dim} {dtype} causal", plan, generation, spills=99999)
