@@ -19,15 +19,28 @@ import fastlm
 RECURRENT = [("num_layers", 2), ("num_layers", 3), ("bidirectional", True), ("batch_first", True), ("bias", False),
              ("dropout", 0.5), ("dropout", 1.0), ("proj_size", 3), ("nonlinearity", "relu"), ("hx", True),
              ("form", "unbatched"), ("form", "packed"), ("form", "unsorted"), ("eval", True)]
+OWN = {"proj_size": "LSTM", "nonlinearity": "RNN"}  # options that only one cell has
 LENGTHS = {"packed": [5, 3, 3, 1], "unsorted": [3, 5, 1, 3]}
 
 
+@pytest.fixture(autouse=True)
+def kernels():
+    """Use our kernels wherever they can run, also where stock is known to be faster."""
+    with fastlm.backend("native", "torch"):
+        yield
+
+
+def cases(most, without=()):
+    """List (cell, options): no option, each alone, and up to `most` together."""
+    chosen = [option for option in RECURRENT if option[0] not in without]
+    return [pytest.param(cell, *case.values, id=f"{cell}-{case.id}") for cell in CELLS
+            for case in combinations([(k, v) for k, v in chosen if OWN.get(k, cell) == cell], most)]
+
+
 def recurrent_case(cell, options, device, dtype):
-    """Return (stock, ours, call, leaves), or skip what the cell does not have."""
+    """Return (stock, ours, call, leaves)."""
     options = dict(options)
     form, with_hx, eval_mode = (options.pop(k, None) for k in ("form", "hx", "eval"))
-    if ("proj_size" in options and cell != "LSTM") or ("nonlinearity" in options and cell != "RNN"):
-        pytest.skip(f"{cell} has no such option")
     theirs, ours = pair(cell, 4, 6, device=device, dtype=dtype, **options)
     theirs.train(not eval_mode), ours.train(not eval_mode)
     batch_first = options.get("batch_first", False)
@@ -47,28 +60,22 @@ def recurrent_case(cell, options, device, dtype):
     return theirs, ours, call, leaves
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("options", combinations(RECURRENT))
+@pytest.mark.parametrize(("cell", "options"), cases(2))
 def test_recurrent(cell, options, device):
     if device == "cuda" and options.get("dropout") == 0.5:
         pytest.skip("cuDNN draws its dropout mask from a generator of its own")
     hold(*recurrent_case(cell, options, device, torch.float32))
 
 
-@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("options", combinations([o for o in RECURRENT if o[0] != "dropout"], 1))
+@pytest.mark.parametrize(("cell", "options"), cases(1, without=["dropout"]))
 def test_recurrent_dtypes(cell, options, dtype, device):
     hold(*recurrent_case(cell, options, device, dtype))
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("options", combinations(RECURRENT, 1))
+@pytest.mark.parametrize(("cell", "options"), cases(1, without=["form", "hx", "eval"]))
 def test_recurrent_parameters(cell, options):
     """The same seed gives the same parameters in the same order, and both print alike."""
-    options = {k: v for k, v in options.items() if k not in ("form", "hx", "eval")}
-    if ("proj_size" in options and cell != "LSTM") or ("nonlinearity" in options and cell != "RNN"):
-        pytest.skip(f"{cell} has no such option")
     made = []
     for module in (nn, fastlm.nn):
         torch.manual_seed(5)
@@ -225,21 +232,33 @@ def test_recurrent_bad_inputs(cell):
 # --- compile, threads, fork ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("options", [
-    {}, {"num_layers": 2, "bidirectional": True, "hx": True, "batch_first": True}, {"form": "unbatched"},
-    {"form": "packed"}, {"form": "unsorted", "hx": True, "num_layers": 2}, {"form": "packed", "hx": True}], ids=str)
-def test_recurrent_compiled(cell, options, device):
-    """The whole graph, forward and backward, with packed sequences entering and leaving it."""
+COMPILED = [("LSTM", {"num_layers": 2, "bidirectional": True, "hx": True, "batch_first": True}),
+            ("LSTM", {"form": "unbatched"}), ("LSTM", {"form": "packed"}), ("LSTM", {"form": "packed", "hx": True}),
+            ("LSTM", {"proj_size": 3}), ("GRU", {"form": "unsorted", "hx": True, "num_layers": 2}),
+            ("GRU", {"form": "packed"}), ("RNN", {"hx": True}), ("RNN", {"form": "unsorted"})]
+
+
+def same_compiled(cell, options, device, **settings):
     torch._dynamo.reset()
     _, ours, call, leaves = recurrent_case(cell, options, device, torch.float32)
     expected = run(ours, call, leaves)
-    backend = "inductor" if cell == "LSTM" and len(options) < 2 else "aot_eager"
-    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    compiled = torch.compile(ours, fullgraph=True, **settings)
     for a, b in zip(run(compiled, call, leaves), expected, strict=True):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(tensors(call(compiled, *leaves))[0], expected[0])
+
+
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+@pytest.mark.parametrize(("cell", "options"), COMPILED, ids=str)
+def test_recurrent_compiled(cell, options, implementation, device):
+    """The whole graph, forward and backward, with packed sequences entering and leaving it."""
+    with fastlm.backend(*dict.fromkeys((implementation, "torch"))):
+        same_compiled(cell, options, device, backend="aot_eager")
+
+
+def test_lstm_compiled_by_inductor(device):
+    same_compiled("LSTM", {}, device)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -281,6 +300,7 @@ def test_threads(cell, device):
 FORK = """
 import os, signal, sys, time, torch, fastlm
 nn = fastlm.nn if sys.argv[1] == "ours" else torch.nn
+fastlm.backend("native", "torch").__enter__()
 x = torch.randn(16, 16, 64, requires_grad=True)
 for threads, cells in ((1, ("RNN", "GRU", "LSTM")), (2, ("LSTM",))):
     torch.set_num_threads(threads)
