@@ -45,6 +45,24 @@ toy = Differentiable("test_toy", statics="int power, bool flip", outputs=2, forw
                      backward=backward, reference=reference)
 
 
+def exponential_backward(grads, saved, tensors, needs):
+    """The gradient of y = exp(x) + w, z = Σ y wants the result y itself; nothing else is saved."""
+    (dy, dz), (y, _), (_, w) = grads, saved, tensors
+    total = dy + dz.unsqueeze(-1)
+    return [total * (y - w) if needs[0] else None, total.sum_to_size(w.shape) if needs[1] else None]
+
+
+def exponential_reference(tensors):
+    y = tensors[0].exp() + tensors[1]
+    return y, y.sum(-1)
+
+
+exponential = Differentiable(
+    "test_exponential", outputs=2, forward=lambda tensors, needs: list(exponential_reference(tensors)),
+    fake=lambda tensors, needs: [t.new_empty(t.shape) for t in exponential_reference(tensors)],
+    backward=exponential_backward, reference=exponential_reference, reads_results=True)
+
+
 def call(x, w, b=None, power=3, flip=True):
     return tuple(toy([x, w, b], power, flip))
 
@@ -233,6 +251,14 @@ def test_vmap_of_grad_and_grad_of_vmap():
     same(total(call), total(plain))
 
 
+def test_vmap_of_grad_of_one_result():
+    x, w, b = inputs(4, 2, 3, grad=False)
+    for i in range(2):
+        found, expected = (torch.vmap(torch.func.grad(lambda x, fn=fn: fn(x, w, b)[i].square().sum()))(x)  # noqa: B023
+                           for fn in (call, plain))
+        same(found, expected)
+
+
 def test_vmap_with_autograd_outside():
     x, w, b = inputs(4, 2, 3)
 
@@ -357,6 +383,33 @@ def test_fake_and_meta_tensors():
     (y.sum() + z.sum()).backward()
     assert x.grad.shape == x.shape
     assert ran == []
+
+
+def test_backward_that_reads_the_results():
+    """Every road again, for a backward that wants the results in place of copies of them."""
+    args = inputs(bias=False)
+
+    def call(*args):
+        return tuple(exponential(args))
+
+    def plain(*args):
+        return tuple(exponential_reference(args))
+
+    assert gradcheck(call, args)
+    assert gradgradcheck(call, args)
+    expected = torch.autograd.grad(scalar(plain)(*args), args)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for fn in (call, compiled, lambda *a: checkpoint(call, *a, use_reentrant=False)):
+        same(torch.autograd.grad(scalar(fn)(*args), args), expected)
+    same(torch.func.grad(scalar(call), (0, 1))(*args), expected)
+    detached = [a.detach() for a in args]
+    grads = [torch.vmap(torch.func.grad(scalar(fn)), (0, None))(*detached) for fn in (call, plain)]
+    same(*grads)
+    with torch.no_grad():
+        results = call(*args)
+        torch.library.opcheck(torch.ops.fastlm.test_exponential.default, (detached, [1, 1]))
+        torch.library.opcheck(torch.ops.fastlm.test_exponential_backward.default, (
+            [torch.randn_like(r) for r in results], list(results), detached, [1, 0]))
 
 
 # --- autocast --------------------------------------------------------------------------------------------------
