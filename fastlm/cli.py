@@ -107,3 +107,77 @@ def generate(
     from fastlm.training import session
 
     session.generate(_console(), run, prompt, tokens, temperature, top_k, top_p, seed, device)
+
+
+@app.command()
+@clear_errors
+def doctor(device: Device = "cpu"):
+    """Say what this machine has, which implementation of each op runs and why, and how to mend what is missing."""
+    from rich.table import Table
+
+    from fastlm.tools import doctor
+
+    colours = {"ok": "green", "off": "yellow", "missing": "red"}
+    for title, checks in (("this machine", doctor.environment()),
+                          (f"implementations, on {device}", doctor.implementations(device))):
+        table = Table("what", "state", "detail", "fix", title=title)
+        for check in checks:
+            table.add_row(check.name, f"[{colours[check.state]}]{check.state}[/]", _escape(check.detail),
+                          _escape(check.fix))
+        _console().print(table)
+
+
+@app.command()
+@clear_errors
+def bench(
+    suite: Annotated[str, typer.Option(help="all, ops, modules or models.")] = "all",
+    device: Device = "cpu",
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")] = None,
+    only: Annotated[str, typer.Option(help="Measure only ops and modules whose name contains this.")] = "",
+    full: Annotated[bool, typer.Option("--full", help="Every shape of every op, and longer.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and HTML results.")] = Path("benchmarks/results"),
+):
+    """Measure every op, module and model here against stock PyTorch: numbers, time, memory."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fastlm.tools import bench, report
+
+    suites = bench.SUITES if suite == "all" else (suite,)
+    percentage, what = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
+    columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
+    with Progress(*columns, console=_console()) as progress:
+        task = progress.add_task("", total=1.0)
+        result = bench.run(suites, device, dtype, 2.0 if full else 0.3, only=only, full=full,
+                           progress=lambda what, done: progress.update(task, description=what, completed=done))
+    for table in report.tables(result):
+        _console().print(table)
+    name = "full" if full and suite == "all" and not only else "-".join(filter(None, (suite, only)))
+    for path in report.save(result, out, name):
+        print(path)
+    if not all(row["within_rule"] for row in result["rows"]):
+        raise ValueError("bench: some numbers break the error rule; their speed means nothing")
+
+
+@app.command()
+@clear_errors
+def profile(
+    name: Annotated[str, typer.Argument(help="An op, a module or a model: lstm, LSTM, RNNLM …")],
+    device: Device = "cpu",
+    trace: Annotated[Path | None, typer.Option(help="Chrome trace file (default: NAME.trace.json).")] = None,
+):
+    """Profile a training step beside stock PyTorch and the reference: operators, memory, FLOPs, a trace."""
+    from fastlm.tools.profile import profile, target
+
+    print(profile(target(name, device), device=device, trace=trace or Path(f"{name}.trace.json")))
+
+
+@app.command()
+@clear_errors
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of JSON results.")] = Path("benchmarks/results"),
+    readme: Annotated[Path, typer.Option(help="File whose results sections are filled.")] = Path("README.md"),
+):
+    """Fill the README's tables from the committed results."""
+    from fastlm.tools.report import update_readme
+
+    update_readme(readme, results)

@@ -41,6 +41,7 @@ class _Recurrent(nn.Module):
                     empty = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(f"{name}_l{layer}{suffix}", nn.Parameter(empty))
                 self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
+        self.flatten_parameters()
         self.reset_parameters()
 
     @property
@@ -78,7 +79,13 @@ class _Recurrent(nn.Module):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the kernels take the parameters where they are."""
+        """Lay the parameters out as cuDNN wants them, lest it copies them at each call; do nothing elsewhere."""
+        nn.RNNBase.flatten_parameters(self)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.flatten_parameters()
+        return self
 
     def extra_repr(self) -> str:
         shown = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0,

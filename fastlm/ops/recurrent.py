@@ -63,7 +63,7 @@ def _check_tensors(name, tensors):
             raise TypeError(f"{name}: {label} must be a Tensor, got {type(t).__name__}")
     if not data.is_floating_point():
         raise RuntimeError(f"{name}: input must be floating point, got {data.dtype}")
-    mixed = torch.is_autocast_enabled(data.device.type)
+    mixed = data.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(data.device.type)
     for label, t in tensors.items():
         if t.dtype is not data.dtype and not (mixed and t.is_floating_point()):
             raise RuntimeError(f"{name}: {label} has dtype {t.dtype}, input has {data.dtype}")

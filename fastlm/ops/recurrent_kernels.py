@@ -130,21 +130,35 @@ class Layers:
         buffers = (w_hh.contiguous(), gates, y, c, *pair(states), grads[0], *pair(grads[1:]), d, *pair(d_states),
                    self.workspace(y, problem, True))
         self.call("rnn_backward", y, problem, self.addresses(buffers))
+        rows = x.reshape(-1, x.shape[-1])
         need_x, _, *_, need_w, need_u, need_b, need_bu = needs
-        d_input = d[:, :3 * hidden] if self.cell == "gru" else d
         d_hidden = d[:, hidden:] if self.cell == "gru" else d
-        dx = dw = du = db = dbu = None
-        if need_x:
-            dx = (d_input @ self.to_kernel(w_ih)).view(x.shape)
-        if need_w:
-            dw = self.from_kernel(d_input.t() @ x.reshape(-1, x.shape[-1]))
-        if need_u:
-            du = previous_product(d_hidden, y, states[0], batch_sizes, reverse)
+        dx = self.through_input(d, w_ih).view(x.shape) if need_x else None
+        dw = self.input_product(d, rows) if need_w else None
+        du = previous_product(d_hidden, y, states[0], batch_sizes, reverse) if need_u else None
+        db = dbu = None
         if need_b or need_bu:
             total = d.sum(0)
-            db = self.from_kernel(total[:3 * hidden]) if self.cell == "gru" else total
+            db = total[:3 * hidden].roll(-hidden) if self.cell == "gru" else total
             dbu = total[hidden:] if self.cell == "gru" else total.clone()
         return [dx, None, *d_states, dw, du, db, dbu]
+
+    def through_input(self, d, w_ih):
+        """Return the gradient of x. GRU's d starts with n r z, its matrix is r z n: two products, no copy."""
+        if self.cell != "gru":
+            return d @ w_ih
+        hidden = d.shape[1] // 4
+        return (d[:, :hidden] @ w_ih[2 * hidden:]).addmm_(d[:, hidden:3 * hidden], w_ih[:2 * hidden])
+
+    def input_product(self, d, rows):
+        """Return the gradient of w_ih."""
+        if self.cell != "gru":
+            return d.t() @ rows
+        hidden = d.shape[1] // 4
+        dw = rows.new_empty(3 * hidden, rows.shape[1])
+        torch.mm(d[:, :hidden].t(), rows, out=dw[2 * hidden:])
+        torch.mm(d[:, hidden:3 * hidden].t(), rows, out=dw[:2 * hidden])
+        return dw
 
     def project(self, rows, w_ih, b_ih, b_hh, train):
         """Return W_ih x + b with every bias that may be added outside, and the one that may not: GRU's b_hn."""
@@ -160,13 +174,6 @@ class Layers:
             bias, b_hn = torch.cat([bias[:outside], b_ih[outside:]]), b_hh[outside:].contiguous()
         torch.addmm(bias, rows, w_ih.t(), out=gates[:, :wide])
         return gates, b_hn
-
-    def to_kernel(self, w):
-        """Order the rows of a GRU's matrix as its gradients are: n r z."""
-        return w.roll(w.shape[0] // 3, 0) if self.cell == "gru" else w
-
-    def from_kernel(self, w):
-        return w.roll(-(w.shape[0] // 3), 0) if self.cell == "gru" else w
 
     # --- what crosses into C++ ---
 
@@ -222,6 +229,8 @@ def previous_product(d: Tensor, y: Tensor, h0: Tensor, batch_sizes: Tensor | Non
         first, rest, before = d[rows - batch:], d[:rows - batch], y[batch:]
     else:
         first, rest, before = d[:batch], d[batch:], y[:rows - batch]
+    if rows == batch:
+        return first.t() @ h0
     return (rest.t() @ before).addmm_(first.t(), h0)
 
 

@@ -309,6 +309,7 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
         suites: any of "ops", "modules", "models".
         seconds: time spent on each candidate of each row.
         steps: training steps of each model.
+        dtypes: torch dtypes or their names; float32 where none is given, on a GPU bfloat16 and float16 too.
         only: measure rows whose name contains this.
         full: measure every benchmark sample; else the first two of each op.
         progress: called with what is measured next and the share that is done.
@@ -317,7 +318,8 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
     if unknown:
         raise ValueError(f"bench: unknown suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
     cuda = torch.device(device).type == "cuda"
-    dtypes = dtypes or ((torch.bfloat16, torch.float16, torch.float32) if cuda else (torch.float32,))
+    dtypes = [d if isinstance(d, torch.dtype) else getattr(torch, d) for d in dtypes or ()] or (
+        [torch.bfloat16, torch.float16, torch.float32] if cuda else [torch.float32])
     progress("this machine's peaks", 0)
     result = {"machine": machine(device), "rows": [], "curves": []}
     cases = list(_selected(suites, device, dtypes, only, full))

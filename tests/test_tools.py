@@ -1,0 +1,132 @@
+"""doctor, bench, report and profile: what they print is what happened."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import fastlm
+from fastlm.dispatch import Implementation
+from fastlm.ops import ALL
+from fastlm.tools import bench, doctor, report
+
+
+@pytest.fixture(scope="module")
+def result():
+    return bench.run(("ops",), only="linear_cross_entropy", seconds=0.01)
+
+
+def test_doctor_has_a_row_for_every_implementation():
+    rows = {c.name: c for c in doctor.implementations()}
+    assert set(rows) == {f"{op.name} / {name}" for op in ALL for name in op.implementations}
+    for op in ALL:
+        running = [name for name in op.implementations if rows[f"{op.name} / {name}"].detail == "runs by default"]
+        assert len(running) == 1
+
+
+def test_doctor_says_why_and_how_to_mend(monkeypatch):
+    op = next(op for op in ALL if "native" in op.implementations)
+    missing = Implementation(None, cannot=lambda *args: "the C++ extension is missing: no compiler")
+    monkeypatch.setitem(op.implementations, "native", missing)
+    row = next(c for c in doctor.implementations() if c.name == f"{op.name} / native")
+    assert row.state == "off"
+    assert "no compiler" in row.detail
+    assert "g++" in row.fix
+
+
+def test_doctor_reports_a_failed_build(monkeypatch):
+    broken = {"instruction_sets": [], "cuda": None, "skipped": {}, "error": "the build failed: x\nerror: y\n"}
+    monkeypatch.setattr(doctor, "build_report", lambda: broken)
+    row = next(c for c in doctor.environment() if c.name == "extension")
+    assert (row.state, row.detail) == ("missing", "error: y")
+
+
+def test_rows_tell_what_ran_and_how_well(result):
+    assert {row["mode"] for row in result["rows"]} == {"forward", "training"}
+    for row in result["rows"]:
+        assert row["ran"] == "blocked"
+        assert row["within_rule"]
+        assert row["seconds"] > 0
+        assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
+    training = next(r for r in result["rows"] if r["mode"] == "training" and r["case"] == "1024x512x50257")
+    assert training["memory"] < 0.4 * training["baseline_memory"]  # bytes, not time: the logits are never whole
+
+
+def test_a_stock_row_claims_nothing():
+    rows = bench.run(("ops",), only="softmax", seconds=0.01)["rows"]
+    assert {(row["ran"], row["ratio"]) for row in rows} == {("stock", 1.0)}
+
+
+def test_a_kernel_with_wrong_numbers_is_reported(monkeypatch):
+    op = next(op for op in ALL if op.name == "linear_cross_entropy")
+    real = op.implementations["blocked"]
+    monkeypatch.setitem(op.implementations, "blocked", real._replace(run=lambda *a: real.run(*a) * 1.001))
+    row = next(iter(bench.measure_case(next(bench.op_cases("cpu", [torch.float32], only=op.name)), "cpu", 0.01)))
+    assert not row.within_rule
+    assert "FAILS" in report.cells(vars(row))[7]
+
+
+def test_module_cases_agree_with_stock():
+    for case in bench.module_cases("cpu", [torch.float32]):
+        if case.name in ("RNN", "TransformerEncoderLayer"):
+            calls = fastlm.explain(case.ours, *case.args)
+            assert calls
+            assert all(e.ok for e in case.errors(calls[0].ran))
+
+
+def test_curves_agree_between_layers():
+    for curve in bench.curves(2, "cpu"):
+        assert len(curve.stock_losses) == 2
+        assert curve.difference < 1e-4, curve
+
+
+def test_unknown_suite():
+    with pytest.raises(ValueError, match="ops, modules, models"):
+        bench.run(("nonsense",))
+
+
+def test_report_is_self_contained(result, tmp_path):
+    curve = {"model": "m", "stock_losses": [2.0, 1.0], "fastlm_losses": [2.0, 1.0], "difference": 0.0,
+             "stock_tokens_per_s": 1.0, "fastlm_tokens_per_s": 2.0, "ran": {"lstm": "native"}}
+    data, page = report.save(result | {"curves": [curve]}, tmp_path, "test")
+    assert json.loads(data.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "linear_cross_entropy" in text
+    assert not re.search(r'(src|href)="http', text)
+
+
+def test_readme_is_filled_from_results(result, tmp_path):
+    data = report.save(result, tmp_path, "test")[0]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n<!-- results: {data.name} -->\nold\n<!-- end of results -->\nafter\n")
+    for _ in range(2):  # filling twice changes nothing
+        report.update_readme(readme, tmp_path)
+        text = readme.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
+        assert text.count("| linear_cross_entropy |") == len(result["rows"])
+
+
+def test_profile_compares_three_variants(tmp_path):
+    x = torch.randn(64, 32, requires_grad=True)
+    weight, target = torch.randn(500, 32, requires_grad=True), torch.randint(500, (64,))
+
+    def step():
+        return torch.autograd.grad(fastlm.ops.linear_cross_entropy(x, weight, target), (x, weight))
+    found = fastlm.profile(step, trace=tmp_path / "trace.json")
+    assert set(found.seconds) == {"fastlm", "stock", "reference"}
+    assert found.calls[0].ran == "blocked"
+    assert found.flops >= 3 * 2 * 64 * 32 * 500
+    assert any(o.name == "aten::mm" for o in found.operators["fastlm"])
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert "GEMM peak" in str(found)
+
+
+def test_profile_of_an_unknown_name_lists_what_there_is():
+    from fastlm.tools.profile import target
+
+    with pytest.raises(ValueError, match=r"lstm.*LSTM.*TransformerLM"):
+        target("nonsense")
