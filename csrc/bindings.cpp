@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "rnn.h"
 #ifdef FASTLM_CUDA
@@ -105,17 +104,7 @@ void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a) {
 }
 
 #ifdef FASTLM_CUDA
-// Calls f with a null pointer to the number type of that name.
-template <class F>
-void with_number(const std::string& dtype, const F& f) {
-  if (dtype == "float32") return f(static_cast<float*>(nullptr));
-  if (dtype == "float64") return f(static_cast<double*>(nullptr));
-  if (dtype == "float16") return f(static_cast<__half*>(nullptr));
-  if (dtype == "bfloat16") return f(static_cast<__nv_bfloat16*>(nullptr));
-  throw std::invalid_argument("rnn: no CUDA kernel for dtype " + dtype);
-}
-
-// The same calls on a GPU: the dtype by name, for two have 2 bytes, and the stream last.
+// The same calls on a GPU, with the stream last.
 void define_cuda(py::module_ m) {
   m.attr("built_version") = cuda::built_version();
   m.def("driver_version", &cuda::driver_version,
@@ -129,28 +118,28 @@ void define_cuda(py::module_ m) {
         "Return the bytes of workspace that a call needs.");
   m.def("rnn_forward",
         [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
-           const std::string& dtype, bool train, const py::tuple& addresses, uintptr_t stream) {
+           size_t number, bool train, const py::tuple& addresses, uintptr_t stream) {
           const RnnProblem p = problem(cell, reverse, steps, batch, hidden, batch_sizes, threads);
-          with_number(dtype, [&](auto* number) {
-            using T = std::remove_pointer_t<decltype(number)>;
-            const auto kernel = [&](const RnnProblem& p, const RnnForward<T>& call) {
-              cuda::rnn_forward(p, call, pointer<void>(stream));
-            };
-            forward<T>(kernel, p, addresses, train);
-          });
+          const auto kernel = [&](const RnnProblem& p, const auto& call) {
+            cuda::rnn_forward(p, call, pointer<void>(stream));
+          };
+          if (number == 4)
+            forward<float>(kernel, p, addresses, train);
+          else
+            forward<double>(kernel, p, addresses, train);
         },
         "Queue RnnForward on a stream: addresses as on the CPU.");
   m.def("rnn_backward",
         [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
-           const std::string& dtype, const py::tuple& addresses, uintptr_t stream) {
+           size_t number, const py::tuple& addresses, uintptr_t stream) {
           const RnnProblem p = problem(cell, reverse, steps, batch, hidden, batch_sizes, threads);
-          with_number(dtype, [&](auto* number) {
-            using T = std::remove_pointer_t<decltype(number)>;
-            const auto kernel = [&](const RnnProblem& p, const RnnBackward<T>& call) {
-              cuda::rnn_backward(p, call, pointer<void>(stream));
-            };
-            backward<T>(kernel, p, addresses);
-          });
+          const auto kernel = [&](const RnnProblem& p, const auto& call) {
+            cuda::rnn_backward(p, call, pointer<void>(stream));
+          };
+          if (number == 4)
+            backward<float>(kernel, p, addresses);
+          else
+            backward<double>(kernel, p, addresses);
         },
         "Queue RnnBackward on a stream: addresses as on the CPU.");
 }

@@ -3,8 +3,6 @@
 
 #include "rnn.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <climits>
@@ -22,17 +20,6 @@ constexpr int kDepth = 32;  // of the product that shared memory holds at a time
 
 template <Cell cell>
 constexpr int kGates = cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1;
-
-template <class T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-template <class T>
-using Number = typename Arithmetic<T>::type;  // what T is computed in
 
 struct Math {
   __host__ __device__ static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
@@ -67,28 +54,28 @@ struct Place {
 };
 
 // Padded by one: threads of a warp read, or write, neighbouring rows at the same depth.
-template <class N, int columns>
+template <class T, int columns>
 struct Tiles {
-  N rows[kSequences][kDepth + 1];
-  N weights[columns][kDepth + 1];
+  T rows[kSequences][kDepth + 1];
+  T weights[columns][kDepth + 1];
 };
 
 // sums[r][g] = Σ_k row(r·kLanes + lane)[k] · w[k, g·kUnits + column], k < depth. `row(i)` is null where sequence i of
 // the tile has none; `load_weights(k0)` fills tiles.weights[g·kUnits + column][k - k0] for kDepth values of k, with
 // zeros outside the matrix.
-template <int G, class N, class Row, class LoadWeights>
-__device__ void multiply(Tiles<N, G * kUnits>& tiles, const Place& place, int64_t depth, const Row& row,
-                         const LoadWeights& load_weights, N (&sums)[kRows][G]) {
+template <int G, class T, class Row, class LoadWeights>
+__device__ void multiply(Tiles<T, G * kUnits>& tiles, const Place& place, int64_t depth, const Row& row,
+                         const LoadWeights& load_weights, T (&sums)[kRows][G]) {
   for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
     __syncthreads();  // the tiles of the depth before are still being read
     for (int i = int(threadIdx.x) / kDepth; i < kSequences; i += kThreads / kDepth) {
       const int k = int(threadIdx.x) % kDepth;
       const auto* from = row(i);
-      tiles.rows[i][k] = from && k0 + k < depth ? N(from[k0 + k]) : N(0);
+      tiles.rows[i][k] = from && k0 + k < depth ? from[k0 + k] : 0;
     }
     load_weights(k0);
     __syncthreads();
-    N part[kRows][G] = {};  // a chain of its own for each depth: one long chain would round too often
+    T part[kRows][G] = {};  // a chain of its own for each depth: one long chain would round too often
     for (int k = 0; k < kDepth; ++k)
       for (int r = 0; r < kRows; ++r)
         for (int g = 0; g < G; ++g)
@@ -100,54 +87,51 @@ __device__ void multiply(Tiles<N, G * kUnits>& tiles, const Place& place, int64_
 
 // --- forward ------------------------------------------------------------------------------------------------------
 
-// Turn the products of sequence b's unit u into its next state. `running` [B, H] holds c between steps.
-template <Cell cell, class T, class N>
-__device__ void forward_gates(const RnnForward<T>& a, int64_t H, const Step& step, N* running, int64_t b, int64_t u,
-                              const T* h_before, const N* s) {
+// Turn the products of sequence b's unit u into its next state. cn holds c between steps.
+template <Cell cell, class T>
+__device__ void forward_gates(const RnnForward<T>& a, int64_t H, const Step& step, int64_t b, int64_t u,
+                              const T* h_before, const T* s) {
   const int64_t row = step.now.row + b, state = b * H + u;
   const bool begins = b >= step.before.rows, ends = b >= step.after.rows;
-  N h;
+  T h;
   if constexpr (cell == Cell::lstm) {
     T* x = a.gates + row * 4 * H + u;
-    N i = N(x[0]) + s[0], f = N(x[H]) + s[1], g = N(x[2 * H]) + s[2], o = N(x[3 * H]) + s[3], c;
-    lstm_forward<Math>(i, f, g, o, begins ? N(a.c0[state]) : running[state], c, h);
-    running[state] = c;
-    if (ends) a.cn[state] = T(c);
+    T i = x[0] + s[0], f = x[H] + s[1], g = x[2 * H] + s[2], o = x[3 * H] + s[3], c;
+    lstm_forward<Math>(i, f, g, o, begins ? a.c0[state] : a.cn[state], c, h);
+    a.cn[state] = c;
     if (a.train) {
-      x[0] = T(i);
-      x[H] = T(f);
-      x[2 * H] = T(g);
-      x[3 * H] = T(o);
-      a.c[row * H + u] = T(c);
+      x[0] = i;
+      x[H] = f;
+      x[2 * H] = g;
+      x[3 * H] = o;
+      a.c[row * H + u] = c;
     }
   } else if constexpr (cell == Cell::gru) {
     T* x = a.gates + row * (a.train ? 4 : 3) * H + u;
-    N r = N(x[0]) + s[0], z = N(x[H]) + s[1], n = N(x[2 * H]), hn = s[2];
-    if (a.b_hn) hn += N(a.b_hn[u]);
-    gru_forward<Math>(r, z, n, hn, N(h_before[u]), h);
+    T r = x[0] + s[0], z = x[H] + s[1], n = x[2 * H], hn = s[2];
+    if (a.b_hn) hn += a.b_hn[u];
+    gru_forward<Math>(r, z, n, hn, h_before[u], h);
     if (a.train) {
-      x[0] = T(r);
-      x[H] = T(z);
-      x[2 * H] = T(n);
-      x[3 * H] = T(hn);
+      x[0] = r;
+      x[H] = z;
+      x[2 * H] = n;
+      x[3 * H] = hn;
     }
   } else {
-    h = N(a.gates[row * H + u]) + s[0];
+    h = a.gates[row * H + u] + s[0];
     if constexpr (cell == Cell::tanh)
       h = Math::tanh(h);
     else
-      h = h < 0 ? N(0) : h;  // a NaN stays
+      h = h < 0 ? 0 : h;  // a NaN stays
   }
-  a.y[row * H + u] = T(h);
-  if (ends) a.hn[state] = T(h);
+  a.y[row * H + u] = h;
+  if (ends) a.hn[state] = h;
 }
 
 template <Cell cell, class T>
-__global__ void __launch_bounds__(kThreads)
-    forward_step(RnnForward<T> a, int64_t H, Step step, Number<T>* running) {
+__global__ void __launch_bounds__(kThreads) forward_step(RnnForward<T> a, int64_t H, Step step) {
   constexpr int G = kGates<cell>;
-  using N = Number<T>;
-  __shared__ Tiles<N, G * kUnits> tiles;
+  __shared__ Tiles<T, G * kUnits> tiles;
   const Place place(H);
   const auto h_before = [&](int i) -> const T* {
     const int64_t b = place.sequence + i;
@@ -157,63 +141,59 @@ __global__ void __launch_bounds__(kThreads)
   const auto load_weights = [&](int64_t k0) {
     for (int i = int(threadIdx.x) / kDepth; i < G * kUnits; i += kThreads / kDepth) {
       const int64_t k = k0 + int(threadIdx.x) % kDepth, u = place.unit + i % kUnits;
-      tiles.weights[i][k - k0] = k < H && u < H ? N(a.w_hh[(i / kUnits * H + u) * H + k]) : N(0);
+      tiles.weights[i][k - k0] = k < H && u < H ? a.w_hh[(i / kUnits * H + u) * H + k] : 0;
     }
   };
-  N sums[kRows][G] = {};
+  T sums[kRows][G] = {};
   multiply(tiles, place, H, h_before, load_weights, sums);
   const int64_t u = place.unit + place.column;
   for (int r = 0; r < kRows; ++r) {
     const int i = r * kLanes + place.lane;
     const int64_t b = place.sequence + i;
-    if (b < step.now.rows && u < H) forward_gates<cell>(a, H, step, running, b, u, h_before(i), sums[r]);
+    if (b < step.now.rows && u < H) forward_gates<cell>(a, H, step, b, u, h_before(i), sums[r]);
   }
 }
 
 // --- backward -----------------------------------------------------------------------------------------------------
 
-// Turn dh, the gradient of sequence b's unit u, into those of its gates. `running` [B, H] holds between steps what
-// passes the gates by: LSTM dc, GRU its direct part of dh.
-template <Cell cell, class T, class N>
-__device__ void backward_gates(const RnnBackward<T>& a, int64_t H, const Step& step, N* running, int64_t b, int64_t u,
-                               N dh) {
+// Turn dh, the gradient of sequence b's unit u, into those of its gates. What passes the gates by stays, between
+// steps, where the result of the last one belongs: LSTM dc in dc0, GRU's direct part of dh in dh0.
+template <Cell cell, class T>
+__device__ void backward_gates(const RnnBackward<T>& a, int64_t H, const Step& step, int64_t b, int64_t u, T dh) {
   const int64_t row = step.now.row + b, state = b * H + u, before = (step.before.row + b) * H + u;
   const bool begins = b >= step.before.rows, ends = b >= step.after.rows;
   if constexpr (cell == Cell::lstm) {
     const T* x = a.gates + row * 4 * H + u;
-    N i = N(x[0]), f = N(x[H]), g = N(x[2 * H]), o = N(x[3 * H]);
-    N dc = ends ? N(a.dcn[state]) : running[state];
-    lstm_backward<Math>(i, f, g, o, N(a.c[row * H + u]), N(begins ? a.c0[state] : a.c[before]), dh, dc);
-    running[state] = dc;
-    if (begins) a.dc0[state] = T(dc);
+    T i = x[0], f = x[H], g = x[2 * H], o = x[3 * H];
+    T dc = ends ? a.dcn[state] : a.dc0[state];
+    lstm_backward<Math>(i, f, g, o, a.c[row * H + u], begins ? a.c0[state] : a.c[before], dh, dc);
+    a.dc0[state] = dc;
     T* d = a.dgates + row * 4 * H + u;
-    d[0] = T(i);
-    d[H] = T(f);
-    d[2 * H] = T(g);
-    d[3 * H] = T(o);
+    d[0] = i;
+    d[H] = f;
+    d[2 * H] = g;
+    d[3 * H] = o;
   } else if constexpr (cell == Cell::gru) {
     const T* x = a.gates + row * 4 * H + u;
-    N r = N(x[0]), z = N(x[H]), n = N(x[2 * H]), hn = N(x[3 * H]);
-    gru_backward<Math>(r, z, n, hn, N(begins ? a.h0[state] : a.y[before]), dh);
-    running[state] = dh;
+    T r = x[0], z = x[H], n = x[2 * H], hn = x[3 * H];
+    gru_backward<Math>(r, z, n, hn, begins ? a.h0[state] : a.y[before], dh);
+    a.dh0[state] = dh;
     T* d = a.dgates + row * 4 * H + u;
-    d[0] = T(n);
-    d[H] = T(r);
-    d[2 * H] = T(z);
-    d[3 * H] = T(hn);
+    d[0] = n;
+    d[H] = r;
+    d[2 * H] = z;
+    d[3 * H] = hn;
   } else {
-    const N h = N(a.y[row * H + u]);
-    a.dgates[row * H + u] = T(cell == Cell::tanh ? dh * (1 - h * h) : h <= 0 ? N(0) : dh);
+    const T h = a.y[row * H + u];
+    a.dgates[row * H + u] = cell == Cell::tanh ? dh * (1 - h * h) : h <= 0 ? 0 : dh;
   }
 }
 
 template <Cell cell, class T>
-__global__ void __launch_bounds__(kThreads)
-    backward_step(RnnBackward<T> a, int64_t H, Step step, Number<T>* running) {
+__global__ void __launch_bounds__(kThreads) backward_step(RnnBackward<T> a, int64_t H, Step step) {
   // The columns of dgates that belong to U h: all, but for GRU's first.
   constexpr int G = kGates<cell>, first = cell == Cell::gru ? 1 : 0;
-  using N = Number<T>;
-  __shared__ Tiles<N, kUnits> tiles;
+  __shared__ Tiles<T, kUnits> tiles;
   const Place place(H);
   const int64_t depth = G * H;
   const auto d_after = [&](int i) -> const T* {
@@ -223,22 +203,24 @@ __global__ void __launch_bounds__(kThreads)
   const auto load_weights = [&](int64_t k0) {
     for (int i = place.lane; i < kDepth; i += kLanes) {
       const int64_t u = place.unit + place.column;
-      tiles.weights[place.column][i] = k0 + i < depth && u < H ? N(a.w_hh[(k0 + i) * H + u]) : N(0);
+      tiles.weights[place.column][i] = k0 + i < depth && u < H ? a.w_hh[(k0 + i) * H + u] : 0;
     }
   };
-  N sums[kRows][1] = {};
+  T sums[kRows][1] = {};
   multiply(tiles, place, depth, d_after, load_weights, sums);
   const int64_t u = place.unit + place.column;
   for (int r = 0; r < kRows; ++r) {
     const int64_t b = place.sequence + r * kLanes + place.lane, state = b * H + u;
     if (u >= H || (b >= step.now.rows && b >= step.after.rows)) continue;
-    N dh = sums[r][0];
-    if (b >= step.after.rows) dh = N(a.dhn[state]);
-    else if (cell == Cell::gru) dh += running[state];
+    T dh = sums[r][0];
+    if (b >= step.after.rows)
+      dh = a.dhn[state];
+    else if (cell == Cell::gru)
+      dh += a.dh0[state];
     if (b < step.now.rows)
-      backward_gates<cell>(a, H, step, running, b, u, dh + N(a.dy[(step.now.row + b) * H + u]));
+      backward_gates<cell>(a, H, step, b, u, dh + a.dy[(step.now.row + b) * H + u]);
     else
-      a.dh0[state] = T(dh);  // the sequence began at the step after
+      a.dh0[state] = dh;  // the sequence began at the step after
   }
 }
 
@@ -264,9 +246,9 @@ void walk(const RnnProblem& p, bool against, const Visit& visit) {
   }
 }
 
-template <class Arguments, class N>
-void launch(const char* name, void (*kernel)(Arguments, int64_t, Step, N*), const Arguments& a, int64_t hidden,
-            const Step& step, N* running, void* stream) {
+template <class Arguments>
+void launch(const char* name, void (*kernel)(Arguments, int64_t, Step), const Arguments& a, int64_t hidden,
+            const Step& step, void* stream) {
   const int64_t rows = step.now.rows > step.after.rows ? step.now.rows : step.after.rows;
   const int64_t blocks = (hidden + kUnits - 1) / kUnits * ((rows + kSequences - 1) / kSequences);
   if (blocks == 0) return;
@@ -275,46 +257,33 @@ void launch(const char* name, void (*kernel)(Arguments, int64_t, Step, N*), cons
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, a, hidden, step, running);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, a, hidden, step);
   if (status == cudaSuccess) return;
   cudaGetLastError();  // or the next call would report it again
   throw std::runtime_error(std::string(name) + ": CUDA refused the launch: " + cudaGetErrorString(status));
 }
 
-// Where float32 or float64 calls keep what passes from step to step: in the result that it becomes at the end.
-template <class T>
-Number<T>* running_state(T* result, void* workspace) {
-  if constexpr (sizeof(T) == sizeof(Number<T>))
-    return result;
-  else
-    return static_cast<Number<T>*>(workspace);
-}
-
 template <Cell cell, class T>
 void forward(const RnnProblem& p, const RnnForward<T>& a, void* stream) {
-  Number<T>* const running = running_state(a.cn, a.workspace);
   walk(p, false, [&](const Step& step) {
-    launch("rnn_forward", forward_step<cell, T>, a, p.hidden, step, running, stream);
+    launch("rnn_forward", forward_step<cell, T>, a, p.hidden, step, stream);
   });
 }
 
 template <Cell cell, class T>
 void backward(const RnnProblem& p, const RnnBackward<T>& a, void* stream) {
-  Number<T>* const running = running_state(cell == Cell::gru ? a.dh0 : a.dc0, a.workspace);
   Span first{};
   walk(p, true, [&](const Step& step) {
-    launch("rnn_backward", backward_step<cell, T>, a, p.hidden, step, running, stream);
+    launch("rnn_backward", backward_step<cell, T>, a, p.hidden, step, stream);
     first = step.now;
   });
   // One more hands the gradients of the first step's gates to h0.
-  launch("rnn_backward", backward_step<cell, T>, a, p.hidden, Step{{}, {}, first}, running, stream);
+  launch("rnn_backward", backward_step<cell, T>, a, p.hidden, Step{{}, {}, first}, stream);
 }
 
 }  // namespace
 
-size_t rnn_workspace(const RnnProblem& p, bool, size_t number) {
-  return number < 4 && (p.cell == Cell::lstm || p.cell == Cell::gru) ? p.batch * p.hidden * sizeof(float) : 0;
-}
+size_t rnn_workspace(const RnnProblem&, bool, size_t) { return 0; }
 
 template <class T>
 void rnn_forward(const RnnProblem& p, const RnnForward<T>& a, void* stream) {
@@ -338,12 +307,8 @@ void rnn_backward(const RnnProblem& p, const RnnBackward<T>& a, void* stream) {
 
 template void rnn_forward(const RnnProblem&, const RnnForward<float>&, void*);
 template void rnn_forward(const RnnProblem&, const RnnForward<double>&, void*);
-template void rnn_forward(const RnnProblem&, const RnnForward<__half>&, void*);
-template void rnn_forward(const RnnProblem&, const RnnForward<__nv_bfloat16>&, void*);
 template void rnn_backward(const RnnProblem&, const RnnBackward<float>&, void*);
 template void rnn_backward(const RnnProblem&, const RnnBackward<double>&, void*);
-template void rnn_backward(const RnnProblem&, const RnnBackward<__half>&, void*);
-template void rnn_backward(const RnnProblem&, const RnnBackward<__nv_bfloat16>&, void*);
 
 int built_version() { return CUDART_VERSION; }
 

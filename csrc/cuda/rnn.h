@@ -1,8 +1,7 @@
 // The recurrent layer of ../rnn.h on an NVIDIA GPU: the same problem, pointers and layouts, queued on a stream.
 //
-// T is float, double, __half or __nv_bfloat16; 16-bit numbers are computed in float32, and the running states and
-// gradients stay in float32 too. Every pointer is device memory but RnnProblem::batch_sizes, which is read before the
-// call returns. Nothing is allocated, nothing waits, and the launches can be captured into a CUDA graph.
+// T is float or double. Every pointer is device memory but RnnProblem::batch_sizes, which is read before the call
+// returns. Nothing is allocated, nothing waits, and the launches can be captured into a CUDA graph.
 // Throws std::runtime_error where a launch fails.
 #pragma once
 
@@ -10,12 +9,8 @@
 
 #include "../rnn.h"
 
-struct __half;
-struct __nv_bfloat16;
-
 namespace fastlm::cuda {
 
-// Bytes of workspace, aligned to 16, that a call needs: the running state of 16-bit numbers.
 size_t rnn_workspace(const RnnProblem&, bool backward, size_t size_of_number);
 
 template <class T>

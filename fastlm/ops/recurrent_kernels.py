@@ -200,7 +200,7 @@ class Layers:
         if not like.is_cuda:
             return kernel(*problem, like.element_size(), *args)
         with torch.cuda.device(like.device):
-            return kernel(*problem, str(like.dtype)[6:], *args, torch.cuda.current_stream().cuda_stream)
+            return kernel(*problem, like.element_size(), *args, torch.cuda.current_stream().cuda_stream)
 
     def addresses(self, buffers):
         """Check what the kernel takes for granted, and return where the tensors lie (0 for None).
