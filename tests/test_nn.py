@@ -157,6 +157,11 @@ def bad_attention():
     yield "key", (x, x[0], x[0]), {}
     yield "query", (x[..., :6],) * 3, {}
     yield "key", (x, x, torch.randn(5, 3, 8)), {}
+    yield "key", (x, x[:, :2], x[:, :2]), {}
+    yield "key_padding_mask", (x,) * 3, {"key_padding_mask": torch.zeros(3, 5)}
+    yield "key_padding_mask", (x,) * 3, {"key_padding_mask": torch.zeros(4)}
+    yield "key_padding_mask", (x[:, 0],) * 3, {"key_padding_mask": torch.zeros(5)}
+    yield "attn_mask", (x,) * 3, {"attn_mask": torch.zeros(4)}
     yield "attn_mask", (x,) * 3, {"attn_mask": torch.zeros(4, 5)}
     yield "attn_mask", (x,) * 3, {"attn_mask": torch.zeros(3, 4, 4)}
     yield "attn_mask", (x,) * 3, {"attn_mask": torch.zeros(4, 4, dtype=torch.int64)}

@@ -34,8 +34,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: a hint that `attn_mask`, which must be given, is the causal mask.
 
         Raises:
-            AssertionError: number of dimensions, features or dtype of an argument do not fit.
-            RuntimeError: a mask has the wrong shape, or `is_causal` comes without `attn_mask`.
+            AssertionError: number of dimensions, features or dtype of an argument do not fit, or the shape of
+                `key_padding_mask`.
+            RuntimeError: `attn_mask` or a batch size does not fit, or `is_causal` comes without `attn_mask`.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask,
@@ -107,7 +108,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise AssertionError(f"MultiheadAttention: {name} must be boolean or floating point, got {mask.dtype}")
             if mask.shape not in shapes[name]:
                 expected = " or ".join(str(list(shape)) for shape in shapes[name])
-                raise RuntimeError(f"MultiheadAttention: {name} has shape {list(mask.shape)}, expected {expected}")
+                # torch.nn's types: a mask of the right rank and the wrong size is a RuntimeError, but for padding.
+                error = RuntimeError if name == "attn_mask" and mask.dim() in (2, 3) else AssertionError
+                raise error(f"MultiheadAttention: {name} has shape {list(mask.shape)}, expected {expected}")
         masks = []
         if attn_mask is not None:
             masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))

@@ -159,6 +159,8 @@ class _Recurrent(nn.Module):
         return [self.hidden_size]
 
     def _split(self, hx) -> list[Tensor]:
+        if not isinstance(hx, Tensor):
+            raise AttributeError(f"{self._name}: hx must be a Tensor, got {type(hx).__name__}")
         return [hx]
 
     def _join(self, state):
@@ -234,6 +236,8 @@ class LSTM(_Recurrent):
         return [self.proj_size or self.hidden_size, self.hidden_size]
 
     def _split(self, hx):
+        if len(hx) != 2:
+            raise IndexError(f"LSTM: hx must be a pair (h, c), got {len(hx)} of {type(hx).__name__}")
         return [hx[0], hx[1]]
 
     def _join(self, state):

@@ -208,6 +208,7 @@ def bad_inputs(cell):
     yield "batch of hx", "hx", x, state(torch.randn(1, 3, 6))
     yield "width of hx", "hx", x, state(torch.randn(1, 2, 5))
     yield "layers of hx", "hx", x, state(torch.randn(2, 2, 6))
+    yield "kind of hx", "hx", x, h if cell == "LSTM" else (h, h)
     yield "unbatched hx", "hx", x, state(h[:, 0])
     yield "batched hx", "hx", x[:, 0], state(h)
     yield "dtype of hx", "hx", x, state(h.double())
