@@ -140,7 +140,7 @@ class Layers:
         if need_b or need_bu:
             total = d.sum(0)
             db = total[:3 * hidden].roll(-hidden) if self.cell == "gru" else total
-            dbu = total[hidden:] if self.cell == "gru" else total.clone()
+            dbu = (total[hidden:] if self.cell == "gru" else total).clone()
         return [dx, None, *d_states, dw, du, db, dbu]
 
     def through_input(self, d, w_ih):
