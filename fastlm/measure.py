@@ -62,6 +62,9 @@ def differentiate(fn: Callable, args: tuple, upstream: list[Tensor] | None = Non
         results = floating(fn(*args))
     if upstream is None:
         upstream = [torch.randn_like(r) for r in results]
+    for i, (r, g) in enumerate(zip(results, upstream, strict=True)):
+        if r.shape != g.shape:
+            raise AssertionError(f"result {i} has shape {list(r.shape)}, its gradient {list(g.shape)}")
     return [r.detach() for r in results], upstream, pull_back(results, upstream, wanted)
 
 
