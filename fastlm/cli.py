@@ -53,7 +53,8 @@ def train(
                                                   "(default: python-docs).")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="word, char or bpe (default: word).")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Most tokens in the vocabulary (default: 8192).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps (default: 600; unigram: one pass).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps (default: 400; transformer: 300; "
+                                                   "unigram: one pass).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step (default: 16).")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence (default: 64).")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default: chosen for the model).")] = None,

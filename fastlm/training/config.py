@@ -24,10 +24,10 @@ DTYPES = ("float32", "bfloat16")
 # Chosen on python-docs, where each takes a minute or two on two cores.
 DEFAULTS = {
     "unigram": {},
-    "rnn": {"steps": 600, "lr": 2e-3},
-    "gru": {"steps": 600, "lr": 4e-3},
-    "lstm": {"steps": 600, "lr": 4e-3},
-    "transformer": {"steps": 600, "lr": 2e-3, "num_layers": 2},
+    "rnn": {"steps": 400, "lr": 2e-3},
+    "gru": {"steps": 400, "lr": 4e-3},
+    "lstm": {"steps": 400, "lr": 4e-3},
+    "transformer": {"steps": 300, "lr": 2e-3, "num_layers": 2},
 }
 
 
