@@ -67,10 +67,11 @@ class Differentiable:
         """Return the results of the forward kernel as a list of `outputs` tensors."""
         present = [t for t in tensors if t is not None]
         if torch.compiler.is_compiling():
-            slots = _slots(tensors, torch.is_grad_enabled())
+            # What is exported may be trained by others: no guard will compare their inputs with today's.
+            slots = _slots(tensors, torch.is_grad_enabled(), assume=torch.compiler.is_exporting())
             return self.forward_op(present, slots, *statics)[: self.outputs]
         if _transformed():
-            return _Forward.apply(self, _slots(tensors, True, transformed=True), statics, *present)[: self.outputs]
+            return _Forward.apply(self, _slots(tensors, True, assume=True), statics, *present)[: self.outputs]
         slots = _slots(tensors, torch.is_grad_enabled())
         if NEEDED in slots:
             return _Forward.apply(self, slots, statics, *present)[: self.outputs]
@@ -84,6 +85,10 @@ class Differentiable:
         ctx.save_for_backward(*tensors, *output)
 
     def _compiled_backward(self, ctx, grads):
+        present = (slot for slot in ctx.slots if slot != ABSENT)
+        if any(wanted and slot == FROZEN for wanted, slot in zip(ctx.needs_input_grad[0], present, strict=True)):
+            raise RuntimeError(f"fastlm::{self.name}: an input needs a gradient now and needed none when the graph was "
+                               "made: export it with gradients enabled")
         kept = ctx.saved_tensors  # once: a checkpoint unpacks them only once
         tensors, results = kept[: ctx.count], kept[ctx.count:]
         grads = [torch.zeros_like(r) if g is None else g
@@ -178,10 +183,10 @@ def _define(name, schema, run, fake):
     return getattr(torch.ops.fastlm, name).default
 
 
-def _slots(tensors, grad_enabled, transformed=False):
-    """Say of each tensor whether it is absent, frozen, or needs a gradient; under functorch, assume that it does."""
+def _slots(tensors, grad_enabled, assume=False):
+    """Say of each tensor whether it is absent, frozen, or needs a gradient, which may also be assumed."""
     return [ABSENT if t is None
-            else NEEDED if grad_enabled and t.is_floating_point() and (transformed or t.requires_grad)
+            else NEEDED if grad_enabled and t.is_floating_point() and (assume or t.requires_grad)
             else FROZEN for t in tensors]
 
 

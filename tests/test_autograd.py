@@ -360,6 +360,20 @@ def test_export_then_train(strict):
     same((exported.w.grad, exported.b.grad), expected)
 
 
+def test_exported_inputs_get_gradients_too():
+    """Frozen when exported, trained later: nothing guards an exported graph, so it must be right or refuse."""
+    model, x = Toy().requires_grad_(False), torch.rand(2, 3, dtype=torch.float64) + 0.5
+    exported = torch.export.export(model, (x,)).module()
+    wanted = x.clone().requires_grad_()
+    expected = torch.autograd.grad(scalar(plain)(wanted, model.w, model.b), wanted)
+    same(torch.autograd.grad(scalar(exported)(wanted), wanted), expected)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,)).module()
+    same(exported(x), plain(x, model.w, model.b))
+    with pytest.raises(RuntimeError, match=r"test_toy.*export it with gradients enabled"):
+        scalar(exported)(wanted).backward()
+
+
 @pytest.mark.parametrize("slots", [[0, 0, 0], [1, 1, 1], [1, 0, -1], [0, 0, -1]])
 def test_opcheck(slots):
     """Both operators keep torch.library's contract: schema, fake tensors, autograd registration, AOT dispatch."""

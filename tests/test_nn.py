@@ -297,6 +297,8 @@ def loss_case(name, options, device, dtype):
     options = dict(options)
     kind, extra = options.pop("target", "classes"), options.pop("dimensions", ())
     classes, rows = 7, 6
+    if options.get("options"):
+        options["options"] = nn.LinearCrossEntropyOptions()
     if options.pop("weight", False):
         options["weight"] = torch.rand(classes, device=device, dtype=dtype)
     if kind == "probabilities":  # which stock refuses together with ignore_index
@@ -324,7 +326,8 @@ def test_cross_entropy_loss(options, dtype, device):
 
 
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this torch has no LinearCrossEntropyLoss")
-@pytest.mark.parametrize("options", combinations([*LOSS, ("bias", True)]))
+@pytest.mark.parametrize("options", combinations([*LOSS, ("bias", True), ("options", "chunked")]))
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy")
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_linear_cross_entropy_loss(options, dtype, device):
     theirs, ours, call, leaves = loss_case("LinearCrossEntropyLoss", options, device, dtype)

@@ -11,6 +11,7 @@ import torch
 from parity import CELLS, DTYPES, combinations, hold, leaf, pair, run, tensors
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import fastlm
 
@@ -228,6 +229,51 @@ def test_recurrent_bad_inputs(cell):
             ours(x, hx)
         assert cell.lower() in str(caught.value).lower(), what
         assert name in str(caught.value), what
+
+
+# --- other roads of autograd -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_order(cell, device):
+    _, ours, call, leaves = recurrent_case(cell, {"bidirectional": True, "hx": True}, device, torch.float64)
+    assert torch.autograd.gradgradcheck(lambda *leaves: tensors(call(ours, *leaves)), leaves)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_of_each_sample(cell, device):
+    """torch.func's vmap of grad through functional_call gives what a loop of stock's backwards gives."""
+    theirs, ours, *_ = recurrent_case(cell, {"num_layers": 2}, device, torch.float64)
+    batch = torch.randn(3, 5, 1, 4, device=device, dtype=torch.float64)
+
+    def loss(params, x, module):
+        return torch.func.functional_call(module, params, (x,))[0].square().sum()
+
+    params = {name: p.detach() for name, p in ours.named_parameters()}
+    found = torch.vmap(torch.func.grad(lambda p, x: loss(p, x, ours)), (None, 0))(params, batch)
+    for i, x in enumerate(batch):
+        stock = dict(theirs.named_parameters())
+        expected = torch.autograd.grad(loss(stock, x, theirs), list(stock.values()))
+        for name, gradient in zip(stock, expected, strict=True):
+            torch.testing.assert_close(found[name][i], gradient)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_checkpoint_draws_the_same_dropout(cell, device):
+    _, ours, call, leaves = recurrent_case(cell, {"num_layers": 2, "dropout": 0.5}, device, torch.float32)
+    expected = run(ours, call, leaves)
+    found = run(ours, lambda module, x: checkpoint(lambda x: call(module, x), x, use_reentrant=False), leaves)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_export_then_train(cell, device):
+    _, ours, _, leaves = recurrent_case(cell, {"num_layers": 2}, device, torch.float32)
+    exported = torch.export.export(ours, (leaves[0].detach(),)).module()
+    found, expected = (run(module, lambda module, x: module(x), leaves) for module in (exported, ours))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # --- compile, threads, fork ------------------------------------------------------------------------------------
