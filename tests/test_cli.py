@@ -1,0 +1,152 @@
+"""The commands train, eval and generate, as a user types them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.training import checkpoint, train
+
+SMALL = ["--steps", 20, "--batch-size", 4, "--seq-len", 8, "--hidden-size", 16, "--vocab-size", 300, "--lr", 0.02,
+         "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Work this small is fastest so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """A text file in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sees [red] birds\nand a dog hears it\n" * 80, encoding="utf-8")
+    return str(path)
+
+
+def fastlm(*args, status=0):
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def perplexity(output):
+    return float(re.search(r"perplexity ([\d.]+) \(", output)[1])
+
+
+@pytest.mark.parametrize("model", ["unigram", "rnn", "gru", "lstm", "transformer"])
+@pytest.mark.parametrize("layers", ["fastlm", "stock"])
+def test_train_eval_generate(text, model, layers):
+    output = fastlm("train", "--model", model, "--data", text, "--out", "run", "--layers", layers, *SMALL)
+    assert "One training step runs:" in output
+    if model == "unigram" or layers == "stock":
+        assert "no fastlm op was called" in output
+    else:
+        assert "linear_cross_entropy" in output
+    for word in ("step 20/20", "loss", "tokens/s", "ETA", "validation perplexity"):
+        assert word in output
+    assert "\x1b" not in output, "escape codes in what is no terminal"
+    test = perplexity(output)
+    assert perplexity(fastlm("eval", "run")) == pytest.approx(test, abs=0.1)
+    assert perplexity(fastlm("eval", "run", "--data", text)) == pytest.approx(test, abs=0.1)
+    first, second = (fastlm("generate", "run", "--prompt", "the cat", "--tokens", 12, "--top-k", 9, "--top-p", 0.9,
+                            "--temperature", 0.8, "--seed", 3) for _ in range(2))
+    assert first == second
+    assert first.startswith("the cat")
+    assert first != fastlm("generate", "run", "--prompt", "the cat", "--tokens", 12, "--seed", 4)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_tokenizers(text, tokenizer):
+    fastlm("train", "--model", "gru", "--data", text, "--tokenizer", tokenizer, "--out", "run", *SMALL)
+    assert f"{tokenizer} tokens" in fastlm("eval", "run")
+    assert fastlm("generate", "run", "--tokens", 5, "--prompt", "[red]").startswith("[red]")
+
+
+def test_eval_of_other_text(text, tmp_path):
+    fastlm("train", "--model", "unigram", "--data", text, "--out", "run", *SMALL)
+    other = tmp_path / "other.txt"
+    other.write_text("the cat sees the dog, purple elephants\n")
+    output = fastlm("eval", "run", "--data", other)
+    assert str(other) in output
+    assert re.search(r"[1-9][\d.]*% of them unknown", output)
+
+
+def test_default_folders(text):
+    for folder in ("runs/lstm", "runs/lstm-2"):
+        assert f"saved in {folder}" in fastlm("train", "--data", text, *SMALL)
+
+
+def test_interrupt_and_resume(text, monkeypatch):
+    command = ["train", "--model", "lstm", "--data", text, *SMALL]
+    fastlm(*command, "--out", "whole")
+    step = train.Trainer.step
+
+    def interrupted(trainer):
+        if trainer.done == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", interrupted)
+        output = fastlm(*command, "--out", "parts", status=130)
+    assert "Interrupted after step 8 of 20" in output
+    assert "fastlm train --resume --out parts" in output
+    output = fastlm("train", "--resume", "--out", "parts")
+    assert "Going on after step 8" in output
+    whole, parts = (checkpoint.load(folder).model.state_dict() for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert "The run is complete: 20 steps" in fastlm(*command, "--resume", "--out", "parts")
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["train", "--model", "bert"], "model is 'bert', expected one of unigram, rnn, gru, lstm, transformer"),
+    (["train", "--data", "nowhere.txt"], "nowhere.txt is not a file"),
+    (["train", "--device", "toaster"], "device is 'toaster'"),
+    (["train", "--resume"], "--resume needs --out"),
+    (["train", "--resume", "--out", "nowhere"], "nowhere holds no run"),
+    (["eval", "nowhere"], "nowhere holds no run"),
+    (["generate", "nowhere"], "nowhere holds no run"),
+])
+def test_errors_are_one_line(tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    output = fastlm(*args, status=1)
+    assert message in output
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "a command that failed left something behind"
+
+
+def test_errors_of_a_run(text):
+    fastlm("train", "--model", "unigram", "--data", text, "--out", "run", *SMALL)
+    assert "holds a run already" in fastlm("train", "--data", text, "--out", "run", status=1)
+    output = fastlm("train", "--resume", "--out", "run", "--seed", 5, status=1)
+    assert "seed is 5, the run in this folder has 0" in output
+    assert "prompt is empty" in fastlm("generate", "run", "--prompt", "", status=1)
+    assert "top_p is 2.0" in fastlm("generate", "run", "--top-p", 2, status=1)
+
+
+def test_help_names_every_command_and_default():
+    output = fastlm("--help")
+    assert all(command in output for command in ("train", "eval", "generate"))
+    assert fastlm("train", "--help").count("default: ") >= 12
+
+
+def test_missing_libraries_are_named():
+    code = "import sys; sys.modules['typer'] = None; from fastlm.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "fastlm: the command line needs typer: pip install 'fastlm[cli]'"
