@@ -16,6 +16,7 @@ namespace {
 
 // A block makes kUnits hidden units of kSequences sequences; a thread makes one unit of kRows sequences.
 constexpr int kUnits = 16, kLanes = 16, kRows = 2, kSequences = kLanes * kRows, kThreads = kUnits * kLanes;
+constexpr int kBlocks = 3;  // a multiprocessor; without the hint ptxas aims at five and spills
 constexpr int kDepth = 32;  // of the product that shared memory holds at a time
 
 template <Cell cell>
@@ -60,9 +61,9 @@ struct Tiles {
   T weights[columns][kDepth + 1];
 };
 
-// sums[r][g] = Σ_k row(r·kLanes + lane)[k] · w[k, g·kUnits + column], k < depth. `row(i)` is null where sequence i of
-// the tile has none; `load_weights(k0)` fills tiles.weights[g·kUnits + column][k - k0] for kDepth values of k, with
-// zeros outside the matrix.
+// sums[r][g] = Σ_k row(r·kLanes + lane)[k] · w[k, g·kUnits + column], k < depth. `row(i)` is null where there is no
+// sequence i of the tile; `load_weights(k0)` fills tiles.weights[g·kUnits + column][k - k0] for kDepth values of k,
+// with zeros outside the matrix.
 template <int G, class T, class Row, class LoadWeights>
 __device__ void multiply(Tiles<T, G * kUnits>& tiles, const Place& place, int64_t depth, const Row& row,
                          const LoadWeights& load_weights, T (&sums)[kRows][G]) {
@@ -129,7 +130,7 @@ __device__ void forward_gates(const RnnForward<T>& a, int64_t H, const Step& ste
 }
 
 template <Cell cell, class T>
-__global__ void __launch_bounds__(kThreads) forward_step(RnnForward<T> a, int64_t H, Step step) {
+__global__ void __launch_bounds__(kThreads, kBlocks) forward_step(RnnForward<T> a, int64_t H, Step step) {
   constexpr int G = kGates<cell>;
   __shared__ Tiles<T, G * kUnits> tiles;
   const Place place(H);
@@ -190,7 +191,7 @@ __device__ void backward_gates(const RnnBackward<T>& a, int64_t H, const Step& s
 }
 
 template <Cell cell, class T>
-__global__ void __launch_bounds__(kThreads) backward_step(RnnBackward<T> a, int64_t H, Step step) {
+__global__ void __launch_bounds__(kThreads, kBlocks) backward_step(RnnBackward<T> a, int64_t H, Step step) {
   // The columns of dgates that belong to U h: all, but for GRU's first.
   constexpr int G = kGates<cell>, first = cell == Cell::gru ? 1 : 0;
   __shared__ Tiles<T, kUnits> tiles;
