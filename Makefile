@@ -27,10 +27,20 @@ lint: $(VENV)/installed
 gpu-check:
 	FASTLM_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests/test_ops.py tests/test_nn.py tests/cases --device cuda $(ARGS)
-	$(PYTHON) -m fastlm bench --suite ops --device cuda --out $(RESULTS)
+	$(PYTHON) -m fastlm bench --device cuda --every --full --out $(RESULTS)
 
 extension: $(VENV)/installed
 	@$(RUN) setup.py -q build_ext --inplace
+
+# The C++ kernels under the address and undefined-behaviour sanitizers, on the parity matrix; beside the usual build.
+sanitize: $(VENV)/installed
+	rm -rf build/sanitize
+	FASTLM_CUDA=0 FASTLM_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		FASTLM_LDFLAGS="-fsanitize=address,undefined" $(RUN) setup.py -q build_ext --build-lib build/sanitize
+	cp -rn fastlm build/sanitize/
+	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(abspath $(RUN)) -m pytest ../../tests/test_ops.py ../../tests/cases/test_recurrent.py \
+		-k "(error_rule and native) or (recurrent and not compiled and not opcheck)" $(ARGS)
 
 # A virtual environment of our own; no other environment is touched.
 $(VENV)/installed: pyproject.toml Makefile

@@ -94,6 +94,7 @@ class NinjaBuild(build_ext):
                 return self.ninja(target, cxx, nvcc, report)
             except Unavailable as reason:  # CUDA trouble must not cost the CPU kernels
                 report["skipped"]["cuda"] = str(reason)
+                print("fastlm: CUDA kernels not built, see above", file=sys.stderr)
         self.ninja(target, cxx, None, report)
 
     def ninja(self, target, cxx, nvcc, report):
@@ -101,7 +102,9 @@ class NinjaBuild(build_ext):
         from ninja import BIN_DIR, ninja_syntax
 
         # A fixed place, unlike pip's fresh temporary folders: the objects survive for the next build.
-        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{self.plat_name}"
+        # Extra flags have their own, so that a sanitizer's objects and the usual ones do not replace each other.
+        extra = "-flags" if os.environ.get("FASTLM_CXXFLAGS") or os.environ.get("FASTLM_LDFLAGS") else ""
+        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{self.plat_name}{extra}"
         folder.mkdir(parents=True, exist_ok=True)
         headers = folder / "pybind11"
         headers.unlink(missing_ok=True)

@@ -93,6 +93,8 @@ void dot_rows(const T* w, int64_t depth, int rows, const T* x, T* out) {
     for (; k + 2 * lanes <= depth; k += 2 * lanes)
 #pragma GCC unroll 4
       for (int j = 0; j < together; ++j) {
+        __builtin_prefetch(p + (j + together) * depth + k);  // the next rows: too short a stream for the hardware
+        __builtin_prefetch(p + (j + together) * depth + k + lanes);
         acc[j][0] += load(p + j * depth + k) * load(x + k);
         acc[j][1] += load(p + j * depth + k + lanes) * load(x + k + lanes);
       }

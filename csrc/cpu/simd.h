@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "../gates.h"
 
 namespace fastlm {
@@ -99,6 +103,20 @@ FASTLM_INLINE void split_exp(const Vector<T>& x, Vector<T>& scale, Vector<T>& p)
   p = q * r * r + r;
 }
 
+template <class V>
+FASTLM_INLINE V quotient(const V& a, const V& b) {
+  return a / b;
+}
+
+#if defined(__AVX512F__)
+// A gate would spend most of its time in the divider: one Newton step of third order from a 14-bit estimate instead.
+FASTLM_INLINE Vector<float> quotient(const Vector<float>& a, const Vector<float>& b) {
+  const Vector<float> y = (Vector<float>)_mm512_rcp14_ps((__m512)b);
+  const Vector<float> e = 1 - b * y;
+  return a * (y + y * (e + e * e));
+}
+#endif
+
 // Within 2.5 units in the last place; a NaN fails every comparison, so it passes through.
 template <class T>
 struct Math {
@@ -108,7 +126,7 @@ struct Math {
     m = m > end ? Vector<T>{} + end : m;
     m = m < -end ? Vector<T>{} - end : m;
     split_exp<T>(m, scale, p);
-    return 1 / (1 + (scale + scale * p));
+    return quotient(Vector<T>{} + 1, 1 + (scale + scale * p));
   }
 
   FASTLM_INLINE Vector<T> tanh(const Vector<T>& x) {
@@ -118,7 +136,7 @@ struct Math {
     split_exp<T>(-2 * a, scale, p);
     const Vector<T> expm1 = scale * p + (scale - 1);  // of -2a
     // Near 1 the small distance from 1 is what must be exact: the gradient 1 - t² lives on it.
-    const Vector<T> part = (a > 1 ? 2 * (scale + scale * p) : -expm1) / (expm1 + 2);
+    const Vector<T> part = quotient(a > 1 ? 2 * (scale + scale * p) : -expm1, expm1 + 2);
     const Vector<T> t = a > 1 ? 1 - part : part;
     return x < 0 ? -t : t;
   }

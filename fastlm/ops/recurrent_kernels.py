@@ -19,14 +19,35 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+ROW = "benchmarks/LOG.md 2026-11-23"
 
 
-def losses(isa: str, *args) -> str | None:
-    """Return why stock is the better choice, None where a measured row says that it is not."""
-    if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+def losses(isa: str, cell: str, data, batch_sizes, hx, params, *options) -> str | None:
+    """Return why stock is the better choice, None where a measured row says that it is not.
+
+    Stock runs a dense LSTM in float32 and bfloat16 through oneDNN, which is hard to beat, and all else step by step
+    in PyTorch, which only few steps, and so little to save, make as fast as a kernel.
+    """
+    if data.is_cuda:
         return "not yet run on a GPU"
     if isa not in MEASURED:
         return f"not yet measured with {isa}"
+    steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
+    batch, hidden = hx[0].shape[1:]
+    if cell != "lstm" or batch_sizes is not None or data.dtype not in (torch.float32, torch.bfloat16):
+        least = 32 if cell in ("tanh", "relu") else 16
+        return f"slower than torch below {least} steps: {ROW}" if steps < least else None
+    if hidden < 256:
+        return f"slower than torch's oneDNN below 256 hidden units: {ROW}"
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
+    if trains or data.dtype is torch.bfloat16:
+        return None
+    if hidden < 512:
+        return f"slower than torch's oneDNN below 512 hidden units without gradients: {ROW}"
+    if batch == 1 and steps > 16:
+        return f"slower than torch's oneDNN for one sequence beyond 16 steps without gradients: {ROW}"
+    if batch > 1 and steps < 16:
+        return f"slower than torch's oneDNN below 16 steps without gradients: {ROW}"
     return None
 
 

@@ -139,7 +139,8 @@ def test_dropout_is_stock_s(name):
 
 @native
 @each_cell
-@pytest.mark.parametrize("options", [{"hidden": 3}, {"lengths": (2, 1), "bidirectional": True}, {"batch": 1, "bias": False}])
+@pytest.mark.parametrize("options", [
+    {"hidden": 3}, {"lengths": (2, 1), "bidirectional": True}, {"batch": 1, "bias": False}])
 def test_second_order(name, options):
     args = make(name, torch.float64, steps=3, inputs=1, **({"batch": 2, "hidden": 2} | options))
     leaves = measure.floating(args)
@@ -326,3 +327,17 @@ def test_unknown_cap_is_refused():
     done = subprocess.run([sys.executable, "-c", "import fastlm._native"], env=os.environ | {"FASTLM_MAX_ISA": "mmx"},
                           capture_output=True, text=True)
     assert "FASTLM_MAX_ISA must be generic, avx2, avx512 or amx, got mmx" in done.stderr
+
+
+@native
+def test_stock_runs_where_it_was_measured_to_win():
+    """Whatever the instruction set, a refusal is a reason and the default call agrees with stock."""
+    small, large = make("lstm", hidden=8), make("gru", steps=40, hidden=8)
+    import fastlm._native as extension
+    refusal = OPS["lstm"].implementations["native"].loses(*small)
+    taken = OPS["gru"].implementations["native"].loses(*large)
+    if extension.isa == "avx512":
+        assert "below 256 hidden units" in refusal
+        assert taken is None
+    else:
+        assert refusal == taken == f"not yet measured with {extension.isa}"
