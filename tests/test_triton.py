@@ -4,10 +4,12 @@ The launches come from the functions that the implementations use themselves, on
 what would run. `pytest tests/test_triton.py -s` prints the table.
 """
 
+import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,93 +83,110 @@ def _ptxas(ptx, generation):
     return int(re.search(r"Used (\d+) registers", report).group(1)), max(int(stores), int(loads))
 
 
+class Case(NamedTuple):
+    """A launch to compile for a GPU generation, and the bytes that a thread of it may spill."""
+
+    label: str
+    plan: tuple
+    generation: int
+    spills: int = 0
+    deep: bool = False
+
+
 def tensor(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def check(label, plan, generation, spills=0):
-    """Hold a launch to the limits of a GPU generation and to `spills` bytes a thread."""
-    name = plan[0].fn.__name__
-    found = resources(plan, generation)
-    print(f"\n{name:24} {label:32} sm_{generation} {found.registers:4} registers {found.spills:5} B spilled "
-          f"{found.shared / 1024:6.1f} KiB shared", end="")
-    assert found.shared <= SHARED_MEMORY[generation]
-    assert found.spills <= spills
-    assert found.registers * 32 * plan[2]["num_warps"] <= 1 << 16, "the launch would fail for want of registers"
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "cols"), [(4096, 1024), (1024, 32000), (256, 131072)])
-def test_softmax(rows, cols, dtype, generation):
-    x = softmax_triton._view(tensor(rows, cols, dtype=dtype), -1)
-    check(f"{rows}x{cols} {dtype}", softmax_triton.plan_forward(x, x), generation)
-    check(f"{rows}x{cols} {dtype}", softmax_triton.plan_backward(x, x, x), generation)
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_softmax_along_a_middle_dimension(generation):
-    x = softmax_triton._view(tensor(64, 500, 64), 1)
+def softmax_cases(generation):
+    for rows, cols in ((4096, 1024), (1024, 32000), (256, 131072)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = softmax_triton.view(tensor(rows, cols, dtype=dtype), -1)
+            yield Case(f"{rows}x{cols} {dtype}", softmax_triton.plan_forward(x, x), generation)
+            yield Case(f"{rows}x{cols} {dtype}", softmax_triton.plan_backward(x, x, x), generation)
+    x = softmax_triton.view(tensor(64, 500, 64), 1)
     # ptxas spills two registers of its own accord, to run two blocks on a multiprocessor.
-    check("64x500x64, dim 1", softmax_triton.plan_forward(x, x), generation, spills=8)
-    check("64x500x64, dim 1", softmax_triton.plan_backward(x, x, x), generation)
+    yield Case("64x500x64 dim 1", softmax_triton.plan_forward(x, x), generation, spills=8)
+    yield Case("64x500x64 dim 1", softmax_triton.plan_backward(x, x, x), generation)
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize(("classes", "dtype"), [(1000, torch.float16), (32000, torch.bfloat16),
-                                                (131072, torch.float32)])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy(classes, dtype, smoothing, generation):
-    logits, target, rows = tensor(512, classes, dtype=dtype), tensor(512, dtype=torch.int64), tensor(512)
-    weight = tensor(classes, dtype=dtype) if smoothing else None
-    label = f"{classes} {dtype} smoothing={smoothing}"
-    check(label, cross_entropy_triton.plan_forward(logits, target, weight, rows, rows, rows, rows, -100, smoothing),
-          generation)
-    mean, none = (tensor(), tensor()), (rows, None)
-    for dloss, total in (mean, none):
-        plan = cross_entropy_triton.plan_backward(logits, target, weight, rows, rows, dloss, total, logits, -100,
-                                                  smoothing)
-        check(label, plan, generation)
+def cross_entropy_cases(generation):
+    target, rows, scalar = tensor(512, dtype=torch.int64), tensor(512), tensor()
+    for classes, dtype, smoothing in ((1000, torch.float16, 0.1), (32000, torch.bfloat16, 0.0),
+                                      (131072, torch.float32, 0.0), (131072, torch.bfloat16, 0.1)):
+        logits = tensor(512, classes, dtype=dtype)
+        weight = tensor(classes, dtype=dtype) if smoothing else None
+        label, options = f"512x{classes} {dtype} {smoothing}", (-100, smoothing)
+        inputs = (logits, target, weight)
+        # ptxas spills a register of its own accord, to fill a multiprocessor with blocks of 32 registers a thread.
+        yield Case(label, cross_entropy_triton.plan_forward(*inputs, *[rows] * 4, *options), generation, spills=4)
+        for kind, dloss, total in (("mean", scalar, scalar), ("none", rows, None)):
+            plan = cross_entropy_triton.plan_backward(*inputs, rows, rows, dloss, total, logits, *options)
+            yield Case(f"{label} {kind}", plan, generation)
 
 
-def attention_plans(dim, dtype, causal, mask=None, value_dim=None):
-    """Return the launches of a training step of attention, 2048 tokens long, 4 query heads to a key head."""
+def attention_cases(generation):
+    masks = {kind: tensor(1, 16, 2048, 2048, dtype=kind) for kind in (torch.bool, torch.float32)}
+    for dim in (64, 128, 256):
+        yield from attention(generation, f"D={dim} float16 causal", dim, torch.float16, causal=True)
+        yield from attention(generation, f"D={dim} float32 causal", dim, torch.float32, causal=True, forward_spills=160,
+                             deep=dim > 64 or generation == 100)
+    # One generation stands for all where only loads and comparisons are added.
+    for kind, mask in masks.items():
+        yield from attention(generation, f"D=64 bfloat16 {kind} mask", 64, torch.bfloat16, mask=mask,
+                             deep=generation != 90)
+    yield from attention(generation, "D=80 Dv=48 bfloat16", 80, torch.bfloat16, value_dim=48, deep=generation != 90)
+
+
+def attention(generation, label, dim, dtype, causal=False, mask=None, value_dim=None, forward_spills=0, deep=False):
+    """Yield the launches of a training step of attention, 2048 tokens long, 4 query heads to a key head."""
     q, k = tensor(2, 16, 2048, dim, dtype=dtype), tensor(2, 4, 2048, dim, dtype=dtype)
     v, o = (tensor(2, heads, 2048, value_dim or dim, dtype=dtype) for heads in (4, 16))
     lse = tensor(2, 16, 2048)
     inputs = (q, k, v, mask, o, lse, lse)
     dmask = None if mask is None or mask.dtype is torch.bool else tensor(2, 16, 2048, 2048)
-    return (attention_triton.plan_forward(q, k, v, mask, o, lse, causal, 0.1),
-            attention_triton.plan_delta(o, o, lse),
-            attention_triton.plan_keys(*inputs, k, v, causal, 0.1),
-            attention_triton.plan_queries(*inputs, q, dmask, causal, 0.1))
+    forward = attention_triton.plan_forward(q, k, v, mask, o, lse, causal, 0.1)
+    yield Case(label, forward, generation, forward_spills, deep)
+    for plan in (attention_triton.plan_delta(o, o, lse),
+                 attention_triton.plan_keys(*inputs, k, v, causal, 0.1),
+                 attention_triton.plan_queries(*inputs, q, dmask, causal, 0.1)):
+        yield Case(label, plan, generation, 160, deep)
 
 
-def check_attention(label, plans, generation, forward_spills):
-    for plan in plans:
-        forward = plan[0] is attention_triton.forward_kernel
-        check(label, plan, generation, spills=forward_spills if forward else 160)
+CASES = [case for generation in GENERATIONS for kind in (softmax_cases, cross_entropy_cases, attention_cases)
+         for case in kind(generation)]
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_attention(dim, generation):
-    plans = attention_plans(dim, torch.float16, causal=True)
-    check_attention(f"D={dim} float16 causal", plans, generation, 0)
+def title(index):
+    case = CASES[index]
+    return f"{case.plan[0].fn.__module__.split('.')[-1]}-{case.plan[0].fn.__name__}-{case.label}-sm_{case.generation}"
 
 
-@pytest.mark.parametrize(("dim", "generation"), zip([64, 128, 256], GENERATIONS, strict=True))
-def test_attention_in_ieee_float32(dim, generation):
-    check_attention(f"D={dim} float32", attention_plans(dim, torch.float32, causal=True), generation, 160)
+def compile_case(index) -> Resources:
+    return resources(CASES[index].plan, CASES[index].generation)
 
 
-@pytest.mark.parametrize("generation", [90])
-@pytest.mark.parametrize("mask", [torch.bool, torch.float32])
-def test_attention_with_a_mask(mask, generation):
-    plans = attention_plans(64, torch.bfloat16, causal=False, mask=tensor(1, 16, 2048, 2048, dtype=mask))
-    check_attention(f"D=64 bfloat16 {mask} mask", plans, generation, 160)
+@pytest.fixture(scope="module")
+def compiled(request):
+    """Compile the selected cases in processes of their own: LLVM and ptxas take a core each."""
+    deep = request.config.getoption("--deep")
+    wanted = [item.callspec.params["index"] for item in request.session.items
+              if getattr(item, "function", None) is test_resources]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count(), 8), context) as pool:
+        futures = {i: pool.submit(compile_case, i) for i in wanted if deep or not CASES[i].deep}
+        yield futures
+        for future in futures.values():
+            future.cancel()
 
 
-@pytest.mark.parametrize("generation", [90])
-def test_attention_with_odd_head_sizes(generation):
-    check_attention("D=80 Dv=48", attention_plans(80, torch.bfloat16, causal=False, value_dim=48), generation, 160)
+@pytest.mark.parametrize("index", range(len(CASES)), ids=title)
+def test_resources(index, compiled):
+    """A launch compiles, fits a multiprocessor of its generation, and keeps its values in registers."""
+    if index not in compiled:
+        pytest.skip("compiled with --deep")
+    case, found = CASES[index], compiled[index].result()
+    print(f"\n{title(index):88} {found.registers:4} registers {found.spills:5} B spilled "
+          f"{found.shared / 1024:6.1f} KiB shared", end="")
+    assert found.shared <= SHARED_MEMORY[case.generation]
+    assert found.spills <= case.spills
+    assert found.registers * 32 * case.plan[2]["num_warps"] <= 1 << 16, "a block needs more registers than there are"

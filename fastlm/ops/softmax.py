@@ -64,7 +64,7 @@ def samples(scale: str, dtype: torch.dtype, device: str):
     yield Sample("empty rows", (randn(4, 0), -1))
     yield Sample("one number", (randn(), 0))
     yield Sample("first dimension", (randn(33, 3, 2), 0))
-    yield Sample("long first dimension", (randn(1100, 3, 11), 0))
+    yield Sample("long first dimension", (randn(1100, 2, 5), 0))
     yield Sample("middle dimension", (randn(3, 33, 2), 1))
     yield Sample("transposed", (randn(65, 7).t(), -1))
     yield Sample("every other column", (randn(7, 130)[:, ::2], -1))

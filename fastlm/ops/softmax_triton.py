@@ -44,7 +44,7 @@ def forward(tensors, needs, dim):
     (x,) = tensors
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        kernel, grid, arguments = plan_forward(_view(x, dim), _view(y, dim))
+        kernel, grid, arguments = plan_forward(view(x, dim), view(y, dim))
         with torch.cuda.device_of(x):
             kernel[grid](**arguments)
     return [y]
@@ -54,7 +54,7 @@ def backward(grads, saved, tensors, needs, dim):
     (y,), (dy,) = saved, grads
     dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if y.numel():
-        kernel, grid, arguments = plan_backward(*(_view(t, dim) for t in (y, dy, dx)))
+        kernel, grid, arguments = plan_backward(*(view(t, dim) for t in (y, dy, dx)))
         with torch.cuda.device_of(y):
             kernel[grid](**arguments)
     return [dx]
@@ -78,7 +78,7 @@ def plan_backward(y, dy, dx):
     return backward_kernel, _grid(outer, rows, tile), dict(y=y, dy=dy, dx=dx, rows=rows, cols=cols, **strides, **tile)
 
 
-def _view(x, dim):
+def view(x, dim):
     """View `x` as `[outer, cols, rows]`; only strides that no such view can express cost a copy."""
     if x.dim() == 0:
         return x.reshape(1, 1, 1)
