@@ -169,3 +169,18 @@ def test_double_backward(implementation, device):
     expected = torch.autograd.grad(sum(g.square().sum() for g in expected), (q, k, v))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter runs inside opaque operators only")
+def test_compiled_whole(device):
+    q, k, v = leaves((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8), device=device)
+    mask = torch.randn(5, 7, device=device)
+
+    def call(q, k, v):
+        return attention(q, k, v, mask, is_causal=True, enable_gqa=True)
+
+    torch._dynamo.reset()
+    found, expected = torch.compile(call, fullgraph=True)(q, k, v), call(q, k, v)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
