@@ -39,11 +39,8 @@ class Resources(NamedTuple):
     shared: int
 
 
-def resources(plan, generation) -> Resources:
-    """Compile a launch `(kernel, grid, arguments)` and return what a thread, and a block, of it needs.
-
-    Registers a thread; bytes of spill stores and loads a thread; bytes of shared memory a block.
-    """
+def compile_launch(plan, generation):
+    """Compile a launch `(kernel, grid, arguments)` as Triton's launcher would on a GPU of that generation."""
     kernel, _, arguments = plan
     options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
     signature, constants, alignment = {}, {}, {}
@@ -55,7 +52,12 @@ def resources(plan, generation) -> Resources:
         elif aligned:
             alignment[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, alignment)
-    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+
+
+def resources(plan, generation) -> Resources:
+    """Return registers a thread, bytes of spill stores or loads a thread, and bytes of shared memory a block."""
+    compiled = compile_launch(plan, generation)
     registers, spills = _ptxas(compiled.asm["ptx"], generation)
     return Resources(registers, spills, compiled.metadata.shared)
 
@@ -190,3 +192,9 @@ def test_resources(index, compiled):
     assert found.shared <= SHARED_MEMORY[case.generation]
     assert found.spills <= case.spills
     assert found.registers * 32 * case.plan[2]["num_warps"] <= 1 << 16, "a block needs more registers than there are"
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_target_out_of_range_trips_an_assertion_on_the_device(generation):
+    for case in cross_entropy_cases(generation):
+        assert "__assertfail" in compile_launch(case.plan, generation).asm["ptx"]
