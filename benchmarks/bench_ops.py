@@ -46,7 +46,7 @@ def test_op(benchmark, op, index, name, mode, device):
         benchmark.extra_info["stock_error"] = max(e.stock for e in errors)
         if benchmark.enabled and name in ("torch", default):
             benchmark.extra_info["peak_memory"] = measure.peak_memory(functools.partial(
-                bench.memory_of, "ops", op.name, case.case, "float32", mode, device, name == "torch"), device)
+                bench.memory_of, "ops", op.name, case.case, "float32", mode, device, None, name == "torch"), device)
         benchmark.pedantic(step, rounds=5 if benchmark.enabled else 1, warmup_rounds=1)
 
 

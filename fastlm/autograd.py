@@ -54,7 +54,8 @@ class Differentiable:
             present = [s for s in slots if s != ABSENT]
             return [t.new_empty(t.shape if s == NEEDED else (0,)) for t, s in zip(tensors, present, strict=True)]
 
-        self.run_forward, self.run_backward = run_forward, run_backward
+        self.run_forward = _labelled(f"fastlm::{name}", run_forward)
+        self.run_backward = _labelled(f"fastlm::{name}_backward", run_backward)
         self.forward_op = _define(name, f"(Tensor[] tensors, int[] slots{statics}) -> Tensor[]",
                                   run_forward, fake_forward)
         self.backward_op = _define(
@@ -181,6 +182,16 @@ def _define(name, schema, run, fake):
         _library.impl(name, run, key)
     torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
     return getattr(torch.ops.fastlm, name).default
+
+
+def _labelled(label, run):
+    """Let the profiler see a kernel that is called without the dispatcher."""
+    def labelled(*args):
+        if not torch.autograd._profiler_enabled():
+            return run(*args)
+        with torch.profiler.record_function(label):
+            return run(*args)
+    return labelled
 
 
 def _slots(tensors, grad_enabled, assume=False):

@@ -136,6 +136,7 @@ def bench(
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")] = None,
     only: Annotated[str, typer.Option(help="Measure only ops and modules whose name contains this.")] = "",
     full: Annotated[bool, typer.Option("--full", help="Every shape of every op, and longer.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="Each implementation that can run, chosen or not.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and HTML results.")] = Path("benchmarks/results"),
 ):
     """Measure every op, module and model here against stock PyTorch: numbers, time, memory."""
@@ -148,11 +149,11 @@ def bench(
     columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
     with Progress(*columns, console=_console()) as progress:
         task = progress.add_task("", total=1.0)
-        result = bench.run(suites, device, dtype, 2.0 if full else 0.3, only=only, full=full,
+        result = bench.run(suites, device, dtype, 2.0 if full else 0.3, only=only, full=full, every=every,
                            progress=lambda what, done: progress.update(task, description=what, completed=done))
     for table in report.tables(result):
         _console().print(table)
-    name = "full" if full and suite == "all" and not only else "-".join(filter(None, (suite, only)))
+    name = "-".join(filter(None, (suite, only, "every" * every, "full" * full)))
     for path in report.save(result, out, name):
         print(path)
     if not all(row["within_rule"] for row in result["rows"]):

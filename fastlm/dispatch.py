@@ -62,10 +62,12 @@ class Op:
         samples: `samples(scale, dtype, device)` with scale "test" or "bench" yields `Sample`s.
         cost: `cost(*args)` returns (floating-point operations, fewest bytes moved) of one forward pass.
         constants: positions of floating-point arguments that have no gradient in stock PyTorch (class weights).
+        compiled: whether benchmarks also compare with the stock call under torch.compile.
     """
 
-    def __init__(self, name, *, reference, torch, samples, cost, fast=(), constants=()):
-        self.name, self.samples, self.cost, self.constants = name, samples, cost, constants
+    def __init__(self, name, *, reference, torch, samples, cost, fast=(), constants=(), compiled=True):
+        self.name, self.samples, self.cost = name, samples, cost
+        self.constants, self.compiled = constants, compiled
         self.implementations = {f: _load(name, f) for f in fast}
         self.implementations["torch"] = Implementation(torch)
         self.implementations["reference"] = Implementation(reference)
@@ -112,16 +114,17 @@ class backend:
         if unknown or not names:
             raise ValueError(f"backend: expected one or more of {', '.join(NAMES)}, got {names}")
         self.names = names
+        self.outer = []  # one object may be entered again inside itself
 
     def __enter__(self):
         global _order
-        self.previous = _order
+        self.outer.append(_order)
         _order = self.names
         return self
 
     def __exit__(self, *exc):
         global _order
-        _order = self.previous
+        _order = self.outer.pop()
 
 
 class Calls(list):

@@ -38,10 +38,12 @@ def loses(input, *rest):
 
 def run(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options):
     tensors = (input, linear_weight, target, linear_bias, weight)
-    return _linear_cross_entropy(tensors, reduction, ignore_index, label_smoothing)[0]
+    # Under autocast stock takes the loss of 16-bit logits in float32.
+    single = torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64
+    return _linear_cross_entropy(tensors, reduction, ignore_index, label_smoothing, single)[0]
 
 
-def forward(tensors, needs, reduction, ignore_index, smoothing):
+def forward(tensors, needs, reduction, ignore_index, smoothing, single):
     x, weight, target, _, class_weight = tensors
     _check_targets(target, weight.shape[0], ignore_index)
     counts = _counts(target, class_weight, ignore_index, _accumulator(x))
@@ -51,23 +53,23 @@ def forward(tensors, needs, reduction, ignore_index, smoothing):
     scale = torch.where(target != ignore_index, 1 / total, 0)
     losses, grads = _sweep(tensors, scale, now, ignore_index, smoothing)
     loss = losses if reduction == "none" else losses.sum() / total
-    return [loss.to(x.dtype), *grads]
+    return [loss.to(_accumulator(x) if single else x.dtype), *grads]
 
 
-def fake(tensors, needs, reduction, ignore_index, smoothing):
+def fake(tensors, needs, reduction, ignore_index, smoothing, single):
     x, weight, target, bias, _ = tensors
-    loss = x.new_empty(target.shape if reduction == "none" else ())
+    loss = x.new_empty(target.shape if reduction == "none" else (), dtype=_accumulator(x) if single else x.dtype)
     now = reduction != "none"
     return [loss, *(t.new_empty(t.shape) for t, i in ((x, 0), (weight, 1), (bias, 3)) if now and needs[i])]
 
 
-def backward(grads, saved, tensors, needs, reduction, ignore_index, smoothing):
+def backward(grads, saved, tensors, needs, reduction, ignore_index, smoothing, single):
     x, _, target, _, _ = tensors
     if reduction == "none":
         scale = torch.where(target != ignore_index, grads[0].to(_accumulator(x)), 0)
         _, found = _sweep(tensors, scale, needs, ignore_index, smoothing)
     else:
-        found = [g * grads[0] for g in saved]
+        found = [(g * grads[0]).to(g.dtype) for g in saved]
     found = iter(found)
     return [next(found) if needs[i] else None for i in range(len(tensors))]
 
@@ -168,11 +170,12 @@ def _accumulator(x):
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def _reference(tensors, reduction, ignore_index, smoothing):
+def _reference(tensors, reduction, ignore_index, smoothing, single):
     x, weight, target, bias, class_weight = tensors
-    return (reference(x, weight, target, bias, class_weight, reduction, ignore_index, smoothing, None),)
+    loss = reference(x, weight, target, bias, class_weight, reduction, ignore_index, smoothing, None)
+    return (loss.to(_accumulator(x)) if single else loss,)
 
 
 _linear_cross_entropy = Differentiable(
-    "linear_cross_entropy", statics="str reduction, int ignore_index, float smoothing", outputs=1,
+    "linear_cross_entropy", statics="str reduction, int ignore_index, float smoothing, bool single", outputs=1,
     forward=forward, fake=fake, backward=backward, reference=_reference)

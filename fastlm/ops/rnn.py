@@ -75,4 +75,5 @@ def cost(*args) -> tuple[int, int]:
     return recurrent.cost(1, *args[:-1])
 
 
-op = Op("rnn", reference=reference, torch=stock, fast=("native",), samples=samples, cost=cost)
+op = Op("rnn", reference=reference, torch=stock, fast=("native",), samples=samples, cost=cost,
+        compiled=False)

@@ -79,22 +79,36 @@ class Case:
     errors: Callable[[str], list[measure.Error]]
     constants: tuple[int, ...] = ()
     floor: Callable[[], float] | None = None
+    forced: str | None = None
 
 
 # --- what is measured ------------------------------------------------------------------------------------------
 
 
-def op_cases(device: str, dtypes, only: str = "", compiled: bool = False) -> Iterator[Case]:
-    """Yield a case for each op whose name contains `only`, each dtype and each benchmark sample."""
+def op_cases(device: str, dtypes, only: str = "", every: bool = False, compiled: bool = False) -> Iterator[Case]:
+    """Yield a case for each op whose name contains `only`, each dtype and each benchmark sample.
+
+    With `every`, yield one for each implementation that can take the sample, whatever is chosen by default. With
+    `compiled`, stock under torch.compile is a baseline too, where the op says that this is sensible.
+    """
     for op, dtype in itertools.product((op for op in ALL if only in op.name), dtypes):
-        stock = op.implementations["torch"].run
+        stock, compile_stock = op.implementations["torch"].run, compiled and op.compiled
         for sample in op.samples("bench", dtype, device):
-            baselines = {"torch": stock}
-            if compiled:
-                baselines["torch.compile"] = torch.compile(stock)
-            yield Case("ops", op.name, sample.name, dtype, sample.args, op, baselines,
-                       functools.partial(_op_errors, op, sample.args), op.constants,
-                       functools.partial(measure.floor, op, sample.args))
+            fast = [name for name in op.default if name != "torch" and
+                    op.implementations[name].cannot(*sample.args) is None]
+            for forced in (every and fast) or (None,):
+                baselines = {"torch": stock} | ({"torch.compile": torch.compile(stock)} if compile_stock else {})
+                yield Case("ops", op.name, sample.name, dtype, sample.args, _forced(op, forced), baselines,
+                           functools.partial(_op_errors, op, sample.args), op.constants,
+                           functools.partial(measure.floor, op, sample.args), forced)
+
+
+def _forced(op, name):
+    """Make `op` run the implementation called `name`, where there is a name."""
+    def run(*args):
+        with fastlm.backend(name):
+            return op(*args)
+    return run if name else op
 
 
 def _op_errors(op, args, ran):
@@ -185,7 +199,7 @@ def measure_case(case: Case, device: str, seconds: float) -> Iterator[Row]:
             # Backward costs about two forwards: of a product's arithmetic, of an elementwise op's bytes.
             row.peak_share = case.floor() * (3 if mode == "training" else 1) / ours.median
         if mode == "training" and ran != "torch":
-            add_memory(row, device)
+            add_memory(row, case, device)
         yield row
 
 
@@ -210,11 +224,12 @@ def step(fn, case, mode):
     return train
 
 
-def memory_of(suite: str, name: str, case: str, dtype: str, mode: str, device: str, stock: bool) -> Callable:
+def memory_of(suite: str, name: str, case: str, dtype: str, mode: str, device: str, forced: str | None,
+              stock: bool) -> Callable:
     """Make one case's inputs in a fresh process and return the function whose peak is wanted."""
     dtype = getattr(torch, dtype)
-    cases = op_cases(device, [dtype], only=name) if suite == "ops" else module_cases(device, [dtype])
-    found = next(c for c in cases if (c.name, c.case) == (name, case))
+    cases = op_cases(device, [dtype], name, forced is not None) if suite == "ops" else module_cases(device, [dtype])
+    found = next(c for c in cases if (c.name, c.case, c.forced) == (name, case, forced))
     for op in ALL if suite == "ops" else ():
         if op.name == name:  # touch code and thread pools, on inputs too small to count
             small = next(iter(op.samples("test", dtype, device))).args
@@ -222,9 +237,9 @@ def memory_of(suite: str, name: str, case: str, dtype: str, mode: str, device: s
     return step(found.baselines["torch"] if stock else found.ours, found, mode)
 
 
-def add_memory(row: Row, device: str) -> None:
+def add_memory(row: Row, case: Case, device: str) -> None:
     """Measure the peak memory of a row and of its stock baseline."""
-    key = (row.suite, row.name, row.case, row.dtype, row.mode, device)
+    key = (row.suite, row.name, row.case, row.dtype, row.mode, device, case.forced)
     row.memory, row.baseline_memory = (
         measure.peak_memory(functools.partial(memory_of, *key, stock), device) for stock in (False, True))
 
@@ -302,7 +317,8 @@ def _commit():
 
 
 def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, steps: int = 30,
-        only: str = "", full: bool = False, progress: Callable[[str, float], None] = lambda what, done: None) -> dict:
+        only: str = "", full: bool = False, every: bool = False,
+        progress: Callable[[str, float], None] = lambda what, done: None) -> dict:
     """Run suites and return a result: {"machine": …, "rows": [Row as dict], "curves": [Curve as dict]}.
 
     Args:
@@ -311,7 +327,8 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
         steps: training steps of each model.
         dtypes: torch dtypes or their names; float32 where none is given, on a GPU bfloat16 and float16 too.
         only: measure rows whose name contains this.
-        full: measure every benchmark sample; else the first two of each op.
+        full: measure every benchmark sample, and stock under torch.compile; else the first two samples of each op.
+        every: measure each implementation that can run, not only the one that is chosen by default.
         progress: called with what is measured next and the share that is done.
     """
     unknown = set(suites) - set(SUITES)
@@ -322,7 +339,7 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
         [torch.bfloat16, torch.float16, torch.float32] if cuda else [torch.float32])
     progress("this machine's peaks", 0)
     result = {"machine": machine(device), "rows": [], "curves": []}
-    cases = list(_selected(suites, device, dtypes, only, full))
+    cases = list(_selected(suites, device, dtypes, only, full, every))
     with_models = "models" in suites and not only
     jobs, done = len(cases) + 12 * with_models, 0
     if with_models:
@@ -339,11 +356,10 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
     return result
 
 
-def _selected(suites, device, dtypes, only, full):
-    compiled = torch.device(device).type == "cuda"
+def _selected(suites, device, dtypes, only, full, every):
     if "ops" in suites:
-        groups = itertools.groupby(op_cases(device, dtypes, only, compiled), key=lambda c: (c.name, c.dtype))
-        for _, cases in groups:
-            yield from cases if full else itertools.islice(cases, 2)
+        cases = op_cases(device, dtypes, only, every, full)
+        for _, group in itertools.groupby(cases, key=lambda c: (c.name, c.dtype, c.forced)):
+            yield from itertools.islice(group, None if full else 2)
     if "modules" in suites:
         yield from (c for c in module_cases(device, dtypes) if only in c.name)
