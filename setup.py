@@ -89,12 +89,14 @@ class NinjaBuild(build_ext):
         except Unavailable as reason:
             report["skipped"]["cuda"] = str(reason)
             nvcc = None
+            if os.environ.get("FASTLM_CUDA") == "1":
+                print(f"fastlm: CUDA kernels not built: {reason}", file=sys.stderr)
         if nvcc:
             try:
                 return self.ninja(target, cxx, nvcc, report)
             except Unavailable as reason:  # CUDA trouble must not cost the CPU kernels
                 report["skipped"]["cuda"] = str(reason)
-                print("fastlm: CUDA kernels not built, see above", file=sys.stderr)
+                print(f"fastlm: CUDA kernels not built: {reason}", file=sys.stderr)
         self.ninja(target, cxx, None, report)
 
     def ninja(self, target, cxx, nvcc, report):
@@ -151,7 +153,8 @@ class NinjaBuild(build_ext):
         result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         print(result.stdout)
         if result.returncode:
-            raise Unavailable("the build failed: " + result.stdout[-1500:])
+            lines = result.stdout.splitlines()
+            raise Unavailable("the build failed: " + next((line for line in lines if "error" in line), lines[-1]))
         report.update(instruction_sets=list(sets), cuda=CUDA_TARGETS if nvcc else None)
 
     @staticmethod
