@@ -18,7 +18,7 @@ bench: extension
 # Triton reads TRITON_INTERPRET when it is imported: its kernels are interpreted in a second process.
 test: extension
 	$(RUN) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_ops.py -k triton $(ARGS)
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_ops.py tests/cases -k triton $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
