@@ -151,8 +151,9 @@ def bench(
         task = progress.add_task("", total=1.0)
         result = bench.run(suites, device, dtype, 2.0 if full else 0.3, only=only, full=full, every=every,
                            progress=lambda what, done: progress.update(task, description=what, completed=done))
+    wide = _console() if _console().is_terminal else Console(highlight=False, width=150)
     for table in report.tables(result):
-        _console().print(table)
+        wide.print(table)
     name = "-".join(filter(None, (suite, only, "every" * every, "full" * full)))
     for path in report.save(result, out, name):
         print(path)

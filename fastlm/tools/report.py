@@ -40,16 +40,16 @@ def cells(row: dict) -> tuple[str, ...]:
     if row["memory"] is not None:
         memory = f"{row['memory'] / 1e6:.0f} / {row['baseline_memory'] / 1e6:.0f}"
     return (
-        f"{row['name']}", f"{row['case']}", f"{row['dtype']} {row['mode']}", row["ran"],
+        row["name"], row["case"], f"{SHORT.get(row['dtype'], row['dtype'])} {row['mode']}", row["ran"],
         f"{row['seconds'] * 1e3:.2f}", f"{row['baseline_seconds'] * 1e3:.2f}",
-        "-" if row["ran"] == "stock" else f"{row['ratio']:.2f}×",
+        "-" if row["ratio"] == 1 else f"{row['ratio']:.2f}×",
         f"{row['error']:.1e} / {row['stock_error']:.1e}" + ("" if row["within_rule"] else " FAILS"), memory,
         "-" if row["peak_share"] is None else f"{row['peak_share']:.0%}",
     )
 
 
-HEADINGS = ("what", "case", "type, mode", "ran", "ms", "stock ms", "ratio", "error / stock's", "peak MB / stock's",
-            "of floor")
+SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+HEADINGS = ("what", "case", "type, mode", "ran", "ms", "stock", "ratio", "error / stock's", "MB / stock's", "floor")
 
 
 def curve_cells(curve: dict) -> tuple[str, ...]:
@@ -61,8 +61,7 @@ def curve_cells(curve: dict) -> tuple[str, ...]:
             ", ".join(f"{op}: {ran}" for op, ran in curve["ran"].items()))
 
 
-CURVE_HEADINGS = ("model", "stock loss, first → last", "fastlm last", "largest difference", "stock tokens/s",
-                  "fastlm tokens/s", "ratio", "ran")
+CURVE_HEADINGS = ("model", "stock loss", "fastlm loss", "difference", "stock tok/s", "fastlm tok/s", "ratio", "ran")
 
 
 def tables(result: dict):
@@ -80,7 +79,7 @@ def tables(result: dict):
 
 def _table(table, headings, rows):
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading not in ("what", "case", "ran"))
     for row in rows:
         style = "bold red" if any("FAILS" in cell for cell in row) else "dim" if "stock" in row else ""
         table.add_row(*row, style=style)
@@ -138,7 +137,7 @@ def _svg(figure):
 def markdown(result: dict) -> str:
     """Return the README's table: every row that is not stock, then what ran stock."""
     ours = [r for r in result["rows"] if r["ran"] != "stock"]
-    columns = ("what", "case", "mode", "ran", "stock ms", "ms", "ratio", "error / stock's", "peak MB / stock's")
+    columns = ("what", "case", "mode", "ran", "stock ms", "ms", "stock / ours", "error / stock's", "peak MB / stock's")
     lines = [f"{result['machine']['device']}, {result['machine']['threads']} threads, torch "
              f"{result['machine']['torch']}, {result['machine']['date'][:10]}:", "",
              "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
