@@ -139,6 +139,18 @@ def test_unigram_refuses_foreign_tokens():
         UnigramLM(UnigramConfig(4)).count(torch.tensor([0, 9]))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_counts_no_ignored_target_and_refuses_foreign_ones(name):
+    model, x = build(name).eval(), tokens()
+    targets = tokens()
+    targets[:, ::2] = -100
+    expected = torch.nn.functional.cross_entropy(model.logits(x).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model.loss(x, targets), expected)
+    for wrong in (-1, VOCAB):
+        with pytest.raises(IndexError, match=str(wrong)):
+            model.loss(x, torch.full_like(x, wrong))
+
+
 # --- generation --------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +248,11 @@ def test_bad_arguments(given, message):
         build("lstm").generate(**{"prompt": torch.tensor([[0, 1]]), "max_new_tokens": 2} | given)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_sequences(name):
+    assert build(name).generate(torch.empty(0, 3, dtype=torch.int64), 2).shape == (0, 5)
+
+
 def test_bad_configurations():
     with pytest.raises(ValueError, match="layers is 'slow', expected one of fastlm, stock"):
         build("lstm", "slow")
@@ -243,7 +260,8 @@ def test_bad_configurations():
         RNNLM(RNNConfig(VOCAB, cell="elman"))
     with pytest.raises(ValueError, match="hidden_size is 10, expected a multiple of num_heads, 4"):
         TransformerLM(TransformerConfig(VOCAB, hidden_size=10, num_heads=4))
-    with pytest.raises(ValueError, match="smoothing is -1"):
-        UnigramLM(UnigramConfig(VOCAB, smoothing=-1))
+    for smoothing in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"smoothing is {smoothing}"):
+            UnigramLM(UnigramConfig(VOCAB, smoothing=smoothing))
     with pytest.raises(ValueError, match=r"targets is torch.int64\[3, 8\], expected int64 \[3, 9\]"):
         build("gru").loss(tokens(), tokens(3, 8))

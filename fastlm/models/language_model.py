@@ -58,6 +58,7 @@ class LanguageModel(torch.nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy, in nats per token, of `targets` `[B, T]` given `tokens` `[B, T]`.
 
+        Targets of -100 count nothing; any other that is no token raises IndexError (on the CPU).
         With fastlm's layers the logits of all tokens never exist at once.
         """
         self.check(tokens, targets)
@@ -89,7 +90,8 @@ class LanguageModel(torch.nn.Module):
         self.check(prompt)
         if prompt.size(1) == 0:
             raise ValueError("generate: prompt is empty, expected at least one token")
-        if prompt.device.type == "cpu" and not 0 <= prompt.min() <= prompt.max() < self.config.vocab_size:
+        readable = prompt.device.type == "cpu" and prompt.numel() > 0
+        if readable and not 0 <= prompt.min() <= prompt.max() < self.config.vocab_size:
             raise ValueError(f"generate: prompt has tokens {prompt.min()} to {prompt.max()}, "
                              f"expected 0 to {self.config.vocab_size - 1}")
         if max_new_tokens < 0:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from fastlm.models.language_model import LanguageModel, namespace
+from fastlm.ops.cross_entropy import check_range
+
+IGNORED = -100  # the target that the other models' loss does not count either
 
 
 @dataclass
@@ -31,7 +34,7 @@ class UnigramLM(LanguageModel):
     def __init__(self, config: UnigramConfig):
         super().__init__()
         namespace(config.layers)
-        if config.vocab_size < 1 or config.smoothing < 0:
+        if config.vocab_size < 1 or not 0 <= config.smoothing < float("inf"):
             raise ValueError(f"UnigramLM: vocab_size is {config.vocab_size}, expected 1 or more; "
                              f"smoothing is {config.smoothing}, expected 0 or more")
         self.config = config
@@ -59,9 +62,10 @@ class UnigramLM(LanguageModel):
         return self.log_probabilities().expand(*tokens.shape, -1)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean of -log P(target), in nats per token."""
+        """Return the mean of -log P(target) over the targets that are not -100, in nats per token."""
         self.check(tokens, targets)
-        return -self.log_probabilities()[targets].mean()
+        check_range("UnigramLM", targets, self.config.vocab_size, IGNORED)
+        return -self.log_probabilities()[targets[targets != IGNORED]].mean()
 
     def step(self, tokens: Tensor, state) -> tuple[Tensor, None]:
         return self.log_probabilities().expand(tokens.size(0), -1), None
