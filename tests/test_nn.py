@@ -277,6 +277,15 @@ def test_attention_compiled(module, device):
 # --- softmax and losses ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dim", [1, None])
+@pytest.mark.filterwarnings("ignore:.*dim.*")
+def test_softmax_compiled(dim, device):
+    torch._dynamo.reset()
+    x = leaf(2, 3, device=device, dtype=torch.float32)
+    found = torch.compile(fastlm.nn.Softmax(dim), fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(found, nn.Softmax(dim)(x))
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1, None])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.filterwarnings("ignore:.*dim.*")
@@ -285,6 +294,8 @@ def test_softmax(dim, dtype, device):
     assert repr(ours) == repr(theirs)
     for shape in ((3, 4), (2, 3, 4), (2, 3, 4, 5)):
         hold(theirs, ours, lambda m, x: m(x), [leaf(*shape, device=device, dtype=dtype)])
+        x = leaf(*shape, device=device, dtype=dtype)
+        assert torch.equal(fastlm.ops.softmax(x, dim=dim), nn.functional.softmax(x, dim=dim))
     with pytest.raises(IndexError, match="softmax"):
         fastlm.nn.Softmax(2)(torch.randn(3, 4, device=device))
 

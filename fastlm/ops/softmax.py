@@ -3,18 +3,20 @@
 Its gradient is p ⊙ (g - Σ_j g_j p_j), so backward needs the probabilities alone.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from fastlm.dispatch import Op, Sample
 
 
-def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Normalise `input` to probabilities along `dim`.
 
     Args:
         input: any shape, floating point (or any dtype when `dtype` is given).
-        dim: the dimension that sums to one.
+        dim: the dimension that sums to one; None is deprecated, and 0 or 1 by the number of dimensions, as in torch.
         dtype: cast the input to this dtype first; the result has it too.
 
     Returns:
@@ -26,6 +28,10 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"softmax: input must be a Tensor, got {type(input).__name__}")
+    if dim is None:
+        if not torch.compiler.is_compiling():  # which cannot trace a warning
+            warnings.warn("softmax without dim is deprecated: pass the dimension that sums to one", stacklevel=2)
+        dim = 0 if input.dim() in (0, 1, 3) else 1
     if not -max(input.dim(), 1) <= dim < max(input.dim(), 1):
         raise IndexError(f"softmax: dim {dim} is out of range for an input of {input.dim()} dimensions")
     if dtype is None and input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype is not torch.float64:
