@@ -21,9 +21,6 @@ FASTLM_DECLARE_RNN(avx2)
 #ifdef FASTLM_AVX512
 FASTLM_DECLARE_RNN(avx512)
 #endif
-#ifdef FASTLM_AMX
-FASTLM_DECLARE_RNN(amx)
-#endif
 }  // namespace fastlm
 
 namespace {
@@ -45,12 +42,12 @@ struct Kernels {
 
 // The widest set that was built, that this CPU has, and that FASTLM_MAX_ISA allows.
 Kernels choose_kernels() {
-  const char* names[] = {"generic", "avx2", "avx512", "amx"};
+  const char* names[] = {"generic", "avx2", "avx512"};
   const char* cap = std::getenv("FASTLM_MAX_ISA");
-  int most = 3;
+  int most = 2;
   if (cap && *cap) {
     for (most = 0; std::string(names[most]) != cap; ++most)
-      if (most == 3) throw std::runtime_error("FASTLM_MAX_ISA must be generic, avx2, avx512 or amx, got " + std::string(cap));
+      if (most == 2) throw std::runtime_error("FASTLM_MAX_ISA must be generic, avx2 or avx512, got " + std::string(cap));
   }
   Kernels found = FASTLM_KERNELS(generic);
 #if defined(__x86_64__)
@@ -62,10 +59,6 @@ Kernels choose_kernels() {
 #endif
 #ifdef FASTLM_AVX512
   if (most >= 2 && avx512) found = FASTLM_KERNELS(avx512);
-#endif
-#ifdef FASTLM_AMX
-  if (most >= 3 && avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16"))
-    found = FASTLM_KERNELS(amx);
 #endif
 #endif
   return found;
@@ -151,6 +144,11 @@ PYBIND11_MODULE(_native, m) {
   kernels = choose_kernels();
   m.doc() = "Kernels in C++ and CUDA; see csrc/*.h for what each pointer means.";
   m.attr("isa") = kernels.name;
+#if defined(__x86_64__)
+  m.attr("bf16_arithmetic") = __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  m.attr("bf16_arithmetic") = false;
+#endif
 
   m.def("rnn_workspace",
         [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,

@@ -11,4 +11,4 @@ cannot, run = _layers.cannot, _layers.run
 
 
 def loses(*args) -> str | None:
-    return losses(_native.isa, "gru", *args)
+    return losses(_native, "gru", *args)

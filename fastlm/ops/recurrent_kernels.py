@@ -22,7 +22,7 @@ MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-23"
 
 
-def losses(isa: str, cell: str, data, batch_sizes, hx, params, *options) -> str | None:
+def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *options) -> str | None:
     """Return why stock is the better choice, None where a measured row says that it is not.
 
     Stock runs a dense LSTM in float32 and bfloat16 through oneDNN, which is hard to beat, and all else step by step
@@ -30,8 +30,10 @@ def losses(isa: str, cell: str, data, batch_sizes, hx, params, *options) -> str 
     """
     if data.is_cuda:
         return "not yet run on a GPU"
-    if isa not in MEASURED:
-        return f"not yet measured with {isa}"
+    if native.isa not in MEASURED:
+        return f"not yet measured with {native.isa}"
+    if data.dtype is torch.bfloat16 and native.bf16_arithmetic:
+        return "not yet measured on a CPU with bfloat16 arithmetic"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[0].shape[1:]
     if cell != "lstm" or batch_sizes is not None or data.dtype not in (torch.float32, torch.bfloat16):

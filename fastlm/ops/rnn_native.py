@@ -19,7 +19,7 @@ def cannot(*args) -> str | None:
 
 
 def loses(*args) -> str | None:
-    return losses(_native.isa, args[-1], *args[:-1])
+    return losses(_native, args[-1], *args[:-1])
 
 
 def run(*args):
