@@ -63,7 +63,7 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.build_native(target, report)
-        except Unavailable as reason:
+        except (Unavailable, ImportError) as reason:  # pybind11 or ninja may be missing too
             report["error"] = str(reason)
             target.unlink(missing_ok=True)
             print(f"fastlm: native extension not built: {reason}", file=sys.stderr)

@@ -4,11 +4,15 @@ from fastlm import nn, ops
 from fastlm.dispatch import backend, explain
 
 __version__ = "0.1.0"
-__all__ = ["backend", "explain", "nn", "ops", "profile"]
+__all__ = ["backend", "explain", "models", "nn", "ops", "profile"]
 
 
 def __getattr__(name):
-    """Import the profiler only when it is asked for."""
+    """Import models and the profiler only when they are asked for."""
+    if name == "models":
+        import fastlm.models
+
+        return fastlm.models
     if name == "profile":
         from fastlm.tools.profile import profile
 

@@ -167,9 +167,14 @@ class _Backward(torch.autograd.Function):
                      lambda *one: _Backward.apply(kernels, slots, statics, n_grads, n_saved, *one))
 
 
+def autocasts(device_type: str) -> bool:
+    """Tell whether autocast is on for the device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating tensors, but for float64, to the autocast dtype where autocast is on for the device."""
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasts(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype)

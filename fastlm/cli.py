@@ -40,8 +40,28 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
+def _version(wanted: bool):
+    if wanted:
+        import fastlm
+
+        print(fastlm.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                               help="Print the version.")] = False):
+    """Faster drop-in PyTorch layers for language models, with the proof beside each one."""
+
+
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")]
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @app.command()
@@ -84,12 +104,12 @@ def eval(
     run: Run,
     data: Annotated[str | None, typer.Option(help="A text file, python-docs or python-source "
                                                   "(default: the run's own test text).")] = None,
-    device: Device = "cpu",
+    device: Device = None,
 ):
     """Report the perplexity of a trained model."""
     from fastlm.training import session
 
-    session.evaluate_run(_console(), run, data, device)
+    session.evaluate_run(_console(), run, data, _device(device))
 
 
 @app.command()
@@ -102,22 +122,23 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the fewest tokens of this probability.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
-    device: Device = "cpu",
+    device: Device = None,
 ):
     """Continue a text with a trained model."""
     from fastlm.training import session
 
-    session.generate(_console(), run, prompt, tokens, temperature, top_k, top_p, seed, device)
+    session.generate(_console(), run, prompt, tokens, temperature, top_k, top_p, seed, _device(device))
 
 
 @app.command()
 @clear_errors
-def doctor(device: Device = "cpu"):
+def doctor(device: Device = None):
     """Say what this machine has, which implementation of each op runs and why, and how to mend what is missing."""
     from rich.table import Table
 
     from fastlm.tools import doctor
 
+    device = _device(device)
     colours = {"ok": "green", "off": "yellow", "missing": "red"}
     for title, checks in (("this machine", doctor.environment()),
                           (f"implementations, on {device}", doctor.implementations(device))):
@@ -132,7 +153,7 @@ def doctor(device: Device = "cpu"):
 @clear_errors
 def bench(
     suite: Annotated[str, typer.Option(help="all, ops, modules or models.")] = "all",
-    device: Device = "cpu",
+    device: Device = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")] = None,
     only: Annotated[str, typer.Option(help="Measure only ops and modules whose name contains this.")] = "",
     full: Annotated[bool, typer.Option("--full", help="Every shape of every op, and longer.")] = False,
@@ -149,7 +170,7 @@ def bench(
     columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
     with Progress(*columns, console=_console()) as progress:
         task = progress.add_task("", total=1.0)
-        result = bench.run(suites, device, dtype, 2.0 if full else 0.3, only=only, full=full, every=every,
+        result = bench.run(suites, _device(device), dtype, 2.0 if full else 0.3, only=only, full=full, every=every,
                            progress=lambda what, done: progress.update(task, description=what, completed=done))
     wide = _console() if _console().is_terminal else Console(highlight=False, width=150)
     for table in report.tables(result):
@@ -159,18 +180,21 @@ def bench(
         print(path)
     if not all(row["within_rule"] for row in result["rows"]):
         raise ValueError("bench: some numbers break the error rule; their speed means nothing")
+    if any(curve["difference"] > bench.SAME_LOSSES for curve in result["curves"]):
+        raise ValueError(f"bench: losses of stock and fastlm layers differ by more than {bench.SAME_LOSSES}")
 
 
 @app.command()
 @clear_errors
 def profile(
     name: Annotated[str, typer.Argument(help="An op, a module or a model: lstm, LSTM, RNNLM …")],
-    device: Device = "cpu",
+    device: Device = None,
     trace: Annotated[Path | None, typer.Option(help="Chrome trace file (default: NAME.trace.json).")] = None,
 ):
     """Profile a training step beside stock PyTorch and the reference: operators, memory, FLOPs, a trace."""
     from fastlm.tools.profile import profile, target
 
+    device = _device(device)
     print(profile(target(name, device), device=device, trace=trace or Path(f"{name}.trace.json")))
 
 

@@ -88,7 +88,7 @@ class Op:
         declined: dict[str, str] = {}
         for name in wanted or self.default:
             implementation = self.implementations[name]
-            reason = None if name in ("torch", "reference") else _foreign_device(args)
+            reason = None if name in ("torch", "reference") else _forward_mode() or _foreign_device(args)
             reason = reason or implementation.cannot(*args)
             if reason is None and not wanted:
                 reason = implementation.loses(*args)
@@ -182,7 +182,7 @@ def _load(op: str, name: str) -> Implementation:
     except ImportError as error:
         reason = str(error)
         if name == "native" and "_native" in reason:
-            reason = f"the C++ extension is missing: {build_report()['error']}"
+            reason = f"the C++ extension is missing: {build_report()['error'] or reason}"
         elif name == "triton" and error.name == "triton":
             reason = "Triton is not installed: pip install triton"
         return Implementation(run=None, cannot=lambda *args: reason)
@@ -192,6 +192,13 @@ def _load(op: str, name: str) -> Implementation:
 def triton_can_run() -> bool:
     """Tell whether a Triton kernel could be launched by this process, without importing Triton."""
     return torch.version.cuda is not None or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _forward_mode() -> str | None:
+    """Return the reason why no kernel of ours runs while dual numbers are about: they have no such derivative."""
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation (jvp, hessian)"
+    return None
 
 
 def _foreign_device(args) -> str | None:

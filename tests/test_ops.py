@@ -76,8 +76,9 @@ def test_stock_agrees_with_the_reference(op, device):
 def test_cost_is_positive(op, device):
     for sample in op.samples("test", torch.float32, device):
         flops, moved = op.cost(*sample.args)
-        assert flops >= 0
-        assert moved >= 0
+        if all(x.numel() for x in measure.floating(sample.args)):
+            assert flops > 0
+            assert moved > 0
 
 
 @pytest.mark.parametrize(("op", "name"), FAST, ids=lambda x: getattr(x, "name", x))

@@ -102,9 +102,14 @@ def test_curves_agree_between_layers():
         assert curve.difference < 1e-4, curve
 
 
-def test_unknown_suite():
-    with pytest.raises(ValueError, match="ops, modules, models"):
-        bench.run(("nonsense",))
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(suites=("nonsense",)), "ops, modules, models"),
+    (dict(dtypes=["float7"]), "dtype is 'float7'"),
+    (dict(only="nonsense"), "no op or module contains 'nonsense'"),
+])
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        bench.run(**options)
 
 
 def test_report_is_self_contained(result, tmp_path):

@@ -322,6 +322,16 @@ def test_resume_before_anything_was_saved(settings, tmp_path):
         begin(tmp_path, settings())
 
 
+def test_resume_for_more_steps(settings, tmp_path):
+    run, _, trainer = begin(tmp_path, settings(steps=4))
+    assert train(run, trainer)
+    run, _, trainer = resume(tmp_path, steps=7)
+    assert (trainer.done, trainer.steps) == (4, 7)
+    assert train(run, trainer)
+    _, _, trainer = resume(tmp_path)  # the new number was kept
+    assert (trainer.done, trainer.steps) == (7, 7)
+
+
 def test_resume_with_other_layers(settings, tmp_path):
     run, _, trainer = begin(tmp_path, settings())
     train(run, trainer, lambda t: os.kill(os.getpid(), signal.SIGTERM) if t.done == 6 else None)

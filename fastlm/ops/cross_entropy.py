@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
 
-from fastlm.autograd import plain
+from fastlm.autograd import autocasts, plain
 from fastlm.dispatch import Op, Sample
 
 
@@ -61,7 +61,7 @@ def _checked(input, target, weight, ignore_index):
         raise RuntimeError(f"cross_entropy: input is {input.dtype}{list(input.shape)}, expected floating "
                            "logits [C], [N, C] or [N, C, d1, ...]")
     classes = input.size(min(1, input.dim() - 1))
-    if torch.is_autocast_enabled(input.device.type):
+    if autocasts(input.device.type):
         input, weight = (x if x is None or x.dtype is torch.float64 else x.float() for x in (input, weight))
     if weight is not None and (weight.shape != (classes,) or weight.dtype != input.dtype):
         raise RuntimeError(f"cross_entropy: weight is {weight.dtype}{list(weight.shape)}, expected "

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.autograd import autocast
+from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -36,12 +36,13 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
         A scalar, or with "none" the losses in `target`'s shape (for class indices). Under autocast float32.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown reduction, a label_smoothing outside [0, 1].
-        TypeError: arguments of the wrong type or dtype.
+        RuntimeError: shapes, dtypes or devices that do not fit together, a label_smoothing outside [0, 1].
+        ValueError: a target of another shape, an unknown reduction.
+        TypeError: arguments that are no tensors.
         IndexError: on the CPU, a class index outside [0, V) that is not `ignore_index`.
     """
     _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, options)
-    autocasting = torch.is_autocast_enabled(input.device.type)
+    autocasting = autocasts(input.device.type)
     input, linear_weight, linear_bias = autocast(input.device.type, input, linear_weight, linear_bias)
     ignore_index = -100 if ignore_index is None else ignore_index
     if input.dim() == 1 and not target.is_floating_point():
@@ -61,13 +62,13 @@ def _check(input, linear_weight, target, linear_bias, weight, reduction, label_s
         if not isinstance(tensor, Tensor):
             raise TypeError(f"linear_cross_entropy: {name} must be a Tensor, got {type(tensor).__name__}")
         if tensor.device != input.device:
-            raise ValueError(f"linear_cross_entropy: {name} is on {tensor.device}, input on {input.device}")
+            raise RuntimeError(f"linear_cross_entropy: {name} is on {tensor.device}, input on {input.device}")
         if name != "target" and not tensor.is_floating_point():
-            raise TypeError(f"linear_cross_entropy: {name} must be floating point, got {tensor.dtype}")
+            raise RuntimeError(f"linear_cross_entropy: {name} must be floating point, got {tensor.dtype}")
     if input.dim() not in (1, 2):
-        raise ValueError(f"linear_cross_entropy: input must be [N, H] or [H], got {list(input.shape)}")
+        raise RuntimeError(f"linear_cross_entropy: input must be [N, H] or [H], got {list(input.shape)}")
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
-        raise ValueError(f"linear_cross_entropy: linear_weight must be [V, …, {input.shape[-1]}] to fit input "
+        raise RuntimeError(f"linear_cross_entropy: linear_weight must be [V, …, {input.shape[-1]}] to fit input "
                          f"{list(input.shape)}, got {list(linear_weight.shape)}")
     classes, extra = linear_weight.shape[0], tuple(linear_weight.shape[1:-1])
     batch = tuple(input.shape[:-1])
@@ -76,18 +77,19 @@ def _check(input, linear_weight, target, linear_bias, weight, reduction, label_s
     else:
         expected = (*batch, *extra)
         if target.dtype not in (torch.int64, torch.uint8):
-            raise TypeError(f"linear_cross_entropy: class indices must be int64 or uint8, got {target.dtype}")
+            raise RuntimeError(f"linear_cross_entropy: class indices must be int64 or uint8, got {target.dtype}")
     if tuple(target.shape) != expected:
         raise ValueError(f"linear_cross_entropy: target has shape {list(target.shape)}, expected {list(expected)}")
     if linear_bias is not None and tuple(linear_bias.shape) != (classes, *extra):
-        raise ValueError(f"linear_cross_entropy: linear_bias has shape {list(linear_bias.shape)}, "
+        raise RuntimeError(f"linear_cross_entropy: linear_bias has shape {list(linear_bias.shape)}, "
                          f"expected {[classes, *extra]}")
-    if weight is not None and tuple(weight.shape) != (classes,):
-        raise ValueError(f"linear_cross_entropy: weight has shape {list(weight.shape)}, expected {[classes]}")
+    if weight is not None and (tuple(weight.shape) != (classes,) or weight.dtype not in (input.dtype, torch.float32)):
+        raise RuntimeError(f"linear_cross_entropy: weight is {weight.dtype}{list(weight.shape)}, expected "
+                           f"{input.dtype}{[classes]}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"linear_cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+        raise RuntimeError(f"linear_cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
     if options is not None and not hasattr(F, "linear_cross_entropy"):
         raise TypeError("linear_cross_entropy: options asks for PyTorch's own chunked path, which torch "
                         f"{torch.__version__} lacks (2.13 has it)")

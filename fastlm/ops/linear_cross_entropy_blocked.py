@@ -37,7 +37,7 @@ def loses(input, *rest):
 
 
 def run(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options):
-    tensors = (input, linear_weight, target, linear_bias, weight)
+    tensors = (input, linear_weight, target, linear_bias, None if weight is None else weight.detach())
     # Under autocast stock takes the loss of 16-bit logits in float32.
     single = torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64
     return _linear_cross_entropy(tensors, reduction, ignore_index, label_smoothing, single)[0]
@@ -92,7 +92,7 @@ def _sweep(tensors, scale, needs, ignore_index, smoothing):
     x, weight, target, bias, class_weight = tensors
     dtype = _accumulator(x)
     (n, hidden), classes = x.shape, weight.shape[0]
-    rows = min(max(n, 1), max(MIN_ROWS, BLOCK_BYTES // (4 * classes)))
+    rows = min(max(n, 1), max(MIN_ROWS, BLOCK_BYTES // (4 * max(classes, 1))))
     logits = x.new_empty(rows, classes)
     block = logits if dtype == x.dtype else torch.empty(rows, classes, dtype=dtype, device=x.device)
     even = _even_share(class_weight, smoothing, classes, dtype)

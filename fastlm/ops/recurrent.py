@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.autograd import Differentiable
+from fastlm.autograd import Differentiable, autocast, autocasts
 from fastlm.dispatch import Sample
 
 DENSE = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
@@ -63,7 +63,7 @@ def _check_tensors(name, tensors):
             raise TypeError(f"{name}: {label} must be a Tensor, got {type(t).__name__}")
     if not data.is_floating_point():
         raise RuntimeError(f"{name}: input must be floating point, got {data.dtype}")
-    mixed = data.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(data.device.type)
+    mixed = autocasts(data.device.type)
     for label, t in tensors.items():
         if t.dtype is not data.dtype and not (mixed and t.is_floating_point()):
             raise RuntimeError(f"{name}: {label} has dtype {t.dtype}, input has {data.dtype}")
@@ -225,7 +225,10 @@ def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, drop
     options = (has_biases, num_layers, dropout, train, bidirectional)
     if torch.compiler.is_compiling():
         def layer(x, batch_sizes, hx, params):
-            return _stock_layer([x, batch_sizes, *hx, *params], cell, has_biases, bidirectional)
+            tensors = [x, *hx, *params]
+            if cell in ("tanh", "relu") or (cell == "lstm" and batch_sizes is None):
+                tensors = autocast(x.device.type, *tensors)  # as stock does inside, unseen by an opaque operator
+            return _stock_layer([tensors[0], batch_sizes, *tensors[1:]], cell, has_biases, bidirectional)
         return stack(layer, data, batch_sizes, hx, params, *options, batch_first)
     return _call_stock(cell, data, batch_sizes, hx, params, *options, batch_first)
 

@@ -22,6 +22,7 @@ from fastlm.dispatch import build_report, explain
 from fastlm.ops import ALL
 
 SUITES = ("ops", "modules", "models")
+SAME_LOSSES = 1e-4  # the largest relative difference between two loss curves that counts as agreement
 
 
 @dataclass
@@ -337,12 +338,13 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
     unknown = set(suites) - set(SUITES)
     if unknown:
         raise ValueError(f"bench: unknown suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
-    cuda = torch.device(device).type == "cuda"
-    dtypes = [d if isinstance(d, torch.dtype) else getattr(torch, d) for d in dtypes or ()] or (
-        [torch.bfloat16, torch.float16, torch.float32] if cuda else [torch.float32])
+    dtypes = [_dtype(d) for d in dtypes or ()] or (
+        [torch.bfloat16, torch.float16, torch.float32] if torch.device(device).type == "cuda" else [torch.float32])
     progress("this machine's peaks", 0)
     result = {"machine": machine(device), "rows": [], "curves": []}
     cases = list(_selected(suites, device, dtypes, only, full, every))
+    if not cases and (only or set(suites) != {"models"}):
+        raise ValueError(f"bench: the name of no op or module contains {only!r}")
     with_models = "models" in suites and not only
     jobs, done = len(cases) + 12 * with_models, 0
     if with_models:
@@ -357,6 +359,13 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
         done += 1
     progress("done", 1.0)
     return result
+
+
+def _dtype(name):
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"bench: dtype is {name!r}, expected float32, bfloat16, float16 or float64")
+    return dtype
 
 
 def _selected(suites, device, dtypes, only, full, every):

@@ -101,6 +101,9 @@ def _extension():
         lines = [line for line in report["error"].splitlines() if line.strip()]
         telling = next((line for line in lines if "error" in line), lines[0])
         return [Check("extension", "missing", telling, "make extension (needs g++ and python3-dev)")]
+    native = next(op.implementations["native"] for op in ALL if "native" in op.implementations)
+    if native.run is None:
+        return [Check("extension", "missing", native.cannot(), "make extension (needs g++ and python3-dev)")]
     rows = [Check("extension", "ok", "built for " + ", ".join(report["instruction_sets"]))]
     if report["cuda"]:
         rows.append(Check("extension, CUDA", "ok", ", ".join(f"sm_{t}" for t in report["cuda"])))

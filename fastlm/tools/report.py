@@ -144,7 +144,7 @@ def markdown(result: dict) -> str:
     for row in ours:
         what, case, mode, ran, ms, stock, ratio, error, memory, _ = cells(row)
         lines.append("| " + " | ".join((what, case, mode, ran, stock, ms, ratio, error, memory)) + " |")
-    names = sorted({r["name"] for r in result["rows"] if r["ran"] == "stock"})
+    names = sorted({r["name"] for r in result["rows"]} - {r["name"] for r in ours})
     if names:
         lines += ["", f"Stock PyTorch ran, nothing of ours being faster or measured here, for: {', '.join(names)}."]
     return "\n".join(lines) + "\n"

@@ -58,11 +58,17 @@ def start(folder: str | Path, config: RunConfig, tokenizer: Tokenizer, corpus: s
                               "folder (--out)")
     folder.mkdir(parents=True, exist_ok=True)
     text = tokenizer.to_json()
-    stored = {"settings": dataclasses.asdict(config), "corpus": corpus, "vocabulary": _digest(text)}
+    run = Run(folder, config, tokenizer, corpus, _digest(text))
     # The configuration comes last: where it exists, the run has begun.
     _replace(folder / TOKENIZER, text.encode())
-    _replace(folder / CONFIG, (json.dumps(stored, indent=2) + "\n").encode())
-    return Run(folder, config, tokenizer, corpus, _digest(text))
+    write_config(run)
+    return run
+
+
+def write_config(run: Run) -> None:
+    """Write the settings of a run."""
+    stored = {"settings": dataclasses.asdict(run.config), "corpus": run.corpus, "vocabulary": run.vocabulary}
+    _replace(run.folder / CONFIG, (json.dumps(stored, indent=2) + "\n").encode())
 
 
 def read_run(folder: str | Path) -> Run:

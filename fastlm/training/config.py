@@ -112,12 +112,12 @@ def build_model(config: RunConfig, vocab_size: int) -> LanguageModel:
 def changed(stored: RunConfig, **given) -> str | None:
     """Return the first of the settings given that differs from the stored ones, in words, else None.
 
-    A run may go on elsewhere and with other layers, for these do not change what it computes.
+    A run may go on elsewhere and with other layers, for these do not change what it computes, and for longer.
     """
     for name, value in given.items():
         if value is not None and name == "data":
             value = data_name(value)
-        if value is not None and name not in ("device", "layers") and getattr(stored, name) != value:
+        if value is not None and name not in ("device", "layers", "steps") and getattr(stored, name) != value:
             return f"{name} is {value!r}, the run in this folder has {getattr(stored, name)!r}"
     return None
 

@@ -156,8 +156,10 @@ def begin(folder: str | Path, config: RunConfig) -> tuple[Run, Data, Trainer]:
 
 
 def resume(folder: str | Path, device: str | None = None, layers: str | None = None,
-           **given) -> tuple[Run, Data, Trainer]:
-    """Go on with the run in a folder, on its device and with its layers or on others.
+           steps: int | None = None, **given) -> tuple[Run, Data, Trainer]:
+    """Go on with the run in a folder, on its device, with its layers and for its steps, or others.
+
+    Other `steps` are kept, and the learning rate follows their schedule from here on.
 
     Raises:
         CheckpointError: there is no run, it is damaged, its text has changed, or a setting given is not the run's.
@@ -165,6 +167,7 @@ def resume(folder: str | Path, device: str | None = None, layers: str | None = N
     run = checkpoint.read_run(folder)
     if difference := changed(run.config, **given):
         raise CheckpointError(f"resume: {difference}: leave it out, or start a new run in another folder (--out)")
+    run = run._replace(config=replace(run.config, steps=steps))
     config = replace(run.config, device=device, layers=layers)
     check_device(config.device)
     corpus = load_corpus(config.data)
@@ -175,6 +178,8 @@ def resume(folder: str | Path, device: str | None = None, layers: str | None = N
     state = checkpoint.read_state(run)
     if state is not None:
         trainer.restore(state)
+    if steps is not None:
+        checkpoint.write_config(run)
     return run, data, trainer
 
 

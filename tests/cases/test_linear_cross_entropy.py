@@ -149,16 +149,17 @@ def test_stock_options_are_honoured():
 
 
 BAD = {
-    "input": (dict(input=torch.randn(2, 3, 4)), ValueError, "input must be"),
-    "width": (dict(linear_weight=torch.randn(7, 5)), ValueError, "linear_weight must be"),
+    "input": (dict(input=torch.randn(2, 3, 4)), RuntimeError, "input must be"),
+    "width": (dict(linear_weight=torch.randn(7, 5)), RuntimeError, "linear_weight must be"),
     "target shape": (dict(target=torch.zeros(9, dtype=torch.int64)), ValueError, "target has shape"),
-    "target dtype": (dict(target=torch.zeros(6, dtype=torch.int32)), TypeError, "int64"),
-    "bias": (dict(linear_bias=torch.randn(8)), ValueError, "linear_bias has shape"),
-    "class weights": (dict(weight=torch.randn(8)), ValueError, "weight has shape"),
+    "target dtype": (dict(target=torch.zeros(6, dtype=torch.int32)), RuntimeError, "int64"),
+    "bias": (dict(linear_bias=torch.randn(8)), RuntimeError, "linear_bias has shape"),
+    "class weights": (dict(weight=torch.randn(8)), RuntimeError, "weight is"),
+    "class weights' dtype": (dict(weight=torch.randn(7).double()), RuntimeError, "weight is"),
     "reduction": (dict(reduction="average"), ValueError, "reduction must be one of"),
-    "smoothing": (dict(label_smoothing=1.5), ValueError, "label_smoothing"),
+    "smoothing": (dict(label_smoothing=1.5), RuntimeError, "label_smoothing"),
     "no tensor": (dict(input=[1.0]), TypeError, "input must be a Tensor"),
-    "integers": (dict(input=torch.ones(6, 4, dtype=torch.int64)), TypeError, "floating point"),
+    "integers": (dict(input=torch.ones(6, 4, dtype=torch.int64)), RuntimeError, "floating point"),
     "range": (dict(target=torch.tensor([0, 1, 2, 3, 4, 7])), IndexError, "target 7 is out of bounds"),
     "negative": (dict(target=torch.tensor([0, 1, 2, 3, 4, -1])), IndexError, "target -1 is out of bounds"),
 }
@@ -170,3 +171,19 @@ def test_bad_input_is_named(case):
     good = dict(input=torch.randn(6, 4), linear_weight=torch.randn(7, 4), target=torch.zeros(6, dtype=torch.int64))
     with pytest.raises(error, match=message):
         linear_cross_entropy(**good | change)
+
+
+def test_meta_tensors():
+    target = torch.zeros(3, dtype=torch.int64, device="meta")
+    module = fastlm.nn.LinearCrossEntropyLoss(4, 3, device="meta")
+    assert module(torch.randn(3, 4, device="meta"), target).is_meta
+
+
+def test_forward_mode_runs_stock():
+    """Kernels have no forward-mode derivative: by default stock runs, asked for by name they refuse."""
+    x, weight, target = problem(6, 4, 9)
+    found = torch.func.hessian(lambda x: linear_cross_entropy(x, weight, target))(x.detach())
+    expected = torch.func.hessian(lambda x: F.cross_entropy(F.linear(x, weight), target))(x.detach())
+    torch.testing.assert_close(found, expected)
+    with fastlm.backend("blocked"), pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: linear_cross_entropy(x, weight, target), (x.detach(),), (x.detach(),))

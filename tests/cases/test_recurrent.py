@@ -341,3 +341,16 @@ def test_stock_runs_where_it_was_measured_to_win():
         assert taken is None
     else:
         assert refusal == taken == f"not yet measured with {extension.isa}"
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_autocast_dtype_is_stocks_compiled_or_not(cell, backend):
+    ours, stock = (getattr(namespace, cell)(6, 5) for namespace in (fastlm.nn, torch.nn))
+    x = torch.randn(20, 3, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16), fastlm.backend(backend):
+        expected = [t.dtype for t in torch.utils._pytree.tree_leaves(stock(x))]
+        assert [t.dtype for t in torch.utils._pytree.tree_leaves(ours(x))] == expected
+        assert [t.dtype for t in torch.utils._pytree.tree_leaves(compiled(x))] == expected
