@@ -33,7 +33,11 @@ def cannot(input, linear_weight, target, linear_bias, weight, reduction, ignore_
 
 
 def loses(input, *rest):
-    return "not yet run on a GPU" if input.is_cuda else None
+    if input.is_cuda:
+        return "not yet run on a GPU"
+    if input.dtype in (torch.bfloat16, torch.float16):
+        return "slower than torch in 16 bits, though smaller: benchmarks/LOG.md 2026-11-23"
+    return None
 
 
 def run(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options):
@@ -86,8 +90,8 @@ def _check_targets(target, classes, ignore_index):
 def _sweep(tensors, scale, needs, ignore_index, smoothing):
     """Return each row's loss, and the gradients of Σ scale·loss for the inputs that need one.
 
-    The block of logits is overwritten by its log-probabilities, then by its probabilities, then by the gradient of
-    its logits; `scale` [N] is applied to the narrow operands of the products instead of to the block.
+    The block of logits is overwritten by its probabilities, then by the gradient of its logits; `scale` [N] is
+    applied to the narrow operands of the products instead of to the block.
     """
     x, weight, target, bias, class_weight = tensors
     dtype = _accumulator(x)
@@ -112,19 +116,30 @@ def _sweep(tensors, scale, needs, ignore_index, smoothing):
             torch.addmm(bias, x[part], weight.t(), out=z)
         if p is not z:
             p.copy_(z)
-        torch.log_softmax(p, 1, out=p)
         hard, onehot = (1 - smoothing) * counts[part], index[part, None]
-        losses[part] = -hard * p.gather(1, onehot).squeeze(1)
-        if even is not None:
-            losses[part] -= torch.where(target[part] != ignore_index, p @ even, 0)
+        loss = _soften(p, hard, onehot, even)
+        losses[part] = torch.where(target[part] != ignore_index, loss, 0)
         if any(needs):
             factor = scale[part] if even is not None else scale[part] * hard
-            _logits_gradient(p.exp_(), hard, onehot, even)
+            _logits_gradient(p, hard, onehot, even)
             if p is not z:
                 z.copy_(p)
             _accumulate(z, x[part], weight, factor, None if d_x is None else d_x[part], d_weight, d_bias)
     found = [None if d is None else d.to(x.dtype) for d in (d_x, d_weight, d_bias)]
     return losses, [d for d in found if d is not None]
+
+
+def _soften(z, hard, onehot, even):
+    """Turn logits [R, V] into probabilities in place; return Σ -q·log p of each row, [R].
+
+    log Σ exp z = max z - log max p: the largest probability is at least 1/V, so its logarithm is exact, and softmax
+    with two maxima is three times faster on a CPU than log_softmax with exp (benchmarks/LOG.md 2026-11-23).
+    """
+    top, at_target = z.amax(1), z.gather(1, onehot).squeeze(1)
+    weighted = None if even is None else z @ even
+    lse = top - torch.softmax(z, 1, out=z).amax(1).log()
+    loss = hard * (lse - at_target)
+    return loss if even is None else loss + even.sum() * lse - weighted
 
 
 def _logits_gradient(p, hard, onehot, even):

@@ -27,7 +27,7 @@ SAME_LOSSES = 1e-4  # the largest relative difference between two loss curves th
 
 @dataclass
 class Row:
-    """One measurement. Times are seconds, memory is bytes, `ratio` is baseline time over our time."""
+    """One measurement. Times are seconds, memory is bytes, `ratio` is the best baseline's time over our time."""
 
     suite: str
     name: str
@@ -40,6 +40,7 @@ class Row:
     spread: tuple[float, float]
     baseline: str
     baseline_seconds: float
+    baselines: dict[str, float]
     ratio: float
     error: float
     stock_error: float
@@ -198,6 +199,7 @@ def measure_case(case: Case, device: str, seconds: float) -> Iterator[Row]:
         row = Row(case.suite, case.name, case.case, str(case.dtype)[6:], mode, "stock" if ran == "torch" else ran,
                   {f"{c.op}/{name}": why for c in calls for name, why in c.declined.items()},
                   ours.median, (ours.low, ours.high), baseline, times[baseline].median,
+                  {name: times[name].median for name in case.baselines},
                   times[baseline].median / ours.median, worst.ours, worst.stock, all(e.ok for e in errors))
         if case.floor is not None:
             # Backward costs about two forwards: of a product's arithmetic, of an elementwise op's bytes.
