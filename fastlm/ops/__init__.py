@@ -12,11 +12,14 @@ from fastlm.ops.lstm import lstm
 from fastlm.ops.lstm import op as _lstm
 from fastlm.ops.rnn import op as _rnn
 from fastlm.ops.rnn import rnn
+from fastlm.ops.rotary import op as _rotary_embedding
+from fastlm.ops.rotary import rotary_embedding
 from fastlm.ops.softmax import op as _softmax
 from fastlm.ops.softmax import softmax
 
 # Every op, for tests and benchmarks to iterate.
-ALL = (_softmax, _attention, _cross_entropy, _linear_cross_entropy, _lstm, _gru, _rnn)
+ALL = (_softmax, _attention, _cross_entropy, _linear_cross_entropy, _lstm, _gru, _rnn,
+       _rotary_embedding)
 
-__all__ = ["ALL", "cross_entropy", "gru", "linear_cross_entropy", "lstm", "rnn", "scaled_dot_product_attention",
-           "softmax"]
+__all__ = ["ALL", "cross_entropy", "gru", "linear_cross_entropy", "lstm", "rnn", "rotary_embedding",
+           "scaled_dot_product_attention", "softmax"]
