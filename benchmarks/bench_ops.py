@@ -15,6 +15,7 @@ import fastlm
 from fastlm import measure
 from fastlm.ops import ALL
 from fastlm.tools import bench
+from fastlm.tools.suites import load
 
 
 def cases():
@@ -29,14 +30,15 @@ def cases():
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize(("op", "index", "name"), list(cases()))
 def test_op(benchmark, op, index, name, mode, device):
-    case = next(c for i, c in enumerate(bench.op_cases(device, [torch.float32], only=op.name)) if i == index)
-    if reason := op.implementations[name].cannot(*case.args):
+    case = [c for c in load("ops", device, [torch.float32]) if c.name == op.name][index]
+    subject = case.build()
+    if reason := op.implementations[name].cannot(*subject.args):
         pytest.skip(reason)
-    default = fastlm.explain(op, *case.args)[0].ran
-    errors = measure.errors(op, name, case.args)
+    default = fastlm.explain(op, *subject.args)[0].ran
+    errors = measure.errors(op, name, subject.args)
     assert all(e.ok for e in errors), errors
     with fastlm.backend(name):
-        step = bench.step(case.ours, case, mode)
+        step = bench.step(subject.ours, subject, mode)
         if torch.device(device).type == "cuda":  # pytest-benchmark sees host time only
             benchmark.extra_info["device_seconds"] = measure.timings({name: step}, device)[name].median
             step = functools.partial(_synchronised, step)

@@ -152,7 +152,8 @@ def doctor(device: Device = None):
 @app.command()
 @clear_errors
 def bench(
-    suite: Annotated[str, typer.Option(help="all, ops, modules or models.")] = "all",
+    suite: Annotated[str, typer.Option(help="all (ops, modules, models), one of these, or a family held to its goals: "
+                                           "rnn-cpu, head, norms, attention.")] = "all",
     device: Device = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")] = None,
     only: Annotated[str, typer.Option(help="Measure only ops and modules whose name contains this.")] = "",
@@ -165,7 +166,7 @@ def bench(
 
     from fastlm.tools import bench, report
 
-    suites = bench.SUITES if suite == "all" else (suite,)
+    suites = bench.EVERYTHING if suite == "all" else (suite,)
     percentage, what = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
     columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
     with Progress(*columns, console=_console()) as progress:
@@ -175,6 +176,9 @@ def bench(
     wide = _console() if _console().is_terminal else Console(highlight=False, width=150)
     for table in report.tables(result):
         wide.print(table)
+    held = [row for row in result["rows"] if row["goal"]]
+    if held:
+        print(f"{sum(not row['missed'] for row in held)} of {len(held)} rows reach their goals")
     name = "-".join(filter(None, (suite, only, "every" * every, "full" * full)))
     for path in report.save(result, out, name):
         print(path)

@@ -31,6 +31,10 @@ class Call(NamedTuple):
     declined: dict[str, str]
 
 
+class CannotRun(RuntimeError):
+    """An implementation was asked for by name (`backend`) and cannot take the call; the message says why."""
+
+
 class Sample(NamedTuple):
     """Named arguments for an op: what tests check and benchmarks time.
 
@@ -96,7 +100,7 @@ class Op:
                 return name, declined
             declined[name] = reason
         reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
-        raise RuntimeError(f"{self.name}: backend{tuple(wanted)} was asked for and cannot run: {reasons}")
+        raise CannotRun(f"{self.name}: backend{tuple(wanted)} was asked for and cannot run: {reasons}")
 
 
 class backend:

@@ -1,5 +1,6 @@
 """doctor, bench, report and profile: what they print is what happened."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -12,6 +13,7 @@ from fastlm import measure
 from fastlm.dispatch import Implementation
 from fastlm.ops import ALL
 from fastlm.tools import bench, doctor, report
+from fastlm.tools.suites import EVERYTHING, SUITES, Goal, load
 
 
 @pytest.fixture(autouse=True)
@@ -83,17 +85,53 @@ def test_a_kernel_with_wrong_numbers_is_reported(monkeypatch):
     op = next(op for op in ALL if op.name == "linear_cross_entropy")
     real = op.implementations["blocked"]
     monkeypatch.setitem(op.implementations, "blocked", real._replace(run=lambda *a: real.run(*a) * 1.001))
-    row = next(iter(bench.measure_case(next(bench.op_cases("cpu", [torch.float32], only=op.name)), "cpu", 0.01)))
+    case = next(c for c in load("ops", "cpu") if c.name == op.name)
+    row = next(iter(bench.measure_case(case, "cpu", 0.01)))
     assert not row.within_rule
-    assert "FAILS" in report.cells(vars(row))[7]
+    assert "FAILS" in report.cells(vars(row))[8]
 
 
 def test_module_cases_agree_with_stock():
-    for case in bench.module_cases("cpu", [torch.float32]):
+    for case in load("modules", "cpu"):
         if case.name in ("RNN", "TransformerEncoderLayer"):
-            calls = fastlm.explain(case.ours, *case.args)
+            subject = case.build()
+            calls = fastlm.explain(subject.ours, *subject.args)
             assert calls
-            assert all(e.ok for e in case.errors(calls[0].ran))
+            assert all(e.ok for e in subject.errors(calls[0].ran))
+
+
+def test_goals_are_held_row_by_row_and_in_the_mean():
+    goals = {"forward": Goal(1e9, share=0.0, means={"group": 0.5}),
+             "training": Goal(1e-9, memory=0.3, means={"group": 0.5})}
+    case = next(c for c in load("ops", "cpu") if c.name == "linear_cross_entropy")
+    forward, training = bench.measure_case(dataclasses.replace(case, goals=goals), "cpu", 0.01)
+    assert forward.missed == ["ratio"]
+    assert training.missed == ["memory"]  # not measured here, so not shown
+    training.memory, training.baseline_memory, training.missed = 20, 100, []
+    bench.hold(training, goals["training"])
+    assert training.missed == []
+    (mean,) = bench.means([forward, training])
+    assert mean == {"name": "group", "wanted": 0.5, "rows": 2,
+                    "found": pytest.approx((forward.ratio * training.ratio) ** 0.5)}
+    assert "MISSED" in report.cells(vars(forward))[7]
+
+
+def test_every_forces_each_implementation_that_can_run():
+    """What cannot run here yields no row: nothing is passed off as something else."""
+    rows = bench.run(("ops",), only="softmax", seconds=0.01, every=True)["rows"]
+    assert {row["ran"] for row in rows} == {"stock"}
+    case = next(c for c in load("ops", "cpu") if c.name == "softmax")
+    assert not list(bench.measure_case(dataclasses.replace(case, forced="triton"), "cpu", 0.01))
+
+
+@pytest.mark.parametrize("suite", [s for s in SUITES if s != "models"])
+def test_every_suite_names_its_cases_once(suite):
+    cases = list(load(suite, "cpu"))
+    assert len({(c.name, c.case, c.dtype) for c in cases}) == len(cases) > 0
+    assert all(c.suite == suite for c in cases)
+    assert all(set(c.goals) <= set(c.modes) for c in cases)
+    if suite not in EVERYTHING:
+        assert any(c.goals for c in cases)
 
 
 def test_curves_agree_between_layers():
@@ -105,7 +143,7 @@ def test_curves_agree_between_layers():
 @pytest.mark.parametrize(("options", "message"), [
     (dict(suites=("nonsense",)), "ops, modules, models"),
     (dict(dtypes=["float7"]), "dtype is 'float7'"),
-    (dict(only="nonsense"), "no op or module contains 'nonsense'"),
+    (dict(only="nonsense"), "no case.*contains 'nonsense'"),
 ])
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -4,8 +4,10 @@ A row says which implementation ran, its time beside the best stock baseline's (
 against float64 beside stock's own, and the peak memory of both. Where stock ran, the row reads "stock".
 """
 
+import dataclasses
 import functools
 import itertools
+import math
 import platform
 import statistics
 import subprocess
@@ -18,16 +20,18 @@ import torch
 
 import fastlm
 from fastlm import measure
-from fastlm.dispatch import build_report, explain
-from fastlm.ops import ALL
+from fastlm.dispatch import CannotRun, build_report, explain
+from fastlm.tools.suites import EVERYTHING, SUITES, Case, Goal, Subject, load
 
-SUITES = ("ops", "modules", "models")
 SAME_LOSSES = 1e-4  # the largest relative difference between two loss curves that counts as agreement
 
 
 @dataclass
 class Row:
-    """One measurement. Times are seconds, memory is bytes, `ratio` is the best baseline's time over our time."""
+    """One measurement. Times are seconds, memory is bytes, `ratio` is the best baseline's time over our time.
+
+    `goal` has the fields of `suites.Goal` that were set; `missed` names those that were not reached.
+    """
 
     suite: str
     name: str
@@ -48,6 +52,9 @@ class Row:
     memory: int | None = None
     baseline_memory: int | None = None
     peak_share: float | None = None
+    bytes_per_s: float | None = None
+    goal: dict = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -67,146 +74,81 @@ class Curve:
         return max(abs(a - b) / abs(a) for a, b in zip(self.stock_losses, self.fastlm_losses, strict=True))
 
 
-@dataclass
-class Case:
-    """Something to measure: functions of `args`, differentiable, and how to run them through fastlm and stock."""
-
-    suite: str
-    name: str
-    case: str
-    dtype: torch.dtype
-    args: tuple
-    ours: Callable
-    baselines: dict[str, Callable]
-    errors: Callable[[str], list[measure.Error]]
-    constants: tuple[int, ...] = ()
-    floor: Callable[[], float] | None = None
-    forced: str | None = None
-    modules: tuple[torch.nn.Module, ...] = ()
-
-
-# --- what is measured ------------------------------------------------------------------------------------------
-
-
-def op_cases(device: str, dtypes, only: str = "", every: bool = False, compiled: bool = False) -> Iterator[Case]:
-    """Yield a case for each op whose name contains `only`, each dtype and each benchmark sample.
-
-    With `every`, yield one for each implementation that can take the sample, whatever is chosen by default. With
-    `compiled`, stock under torch.compile is a baseline too, where the op says that this is sensible.
-    """
-    for op, dtype in itertools.product((op for op in ALL if only in op.name), dtypes):
-        stock, compile_stock = op.implementations["torch"].run, compiled and op.compiled
-        for sample in op.samples("bench", dtype, device):
-            fast = [name for name in op.default if name != "torch" and
-                    op.implementations[name].cannot(*sample.args) is None]
-            for forced in (every and fast) or (None,):
-                baselines = {"torch": stock} | ({"torch.compile": torch.compile(stock)} if compile_stock else {})
-                yield Case("ops", op.name, sample.name, dtype, sample.args, _forced(op, forced), baselines,
-                           functools.partial(_op_errors, op, sample.args), op.constants,
-                           functools.partial(measure.floor, op, sample.args), forced)
-
-
-def _forced(op, name):
-    """Make `op` run the implementation called `name`, where there is a name."""
-    def run(*args):
-        with fastlm.backend(name):
-            return op(*args)
-    return run if name else op
-
-
-def _op_errors(op, args, ran):
-    return measure.errors(op, ran, args)
-
-
-def modules(namespace, device, dtype):
-    """Yield (name, case, module, input) for a namespace of modules, torch.nn or fastlm.nn; all seeds are the same."""
-    def build(name, case, shape, *args, call=None, **kwargs):
-        torch.manual_seed(0)
-        module = getattr(namespace, name)(*args, **kwargs, device=device, dtype=dtype)
-        x = torch.randn(shape, device=device).to(dtype)
-        return name, case, module, call or (lambda m, x: m(x)[0]), x
-
-    for cell in ("LSTM", "GRU", "RNN"):
-        yield build(cell, "2 layers, both ways, T64 B16 H256", (64, 16, 256), 256, 256, 2, bidirectional=True)
-    yield build("MultiheadAttention", "B4 T256 E256", (4, 256, 256), 256, 4, batch_first=True,
-                call=lambda m, x: m(x, x, x, need_weights=False)[0])
-    yield build("TransformerEncoderLayer", "B4 T256 E256", (4, 256, 256), 256, 4, 1024, dropout=0.0,
-                batch_first=True, norm_first=True, call=lambda m, x: m(x))
-
-
-def module_cases(device: str, dtypes) -> Iterator[Case]:
-    """Yield a case for each module and dtype; its arguments are the input and the parameters."""
-    for dtype in dtypes:
-        pairs = zip(modules(torch.nn, device, dtype), modules(fastlm.nn, device, dtype), strict=True)
-        for (name, case, stock, call, x), (_, _, ours, _, _) in pairs:
-            ours.load_state_dict(stock.state_dict())
-            args = (x, list(stock.parameters()))
-            run_ours, run_stock = _functional(ours, call), _functional(stock, call)
-            yield Case("modules", name, case, dtype, args, run_ours, {"torch": run_stock},
-                       functools.partial(_module_errors, args, run_ours, run_stock), modules=(ours, stock))
-
-
-def _functional(module, call):
-    """Make `call(module, x)` a function of x and of the parameters, in the order of `module.parameters()`."""
-    names = [name for name, _ in module.named_parameters()]
-
-    class Call(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = module
-
-        def forward(self, x):
-            return call(self.inner, x)
-
-    outer = Call()
-
-    def run(x, params):
-        return torch.func.functional_call(outer, {f"inner.{n}": p for n, p in zip(names, params, strict=True)}, (x,))
-    return run
-
-
-def _module_errors(args, ours, stock, ran):
-    found, upstream, grads = measure.differentiate(ours, args)
-    near, _, near_grads = measure.differentiate(stock, args, upstream)
-    with fastlm.backend("torch"):
-        exact, _, exact_grads = measure.differentiate(stock, measure.cast(args, torch.float64),
-                                                      measure.cast(upstream, torch.float64))
-    names = ["result", *(f"gradient {i}" for i in range(len(grads)))]
-    return measure.compare(names, found + grads, near + near_grads, exact + exact_grads)
-
-
 # --- measuring -------------------------------------------------------------------------------------------------
 
 
-def measure_case(case: Case, device: str, seconds: float) -> Iterator[Row]:
-    """Check the numbers of one case, then yield its rows: forward, and training (forward and backward)."""
-    leaves, _ = measure.leaves(case.args, case.constants)
-    calls = explain(case.ours, *leaves)
-    errors = case.errors(calls[0].ran if calls else "torch")
+def measure_case(case: Case, device: str, seconds: float, compiled: bool = False) -> Iterator[Row]:
+    """Check the numbers of one case, then yield a row for each of its modes; none where what is forced cannot run.
+
+    With `compiled`, stock under torch.compile is a baseline too, where the subject says that this is sensible.
+    """
+    subject = case.build()
+    subject.ours = ours = _forced(subject.ours, case.forced)
+    if compiled and subject.compiled:
+        subject.baselines["torch.compile"] = torch.compile(subject.baselines["torch"])
+    leaves, _ = measure.leaves(subject.args, subject.constants)
+    try:
+        calls = explain(ours, *leaves)
+    except CannotRun:
+        return
+    errors = subject.errors(calls[0].ran if calls else "torch")
     worst = max(errors, key=lambda e: e.ours / e.bound if e.bound else e.ours)
-    for mode in ("forward", "training"):
-        for module in case.modules:
+    for mode in case.modes:
+        for module in subject.modules:
             module.train(mode == "training")
         # An implementation may take one of the modes only.
-        calls = explain(_no_grad(case.ours) if mode == "forward" else case.ours, *leaves)
+        calls = explain(_no_grad(ours) if mode == "forward" else ours, *leaves)
         ran = "+".join(sorted({c.ran for c in calls})) or "torch"
-        candidates = {name: step(fn, case, mode) for name, fn in case.baselines.items()}
-        if ran != "torch" or case.modules:  # a module is ours even where each of its ops runs stock
-            candidates["fastlm"] = step(case.ours, case, mode)
+        candidates = {name: step(fn, subject, mode) for name, fn in subject.baselines.items()}
+        if ran != "torch" or subject.modules:  # a module is ours even where each of its ops runs stock
+            candidates["fastlm"] = step(ours, subject, mode)
         times = measure.timings(candidates, device, seconds)
-        ours = times.get("fastlm", times["torch"])
-        baseline = min(case.baselines, key=lambda name: times[name].median)
+        found = times.get("fastlm", times["torch"])
+        baseline = min(subject.baselines, key=lambda name: times[name].median)
         row = Row(case.suite, case.name, case.case, str(case.dtype)[6:], mode, "stock" if ran == "torch" else ran,
                   {f"{c.op}/{name}": why for c in calls for name, why in c.declined.items()},
-                  ours.median, (ours.low, ours.high), baseline, times[baseline].median,
-                  {name: times[name].median for name in case.baselines},
-                  times[baseline].median / ours.median, worst.ours, worst.stock, all(e.ok for e in errors))
-        if case.floor is not None:
+                  found.median, (found.low, found.high), baseline, times[baseline].median,
+                  {name: times[name].median for name in subject.baselines},
+                  times[baseline].median / found.median, worst.ours, worst.stock, all(e.ok for e in errors))
+        if subject.floor is not None:
             # Backward costs about two forwards: of a product's arithmetic, of an elementwise op's bytes.
-            row.peak_share = case.floor() * (3 if mode == "training" else 1) / ours.median
+            row.peak_share = subject.floor() * (3 if mode == "training" else 1) / found.median
+        if subject.reads is not None:
+            row.bytes_per_s = subject.reads / found.median
         if mode == "training" and ran != "torch":
             add_memory(row, case, device)
+        if goal := case.goals.get(mode):
+            hold(row, goal)
         yield row
+
+
+def hold(row: Row, goal: Goal) -> None:
+    """Write into the row what it was to reach, and what of that it missed."""
+    row.goal = {name: value for name, value in dataclasses.asdict(goal).items() if value}
+    memory = None if row.memory is None else (row.memory - goal.allowance) / max(row.baseline_memory, 1)
+    found = {"ratio": row.ratio, "memory": memory, "share": row.peak_share}
+    for name, value in found.items():
+        wanted = row.goal.get(name)
+        if wanted and (value is None or (value > wanted if name == "memory" else value < wanted)):
+            row.missed.append(name)
+
+
+def means(rows: list[Row]) -> list[dict]:
+    """Return the geometric mean of the ratios of each group that has a goal: name, found, wanted, number of rows."""
+    groups: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        for name, wanted in row.goal.get("means", {}).items():
+            groups.setdefault((name, wanted), []).append(row.ratio)
+    return [{"name": name, "found": math.prod(ratios) ** (1 / len(ratios)), "wanted": wanted, "rows": len(ratios)}
+            for (name, wanted), ratios in groups.items()]
+
+
+def _forced(fn, name):
+    """Make `fn` run the implementation called `name` wherever there is one, where there is a name."""
+    def run(*args):
+        with fastlm.backend(name):
+            return fn(*args)
+    return run if name else fn
 
 
 def _no_grad(fn):
@@ -216,13 +158,13 @@ def _no_grad(fn):
     return run
 
 
-def step(fn, case, mode):
+def step(fn, subject: Subject, mode: str):
     """Return a function without arguments that runs `fn` once, on leaves made beforehand."""
     if mode == "forward":
-        args = case.args
+        args = subject.args
         run = _no_grad(fn)
         return lambda: run(*args)
-    args, leaves = measure.leaves(case.args, case.constants)
+    args, leaves = measure.leaves(subject.args, subject.constants)
 
     def train():
         results = [r for r in measure.floating(fn(*args)) if r.requires_grad]
@@ -233,14 +175,12 @@ def step(fn, case, mode):
 def memory_of(suite: str, name: str, case: str, dtype: str, mode: str, device: str, forced: str | None,
               stock: bool) -> Callable:
     """Make one case's inputs in a fresh process and return the function whose peak is wanted."""
-    dtype = getattr(torch, dtype)
-    cases = op_cases(device, [dtype], name, forced is not None) if suite == "ops" else module_cases(device, [dtype])
-    found = next(c for c in cases if (c.name, c.case, c.forced) == (name, case, forced))
-    for op in ALL if suite == "ops" else ():
-        if op.name == name:  # touch code and thread pools, on inputs too small to count
-            small = next(iter(op.samples("test", dtype, device))).args
-            measure.differentiate(found.baselines["torch"] if stock else op, small, constants=op.constants)
-    return step(found.baselines["torch"] if stock else found.ours, found, mode)
+    cases = load(suite, device, [getattr(torch, dtype)])
+    subject = next(c for c in cases if (c.name, c.case) == (name, case)).build()
+    subject.warm("torch" if stock else "ours")
+    for module in subject.modules:
+        module.train(mode == "training")
+    return step(subject.baselines["torch"] if stock else _forced(subject.ours, forced), subject, mode)
 
 
 def add_memory(row: Row, case: Case, device: str) -> None:
@@ -322,16 +262,17 @@ def _commit():
     return found.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
-def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, steps: int = 30,
+def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float = 0.6, steps: int = 30,
         only: str = "", full: bool = False, every: bool = False,
         progress: Callable[[str, float], None] = lambda what, done: None) -> dict:
-    """Run suites and return a result: {"machine": …, "rows": [Row as dict], "curves": [Curve as dict]}.
+    """Run suites and return a result: {"machine": …, "rows": [Row as dict], "means": …, "curves": [Curve as dict]}.
 
     Args:
-        suites: any of "ops", "modules", "models".
+        suites: any of `suites.SUITES`.
         seconds: time spent on each candidate of each row.
         steps: training steps of each model.
-        dtypes: torch dtypes or their names; float32 where none is given, on a GPU bfloat16 and float16 too.
+        dtypes: torch dtypes or their names; where none is given, each suite's own: float32, on a GPU bfloat16 and
+            float16 too.
         only: measure rows whose name contains this.
         full: measure every benchmark sample, and stock under torch.compile; else the first two samples of each op.
         every: measure each implementation that can run, not only the one that is chosen by default.
@@ -340,13 +281,12 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
     unknown = set(suites) - set(SUITES)
     if unknown:
         raise ValueError(f"bench: unknown suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
-    dtypes = [_dtype(d) for d in dtypes or ()] or (
-        [torch.bfloat16, torch.float16, torch.float32] if torch.device(device).type == "cuda" else [torch.float32])
-    progress("this machine's peaks", 0)
-    result = {"machine": machine(device), "rows": [], "curves": []}
-    cases = list(_selected(suites, device, dtypes, only, full, every))
+    dtypes = [_dtype(d) for d in dtypes or ()] or None
+    cases = [c for suite in suites if suite != "models" for c in _selected(suite, device, dtypes, only, full)]
     if not cases and (only or set(suites) != {"models"}):
-        raise ValueError(f"bench: the name of no op or module contains {only!r}")
+        raise ValueError(f"bench: no case's name contains {only!r} in {', '.join(suites)}")
+    progress("this machine's peaks", 0)
+    result = {"machine": machine(device), "rows": [], "means": [], "curves": []}
     with_models = "models" in suites and not only
     jobs, done = len(cases) + 12 * with_models, 0
     if with_models:
@@ -355,12 +295,15 @@ def run(suites=SUITES, device: str = "cpu", dtypes=None, seconds: float = 0.6, s
             done += 4
             progress(f"trained {curve.model}", done / jobs)
             result["curves"].append(asdict(curve) | {"difference": curve.difference})
+    rows = []
     for case in cases:
         progress(f"{case.name}, {case.case}", done / jobs)
-        result["rows"] += [asdict(row) for row in measure_case(case, device, seconds)]
+        forced = [row for name in case.fast if every
+                  for row in measure_case(dataclasses.replace(case, forced=name), device, seconds, full)]
+        rows += forced or measure_case(case, device, seconds, full)
         done += 1
     progress("done", 1.0)
-    return result
+    return result | {"rows": [asdict(row) for row in rows], "means": means(rows)}
 
 
 def _dtype(name):
@@ -370,10 +313,9 @@ def _dtype(name):
     return dtype
 
 
-def _selected(suites, device, dtypes, only, full, every):
-    if "ops" in suites:
-        cases = op_cases(device, dtypes, only, every, full)
-        for _, group in itertools.groupby(cases, key=lambda c: (c.name, c.dtype, c.forced)):
-            yield from itertools.islice(group, None if full else 2)
-    if "modules" in suites:
-        yield from (c for c in module_cases(device, dtypes) if only in c.name)
+def _selected(suite, device, dtypes, only, full):
+    cases = (c for c in load(suite, device, dtypes) if only in c.name)
+    if suite != "ops" or full:
+        return cases
+    groups = itertools.groupby(cases, key=lambda c: (c.name, c.dtype))
+    return itertools.chain.from_iterable(itertools.islice(group, 2) for _, group in groups)

@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity
 import fastlm
 from fastlm import measure
 from fastlm.dispatch import Calls, explain
-from fastlm.ops import ALL
 
 VARIANTS = {"fastlm": None, "stock": "torch", "reference": "reference"}
 
@@ -106,19 +105,16 @@ def target(name: str, device: str = "cpu") -> Callable[[], object]:
         ValueError: nothing is called that; the message lists what there is.
     """
     from fastlm.tools import bench
+    from fastlm.tools.suites import load
 
-    cases = [*bench.op_cases(device, [torch.float32], only=name if name in _ops() else " "),
-             *(c for c in bench.module_cases(device, [torch.float32]) if c.name == name)]
+    cases = [c for suite in ("ops", "modules") for c in load(suite, device, [torch.float32])]
     found = next((c for c in cases if c.name == name), None)
     if found is not None:
-        return bench.step(found.ours, found, "training")
+        subject = found.build()
+        return bench.step(subject.ours, subject, "training")
     models = {"UnigramLM": "unigram", "RNNLM": "lstm", "TransformerLM": "transformer"}
     if name in models:
         return bench.trainer(models[name], "fastlm", device).step
-    modules = [n for n, *_ in bench.modules(fastlm.nn, "meta", torch.float32)]
-    raise ValueError(f"profile: nothing is called {name!r}. Ops: {', '.join(_ops())}. Modules: {', '.join(modules)}. "
+    names = {suite: ", ".join(dict.fromkeys(c.name for c in cases if c.suite == suite)) for suite in ("ops", "modules")}
+    raise ValueError(f"profile: nothing is called {name!r}. Ops: {names['ops']}. Modules: {names['modules']}. "
                      f"Models: {', '.join(models)}.")
-
-
-def _ops():
-    return [op.name for op in ALL]

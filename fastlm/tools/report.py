@@ -42,14 +42,27 @@ def cells(row: dict) -> tuple[str, ...]:
     return (
         row["name"], row["case"], f"{SHORT.get(row['dtype'], row['dtype'])} {row['mode']}", row["ran"],
         f"{row['seconds'] * 1e3:.2f}", f"{row['baseline_seconds'] * 1e3:.2f}",
-        "-" if row["ratio"] == 1 else f"{row['ratio']:.2f}×",
+        "-" if row["ratio"] == 1 else f"{row['ratio']:.2f}×", _goal(row),
         f"{row['error']:.1e} / {row['stock_error']:.1e}" + ("" if row["within_rule"] else " FAILS"), memory,
-        "-" if row["peak_share"] is None else f"{row['peak_share']:.0%}",
+        _floor(row),
     )
 
 
+def _goal(row):
+    """Say what the row was to reach, each figure with whether it did."""
+    signs = {"ratio": "≥{:.2f}×", "memory": "≤{:.2f} of stock's MB", "share": "≥{:.0%} of floor"}
+    return ", ".join(f"{sign.format(row['goal'][name])} {'MISSED' if name in row['missed'] else 'met'}"
+                     for name, sign in signs.items() if name in row["goal"]) or "-"
+
+
+def _floor(row):
+    parts = [] if row["peak_share"] is None else [f"{row['peak_share']:.0%}"]
+    return ", ".join(parts + ([f"{row['bytes_per_s'] / 1e9:.1f} GB/s"] if row["bytes_per_s"] else [])) or "-"
+
+
 SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
-HEADINGS = ("what", "case", "type, mode", "ran", "ms", "stock", "ratio", "error / stock's", "MB / stock's", "floor")
+HEADINGS = ("what", "case", "type, mode", "ran", "ms", "stock", "ratio", "to reach", "error / stock's", "MB / stock's",
+            "floor")
 
 
 def curve_cells(curve: dict) -> tuple[str, ...]:
@@ -64,8 +77,17 @@ def curve_cells(curve: dict) -> tuple[str, ...]:
 CURVE_HEADINGS = ("model", "stock loss", "fastlm loss", "difference", "stock tok/s", "fastlm tok/s", "ratio", "ran")
 
 
+def mean_cells(mean: dict) -> tuple[str, ...]:
+    """Format the geometric mean of a group of rows."""
+    reached = "met" if mean["found"] >= mean["wanted"] else "MISSED"
+    return mean["name"], str(mean["rows"]), f"{mean['found']:.2f}×", f"≥{mean['wanted']:.2f}× {reached}"
+
+
+MEAN_HEADINGS = ("group", "rows", "ratio", "to reach")
+
+
 def tables(result: dict):
-    """Return rich tables: the models' training runs, and every row."""
+    """Return rich tables: the models' training runs, every row, and geometric means with what they are to reach."""
     from rich.table import Table
 
     found = []
@@ -74,6 +96,8 @@ def tables(result: dict):
                             map(curve_cells, result["curves"])))
     if result["rows"]:
         found.append(_table(Table(title="ops and modules"), HEADINGS, map(cells, result["rows"])))
+    if result["means"]:
+        found.append(_table(Table(title="geometric means"), MEAN_HEADINGS, map(mean_cells, result["means"])))
     return found
 
 
@@ -81,7 +105,8 @@ def _table(table, headings, rows):
     for heading in headings:
         table.add_column(heading, overflow="fold", no_wrap=heading not in ("what", "case", "ran"))
     for row in rows:
-        style = "bold red" if any("FAILS" in cell for cell in row) else "dim" if "stock" in row else ""
+        style = ("bold red" if any("FAILS" in cell for cell in row) else
+                 "yellow" if any("MISSED" in cell for cell in row) else "dim" if "stock" in row else "")
         table.add_row(*row, style=style)
     return table
 
@@ -92,8 +117,9 @@ def html(result: dict) -> str:
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text())
-    return template.render(result=result, headings=HEADINGS, curve_headings=CURVE_HEADINGS, cells=cells,
-                           curve_cells=curve_cells, ratios=_ratio_plot(result), losses=_loss_plots(result))
+    return template.render(
+        result=result, headings=HEADINGS, curve_headings=CURVE_HEADINGS, mean_headings=MEAN_HEADINGS, cells=cells,
+        curve_cells=curve_cells, mean_cells=mean_cells, ratios=_ratio_plot(result), losses=_loss_plots(result))
 
 
 def _ratio_plot(result):
@@ -142,7 +168,7 @@ def markdown(result: dict) -> str:
              f"{result['machine']['torch']}, {result['machine']['date'][:10]}:", "",
              "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in ours:
-        what, case, mode, ran, ms, stock, ratio, error, memory, _ = cells(row)
+        what, case, mode, ran, ms, stock, ratio, _, error, memory, _ = cells(row)
         lines.append("| " + " | ".join((what, case, mode, ran, stock, ms, ratio, error, memory)) + " |")
     names = sorted({r["name"] for r in result["rows"]} - {r["name"] for r in ours})
     if names:

@@ -1,0 +1,45 @@
+"""Modules of fastlm.nn beside those of torch.nn."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import fastlm
+from fastlm.tools.suites import Case, Subject, module_subject
+from fastlm.tools.suites.ops import default_dtypes
+
+
+def _first(module, x):
+    return module(x)[0]
+
+
+def _attend(module, x):
+    return module(x, x, x, need_weights=False)[0]
+
+
+def _apply(module, x):
+    return module(x)
+
+
+# name, case, shape of x, arguments of the constructor, its keywords, how to call it
+MODULES = (
+    *((cell, "2 layers, both ways, T64 B16 H256", (64, 16, 256), (256, 256, 2), dict(bidirectional=True), _first)
+      for cell in ("LSTM", "GRU", "RNN")),
+    ("MultiheadAttention", "B4 T256 E256", (4, 256, 256), (256, 4), dict(batch_first=True), _attend),
+    ("TransformerEncoderLayer", "B4 T256 E256", (4, 256, 256), (256, 4, 1024),
+     dict(dropout=0.0, batch_first=True, norm_first=True), _apply),
+)
+
+
+def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[Case]:
+    for dtype in dtypes or default_dtypes(device):
+        for name, case, *rest in MODULES:
+            yield Case("modules", name, case, dtype, functools.partial(_subject, name, device, dtype, *rest))
+
+
+def _subject(name, device, dtype, shape, args, options, call) -> Subject:
+    torch.manual_seed(0)
+    stock, ours = (getattr(namespace, name)(*args, **options, device=device, dtype=dtype)
+                   for namespace in (torch.nn, fastlm.nn))
+    return module_subject(stock, ours, call, torch.randn(shape, device=device).to(dtype))
