@@ -234,7 +234,8 @@ def test_a_tiny_temperature_is_greedy():
 @pytest.mark.parametrize(("given", "message"), [
     ({"temperature": -0.1}, "temperature is -0.1, expected 0 or more"),
     ({"temperature": float("nan")}, "temperature is nan"),
-    ({"top_k": 0}, "top_k is 0, expected 1 or more"),
+    ({"top_k": 0}, "top_k is 0, expected a whole number"),
+    ({"top_k": 2.5}, "top_k is 2.5, expected a whole number"),
     ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
     ({"top_p": 1.5}, "top_p is 1.5"),
     ({"max_new_tokens": -1}, "max_new_tokens is -1"),
@@ -260,6 +261,10 @@ def test_bad_configurations():
         RNNLM(RNNConfig(VOCAB, cell="elman"))
     with pytest.raises(ValueError, match="hidden_size is 10, expected a multiple of num_heads, 4"):
         TransformerLM(TransformerConfig(VOCAB, hidden_size=10, num_heads=4))
+    with pytest.raises(ValueError, match="RNNLM: num_layers is 0, expected a whole number"):
+        RNNLM(RNNConfig(VOCAB, num_layers=0))
+    with pytest.raises(ValueError, match="TransformerLM: max_seq_len is 1.5, expected a whole number"):
+        TransformerLM(TransformerConfig(VOCAB, max_seq_len=1.5))
     for smoothing in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"smoothing is {smoothing}"):
             UnigramLM(UnigramConfig(VOCAB, smoothing=smoothing))

@@ -129,12 +129,19 @@ def evaluating(model: torch.nn.Module):
             module.training = mode
 
 
+def check_sizes(model: str, **sizes: int) -> None:
+    """Raise ValueError unless every size is a whole number of 1 or more."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{model}: {name} is {size!r}, expected a whole number, 1 or more")
+
+
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError where an argument of `sample` lies outside its range."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature is {temperature}, expected 0 or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k is {top_k}, expected 1 or more")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"generate: top_k is {top_k!r}, expected a whole number, 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p is {top_p}, expected more than 0, at most 1")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlm.models.language_model import LanguageModel, namespace
+from fastlm.models.language_model import LanguageModel, check_sizes, namespace
 
 CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
@@ -34,6 +34,8 @@ class RNNLM(LanguageModel):
         super().__init__()
         if config.cell not in CELLS:
             raise ValueError(f"RNNLM: cell is {config.cell!r}, expected one of {', '.join(CELLS)}")
+        check_sizes("RNNLM", vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+                    num_layers=config.num_layers)
         self.config = config
         self.embedding = torch.nn.Embedding(config.vocab_size, config.hidden_size)
         torch.nn.init.uniform_(self.embedding.weight, -0.1, 0.1)

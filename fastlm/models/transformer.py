@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlm.models.language_model import LanguageModel, namespace
+from fastlm.models.language_model import LanguageModel, check_sizes, namespace
 
 
 @dataclass
@@ -32,6 +32,8 @@ class TransformerLM(LanguageModel):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        check_sizes("TransformerLM", vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+                    num_layers=config.num_layers, num_heads=config.num_heads, max_seq_len=config.max_seq_len)
         if config.hidden_size % config.num_heads:
             raise ValueError(f"TransformerLM: hidden_size is {config.hidden_size}, "
                              f"expected a multiple of num_heads, {config.num_heads}")
