@@ -263,7 +263,7 @@ def test_bad_configurations():
         TransformerLM(TransformerConfig(VOCAB, hidden_size=10, num_heads=4))
     with pytest.raises(ValueError, match="RNNLM: num_layers is 0, expected a whole number"):
         RNNLM(RNNConfig(VOCAB, num_layers=0))
-    with pytest.raises(ValueError, match="TransformerLM: max_seq_len is 1.5, expected a whole number"):
+    with pytest.raises(ValueError, match=r"TransformerLM: max_seq_len is 1\.5, expected a whole number"):
         TransformerLM(TransformerConfig(VOCAB, max_seq_len=1.5))
     for smoothing in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"smoothing is {smoothing}"):
