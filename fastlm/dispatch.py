@@ -59,20 +59,22 @@ class Op:
     """One operation: its definition, its implementations, its samples and its cost.
 
     Args:
-        name: what `explain` and the benchmarks call it; `fastlm/ops/<name>_<fast>.py` hold the fast ones.
+        name: what `explain` and the benchmarks call it.
         reference: the definition in plain PyTorch, twice differentiable, exact in float64.
         torch: the best stock call: the fallback and the benchmark's baseline.
-        fast: names of the fast implementations, in the order they are tried.
+        fast: names of the fast implementations, in the order they are tried; `fastlm/ops/<files>_<fast>.py` hold them.
         samples: `samples(scale, dtype, device)` with scale "test" or "bench" yields `Sample`s.
         cost: `cost(*args)` returns (floating-point operations, fewest bytes moved) of one forward pass.
         constants: positions of floating-point arguments that have no gradient in stock PyTorch (class weights).
         compiled: whether benchmarks also compare with the stock call under torch.compile.
+        files: what those files are called, where several ops share them; the op's own name where None.
     """
 
-    def __init__(self, name, *, reference, torch, samples, cost, fast=(), constants=(), compiled=True):
+    def __init__(self, name, *, reference, torch, samples, cost, fast=(), constants=(), compiled=True,
+                 files=None):
         self.name, self.samples, self.cost = name, samples, cost
         self.constants, self.compiled = constants, compiled
-        self.implementations = {f: _load(name, f) for f in fast}
+        self.implementations = {f: _load(files or name, f) for f in fast}
         self.implementations["torch"] = Implementation(torch)
         self.implementations["reference"] = Implementation(reference)
         self.default = (*fast, "torch")
@@ -177,12 +179,12 @@ def build_report() -> dict:
     return {"instruction_sets": [], "cuda": None, "skipped": {}, "error": "fastlm was never built: pip install ."}
 
 
-def _load(op: str, name: str) -> Implementation:
-    """Import `fastlm/ops/<op>_<name>.py`; where its requirement is missing, return one that says so."""
+def _load(files: str, name: str) -> Implementation:
+    """Import `fastlm/ops/<files>_<name>.py`; where its requirement is missing, return one that says so."""
     try:
         if name == "triton" and not triton_can_run():
             raise ImportError("this PyTorch has no CUDA (TRITON_INTERPRET=1 interprets kernels on the CPU)")
-        module = importlib.import_module(f"fastlm.ops.{op}_{name}")
+        module = importlib.import_module(f"fastlm.ops.{files}_{name}")
     except ImportError as error:
         reason = str(error)
         if name == "native" and "_native" in reason:

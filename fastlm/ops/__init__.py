@@ -1,25 +1,41 @@
 """Functions: torch.nn.functional's names and arguments, the fastest implementation that applies, the same numbers."""
 
+from fastlm.ops.activation import geglu, geglu_op, gelu, gelu_op, swiglu, swiglu_op
 from fastlm.ops.attention import op as _attention
 from fastlm.ops.attention import scaled_dot_product_attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.cross_entropy import op as _cross_entropy
+from fastlm.ops.dropout import dropout_add
+from fastlm.ops.dropout import op as _dropout_add
 from fastlm.ops.gru import gru
 from fastlm.ops.gru import op as _gru
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.linear_cross_entropy import op as _linear_cross_entropy
 from fastlm.ops.lstm import lstm
 from fastlm.ops.lstm import op as _lstm
+from fastlm.ops.norm import (
+    add_layer_norm,
+    add_layer_op,
+    add_rms_norm,
+    add_rms_op,
+    layer_norm,
+    layer_op,
+    rms_norm,
+    rms_op,
+)
 from fastlm.ops.rnn import op as _rnn
 from fastlm.ops.rnn import rnn
 from fastlm.ops.rotary import op as _rotary_embedding
 from fastlm.ops.rotary import rotary_embedding
+from fastlm.ops.softmax import log_op as _log_softmax
+from fastlm.ops.softmax import log_softmax, masked_softmax, softmax
+from fastlm.ops.softmax import masked_op as _masked_softmax
 from fastlm.ops.softmax import op as _softmax
-from fastlm.ops.softmax import softmax
 
 # Every op, for tests and benchmarks to iterate.
-ALL = (_softmax, _attention, _cross_entropy, _linear_cross_entropy, _lstm, _gru, _rnn,
-       _rotary_embedding)
+ALL = (_softmax, _log_softmax, _masked_softmax, _attention, _cross_entropy, _linear_cross_entropy, _lstm, _gru, _rnn,
+       rms_op, layer_op, add_rms_op, add_layer_op, gelu_op, swiglu_op, geglu_op, _rotary_embedding, _dropout_add)
 
-__all__ = ["ALL", "cross_entropy", "gru", "linear_cross_entropy", "lstm", "rnn", "rotary_embedding",
-           "scaled_dot_product_attention", "softmax"]
+__all__ = ["ALL", "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add", "geglu", "gelu", "gru",
+           "layer_norm", "linear_cross_entropy", "log_softmax", "lstm", "masked_softmax", "rms_norm", "rnn",
+           "rotary_embedding", "scaled_dot_product_attention", "softmax", "swiglu"]

@@ -24,7 +24,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD_TILE, BACKWARD_TILE = 32768, 16384
 
 
-def cannot(x, dim):
+def cannot(x, dim, mask=None, scale=1.0, log=False):
+    if mask is not None or scale != 1 or log:
+        return "no kernel for masks, scales and logarithms"
     if not (x.is_cuda or INTERPRETED):
         return "needs a GPU"
     if x.dtype not in DTYPES:
@@ -32,11 +34,11 @@ def cannot(x, dim):
     return None
 
 
-def loses(x, dim):
+def loses(x, dim, mask=None, scale=1.0, log=False):
     return "not yet run on a GPU" if x.is_cuda else "interpreted"
 
 
-def run(x, dim):
+def run(x, dim, mask=None, scale=1.0, log=False):
     return _softmax((x,), dim)[0]
 
 
@@ -166,7 +168,7 @@ def backward_kernel(y, dy, dx, rows, cols, y_outer, y_col, y_row, dy_outer, dy_c
 
 
 def _reference(tensors, dim):
-    return (reference(*tensors, dim),)
+    return (reference(*tensors, dim, None, 1.0, False),)
 
 
 def _fake(tensors, needs, dim):

@@ -1,0 +1,135 @@
+"""gelu, and the gated units swiglu and geglu: silu(a) ⊙ b and gelu(a) ⊙ b.
+
+silu(a) = a σ(a), gelu(a) = a Φ(a), and its approximation a/2 (1 + tanh(√(2/π) (a + 0.044715 a³)))
+(Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016).
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.dispatch import Op, Sample
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """Return input ⊙ Φ(input), element by element.
+
+    Args:
+        input: any shape, floating point.
+        approximate: "none" is exact, "tanh" the approximation by that function.
+
+    Raises:
+        TypeError: `input` is no tensor, or not floating point.
+        RuntimeError: `approximate` is unknown.
+    """
+    _check("gelu", input=input)
+    return gelu_op(input, None, _gelu("gelu", approximate))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) ⊙ up.
+
+    Args:
+        gate, up: `[*]`, of one shape, floating point; halves of one projection may be passed as views.
+
+    Raises:
+        TypeError: an argument is no tensor, or not floating point.
+        ValueError: the shapes differ.
+        RuntimeError: the tensors are on different devices.
+    """
+    _check("swiglu", gate=gate, up=up)
+    return swiglu_op(gate, up, "silu")
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """Return gelu(gate) ⊙ up.
+
+    Args:
+        gate, up: `[*]`, of one shape, floating point; halves of one projection may be passed as views.
+        approximate: "none" or "tanh", as in `gelu`.
+
+    Raises:
+        TypeError: an argument is no tensor, or not floating point.
+        ValueError: the shapes differ.
+        RuntimeError: the tensors are on different devices, or `approximate` is unknown.
+    """
+    _check("geglu", gate=gate, up=up)
+    return geglu_op(gate, up, _gelu("geglu", approximate))
+
+
+def _gelu(name, approximate):
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(f"{name}: approximate is {approximate!r}, expected 'none' or 'tanh'")
+    return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+def _check(name, **tensors):
+    (first, x), *rest = tensors.items()
+    for key, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: {key} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: {key} must be floating point, got {t.dtype}")
+    for key, t in rest:
+        if t.shape != x.shape:
+            raise ValueError(f"{name}: {key} has shape {list(t.shape)}, {first} has {list(x.shape)}")
+        if t.device != x.device:
+            raise RuntimeError(f"{name}: {key} is on {t.device}, {first} is on {x.device}")
+
+
+def reference(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    if kind == "silu":
+        y = gate * gate.sigmoid()
+    elif kind == "gelu":
+        y = gate * (0.5 * torch.special.erfc(gate * -math.sqrt(0.5)))
+    else:
+        y = 0.5 * gate * (1 + (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)).tanh())
+    return y if up is None else y * up
+
+
+def stock(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    y = F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="none" if kind == "gelu" else "tanh")
+    return y if up is None else y * up
+
+
+def samples(scale: str, dtype: torch.dtype, device: str, kinds: tuple[str, ...], gated: bool):
+    def call(name, kind, *shape, factor=1.0, halves=False, transposed=False):
+        x = (torch.randn(*shape[:-1], shape[-1] * (1 + halves), device=device) * factor).to(dtype)
+        x = x.mT if transposed else x
+        if halves:
+            return Sample(name, (*x.chunk(2, -1), kind))
+        return Sample(name, (x, torch.randn(x.shape, device=device).to(dtype) if gated else None, kind))
+
+    if scale == "bench":
+        for kind in kinds:
+            for shape in ((2048, 1024), (2048, 4096), (64, 4096)):
+                yield call("x".join(map(str, shape)) + (" tanh" if kind == "gelu_tanh" else ""), kind, *shape)
+        return
+    for kind in kinds:
+        suffix = " tanh" if kind == "gelu_tanh" else ""
+        for size in (1, 127, 128, 129):
+            yield call(f"{size} numbers{suffix}", kind, size)
+        yield call(f"rows{suffix}", kind, 3, 5, 64)
+        yield call(f"outliers{suffix}", kind, 4, 65, factor=50.0)
+        yield call(f"transposed{suffix}", kind, 4, 65, transposed=True)
+        if gated:
+            yield call(f"halves of one tensor{suffix}", kind, 2, 5, 33, halves=True)
+    yield call("many numbers", kinds[0], 3, 9001)
+    yield call("no numbers", kinds[0], 0, 16)
+
+
+def cost(gate: Tensor, up: Tensor | None, kind: str) -> tuple[int, int]:
+    return 10 * gate.numel(), (2 if up is None else 3) * gate.numel() * gate.element_size()
+
+
+def _family(name, kinds, gated):
+    return Op(name, reference=reference, torch=stock, cost=cost, files="activation",
+              samples=partial(samples, kinds=kinds, gated=gated))
+
+
+gelu_op = _family("gelu", ("gelu", "gelu_tanh"), False)
+swiglu_op = _family("swiglu", ("silu",), True)
+geglu_op = _family("geglu", ("gelu", "gelu_tanh"), True)

@@ -1,0 +1,66 @@
+"""dropout_add: residual + x ⊙ m / (1 - p), where each element of m is 0 with probability p, else 1."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.dispatch import Op, Sample
+
+
+def dropout_add(x: Tensor, residual: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """Return residual + dropout(x), neither argument changed.
+
+    The mask follows `torch.manual_seed` and is the same in forward and backward, also where a checkpoint runs forward
+    again. On the CPU it is the one that `torch.nn.functional.dropout` would draw.
+
+    Args:
+        x, residual: `[*]`, of one shape, floating point.
+        p: probability of a zero, 0 to 1.
+        training: without it nothing is dropped.
+
+    Raises:
+        TypeError: a tensor is none, or not floating point.
+        ValueError: `p` is no probability, or the shapes differ.
+        RuntimeError: the tensors are on different devices.
+    """
+    for name, t in (("x", x), ("residual", residual)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"dropout_add: {name} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"dropout_add: {name} must be floating point, got {t.dtype}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout_add: p is {p}, expected a probability, 0 to 1")
+    if residual.shape != x.shape:
+        raise ValueError(f"dropout_add: residual has shape {list(residual.shape)}, x has {list(x.shape)}")
+    if residual.device != x.device:
+        raise RuntimeError(f"dropout_add: residual is on {residual.device}, x is on {x.device}")
+    return op(x, residual, float(p) if training else 0.0)
+
+
+def reference(x: Tensor, residual: Tensor, p: float) -> Tensor:
+    return residual + F.dropout(x, p)
+
+
+def samples(scale: str, dtype: torch.dtype, device: str):
+    def call(name, p, *shape, wide=0):
+        x, residual = (torch.randn(*shape[:-1], shape[-1] + wide, device=device).to(dtype)[..., :shape[-1]]
+                       for _ in range(2))
+        return Sample(name, (x, residual, p))
+
+    if scale == "bench":
+        yield call("2048x1024", 0.1, 2048, 1024)
+        yield call("2048x4096", 0.1, 2048, 4096)
+        return
+    # Masks that leave no choice: a kernel on the GPU draws its own, see tests/cases/test_dropout.py.
+    for size in (1, 127, 128, 129, 9001):
+        yield call(f"{size} kept", 0.0, size)
+    yield call("all dropped", 1.0, 3, 65)
+    yield call("strided rows", 0.0, 2, 5, 64, wide=7)
+    yield call("no numbers", 0.0, 0, 16)
+
+
+def cost(x: Tensor, residual: Tensor, p: float) -> tuple[int, int]:
+    return 3 * x.numel(), 3 * x.numel() * x.element_size()
+
+
+op = Op("dropout_add", reference=reference, torch=reference, samples=samples, cost=cost)
