@@ -71,11 +71,16 @@ P* pointer(uintptr_t address) {
   return reinterpret_cast<P*>(address);
 }
 
-RnnProblem problem(int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes,
-                   int threads) {
-  if (cell < 0 || cell > 3 || steps < 1 || batch < 0 || hidden < 1 || threads < 1)
+// From (cell, reverse, steps, batch, hidden, batch_sizes, threads, first, last).
+RnnProblem problem(const py::tuple& p) {
+  if (p.size() != 9) throw std::invalid_argument("rnn: expected 9 numbers");
+  const auto at = [&](int i) { return p[i].cast<int64_t>(); };
+  const RnnProblem found{static_cast<Cell>(at(0)), at(1) != 0, at(2), at(3), at(4),
+                         pointer<const int64_t>(p[5].cast<uintptr_t>()), static_cast<int>(at(6)), at(7), at(8)};
+  if (at(0) < 0 || at(0) > 3 || found.steps < 1 || found.batch < 0 || found.hidden < 1 || found.threads < 1 ||
+      found.first < 0 || found.first >= found.last || found.last > found.steps)
     throw std::invalid_argument("rnn: sizes out of range");
-  return {static_cast<Cell>(cell), reverse, steps, batch, hidden, pointer<const int64_t>(batch_sizes), threads};
+  return found;
 }
 
 template <class T, class Kernel>
@@ -88,10 +93,11 @@ void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, bool train)
 }
 
 template <class T, class Kernel>
-void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a) {
+void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld) {
   if (a.size() != 13) throw std::invalid_argument("rnn_backward: expected 13 addresses");
   const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
-  const RnnBackward<T> call{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12)};
+  const RnnBackward<T> call{at(0), at(1), at(2), at(3), at(4),  at(5),  at(6),
+                            at(7), at(8), at(9), ld,    at(10), at(11), at(12)};
   py::gil_scoped_release release;
   kernel(p, call);
 }
@@ -103,16 +109,13 @@ void define_cuda(py::module_ m) {
   m.def("driver_version", &cuda::driver_version,
         "Return the newest CUDA version that the installed driver knows, as 1000·major + 10·minor; 0: no driver.");
   m.def("rnn_workspace",
-        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
-           bool backward, size_t number) {
-          return cuda::rnn_workspace(problem(cell, reverse, steps, batch, hidden, batch_sizes, threads), backward,
-                                     number);
+        [](const py::tuple& sizes, bool backward, size_t number) {
+          return cuda::rnn_workspace(problem(sizes), backward, number);
         },
         "Return the bytes of workspace that a call needs.");
   m.def("rnn_forward",
-        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
-           size_t number, bool train, const py::tuple& addresses, uintptr_t stream) {
-          const RnnProblem p = problem(cell, reverse, steps, batch, hidden, batch_sizes, threads);
+        [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses, uintptr_t stream) {
+          const RnnProblem p = problem(sizes);
           const auto kernel = [&](const RnnProblem& p, const auto& call) {
             cuda::rnn_forward(p, call, pointer<void>(stream));
           };
@@ -123,16 +126,15 @@ void define_cuda(py::module_ m) {
         },
         "Queue RnnForward on a stream: addresses as on the CPU.");
   m.def("rnn_backward",
-        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
-           size_t number, const py::tuple& addresses, uintptr_t stream) {
-          const RnnProblem p = problem(cell, reverse, steps, batch, hidden, batch_sizes, threads);
+        [](const py::tuple& sizes, size_t number, int64_t ld, const py::tuple& addresses, uintptr_t stream) {
+          const RnnProblem p = problem(sizes);
           const auto kernel = [&](const RnnProblem& p, const auto& call) {
             cuda::rnn_backward(p, call, pointer<void>(stream));
           };
           if (number == 4)
-            backward<float>(kernel, p, addresses);
+            backward<float>(kernel, p, addresses, ld);
           else
-            backward<double>(kernel, p, addresses);
+            backward<double>(kernel, p, addresses, ld);
         },
         "Queue RnnBackward on a stream: addresses as on the CPU.");
 }
@@ -151,16 +153,13 @@ PYBIND11_MODULE(_native, m) {
 #endif
 
   m.def("rnn_workspace",
-        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
-           bool backward, size_t number) {
-          return kernels.rnn_workspace(problem(cell, reverse, steps, batch, hidden, batch_sizes, threads), backward,
-                                       number);
+        [](const py::tuple& sizes, bool backward, size_t number) {
+          return kernels.rnn_workspace(problem(sizes), backward, number);
         },
         "Return the bytes of workspace that a call needs.");
   m.def("rnn_forward",
-        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
-           size_t number, bool train, const py::tuple& addresses) {
-          const RnnProblem p = problem(cell, reverse, steps, batch, hidden, batch_sizes, threads);
+        [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses) {
+          const RnnProblem p = problem(sizes);
           if (number == 4)
             forward<float>(kernels.rnn_forward_f32, p, addresses, train);
           else
@@ -168,13 +167,12 @@ PYBIND11_MODULE(_native, m) {
         },
         "Run RnnForward: addresses of w_hh, b_hn, gates, h0, c0, y, c, hn, cn, workspace.");
   m.def("rnn_backward",
-        [](int cell, bool reverse, int64_t steps, int64_t batch, int64_t hidden, uintptr_t batch_sizes, int threads,
-           size_t number, const py::tuple& addresses) {
-          const RnnProblem p = problem(cell, reverse, steps, batch, hidden, batch_sizes, threads);
+        [](const py::tuple& sizes, size_t number, int64_t ld, const py::tuple& addresses) {
+          const RnnProblem p = problem(sizes);
           if (number == 4)
-            backward<float>(kernels.rnn_backward_f32, p, addresses);
+            backward<float>(kernels.rnn_backward_f32, p, addresses, ld);
           else
-            backward<double>(kernels.rnn_backward_f64, p, addresses);
+            backward<double>(kernels.rnn_backward_f64, p, addresses, ld);
         },
         "Run RnnBackward: addresses of w_hh, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
 #ifdef FASTLM_CUDA

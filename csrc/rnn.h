@@ -5,8 +5,10 @@
 // All pointers are contiguous row-major and belong to the caller; nothing is allocated, nothing read from Python.
 // The caller makes the large products that are not recurrent: W_ih x before, and dW, dX, db after.
 //
+// The steps may be visited in blocks, a call each: what is made for one block alone (R rows) stays in the caches.
+//
 // A GPU implementation has the same functions in namespace fastlm::cuda, with `void* stream` as last argument;
-// there batch_sizes, alone, stays a host pointer.
+// there batch_sizes, alone, stays a host pointer, and one call visits all steps.
 #pragma once
 
 #include <cstdint>
@@ -23,18 +25,20 @@ struct RnnProblem {
   int64_t hidden;              // H ≥ 1
   const int64_t* batch_sizes;  // [T], at most B, never rising, at least 1; null: B at each step
   int threads;                 // CPU: use at most so many
+  int64_t first, last;         // this call visits the steps first ≤ t < last; calls follow each other in reading order,
+                               // or against it in the backward pass, with the same workspace
 };
 
-// Bytes of workspace, aligned to 64, that a call needs. Its content is undefined before and after.
+// Bytes of workspace, aligned to 64, that the calls of one pass share.
 // size_t rnn_workspace(const RnnProblem&, bool backward, size_t size_of_number);
 
 template <class T>
 struct RnnForward {
   const T* w_hh;  // [G·H, H]
   const T* b_hn;  // [H] b_hh of gate n, GRU only; null: zero. All other biases are in `gates` already.
-  T* gates;       // [N, S·H]; in: W_ih x + b in the first G·H columns of each row. S = 4 for LSTM, 1 for Elman,
+  T* gates;       // [R, S·H] of this block; in: W_ih x + b in the first G·H columns of each row. S = 4 for LSTM, 1 for Elman,
                   // 3 for GRU, 4 for GRU when `train`. Out when `train`: LSTM i f g o, GRU r z n and U_n h + b_hn,
-                  // after activation. Elman: may be the same memory as y.
+                  // after activation. Elman: may be the block's part of y.
   const T* h0;    // [B, H]
   const T* c0;    // [B, H] LSTM only
   T* y;           // [N, H] out: h at each step
@@ -48,7 +52,7 @@ struct RnnForward {
 template <class T>
 struct RnnBackward {
   const T* w_hh;   // [G·H, H]
-  const T* gates;  // [N, 4·H] as the forward pass left them; Elman: null
+  const T* gates;  // [R, 4·H] of this block as the forward pass left them; Elman: null
   const T* y;      // [N, H]
   const T* c;      // [N, H] LSTM only
   const T* h0;     // [B, H]
@@ -56,11 +60,12 @@ struct RnnBackward {
   const T* dy;     // [N, H] gradient of y
   const T* dhn;    // [B, H] gradient of hn
   const T* dcn;    // [B, H] gradient of cn, LSTM only
-  T* dgates;       // [N, S·H] out: gradients before activation. LSTM S = 4: i f g o. Elman S = 1.
+  T* dgates;       // [R, S·H] out: gradients before activation. LSTM S = 4: i f g o. Elman S = 1.
                    // GRU S = 4: n r z and U_n h + b_hn: columns 0..3H are of W_ih x (n r z),
                    // columns H..4H are of U h (r z n).
-  T* dh0;          // [B, H] out
-  T* dc0;          // [B, H] out, LSTM only
+  int64_t ld;      // numbers from one row of dgates to the next, at least S·H; on a GPU S·H
+  T* dh0;          // [B, H] out; between the calls of a pass, the gradient of the state before the block
+  T* dc0;          // [B, H] out, likewise, LSTM only
   void* workspace;
 };
 

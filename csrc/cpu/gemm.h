@@ -7,13 +7,18 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-// out [MR, NV vectors] (+)= x [MR, depth] · panel [depth, NV vectors]
+constexpr int64_t kChunkBytes = 32768;  // of a panel, to stay in the L1 cache
+
+// out [MR, NV vectors] (+)= x [MR, depth] · panel [depth, NV vectors]; meanwhile `depth` cache lines from `ahead` on
+// are fetched: the hardware cannot know that the panel goes on there once all rows have used this part.
 template <class T, int NV, int MR>
-void tile(const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool add) {
+void tile(const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool add, const T* ahead) {
   using V = Vector<T>;
   V acc[MR][NV] = {};
   const V* b = reinterpret_cast<const V*>(panel);
-  for (int64_t k = 0; k < depth; ++k, b += NV) {
+  const char* line = reinterpret_cast<const char*>(ahead);
+  for (int64_t k = 0; k < depth; ++k, b += NV, line += 64) {
+    __builtin_prefetch(line, 0, 2);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
       const T a = x[i * ldx + k];
@@ -29,26 +34,27 @@ void tile(const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool a
 }
 
 template <class T, int NV, int MR>
-void tile_of(int rows, const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool add) {
-  if (rows == MR) return tile<T, NV, MR>(x, ldx, panel, depth, out, add);
-  if constexpr (MR > 1) tile_of<T, NV, MR - 1>(rows, x, ldx, panel, depth, out, add);
+void tile_of(int rows, const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool add, const T* ahead) {
+  if (rows == MR) return tile<T, NV, MR>(x, ldx, panel, depth, out, add, ahead);
+  if constexpr (MR > 1) tile_of<T, NV, MR - 1>(rows, x, ldx, panel, depth, out, add, ahead);
 }
 
-// out [rows, NV vectors] = x [rows, depth] · panel [depth, NV vectors].
-// The panel is taken in chunks that stay in the L1 cache; each starts with fresh accumulators, because one long
-// chain of additions loses too many digits.
+// out [rows, NV vectors] = x [rows, depth] · panel [depth, NV vectors]; `next` is the panel that will follow.
+// The panel is taken in chunks; each starts with fresh accumulators, because one long chain of additions loses too
+// many digits.
 template <class T, int NV>
-void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, int64_t depth, T* out) {
+void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* next, int64_t depth, T* out) {
   constexpr int most = kAccumulators / NV < 12 ? kAccumulators / NV : 12;
-  constexpr int64_t chunk = 32768 / (NV * kVectorBytes);
+  constexpr int64_t chunk = kChunkBytes / (NV * kVectorBytes), line = 64 / sizeof(T);
   constexpr int width = NV * kLanes<T>;
   const int64_t groups = (rows + most - 1) / most;
   for (int64_t k = 0; k < depth; k += chunk) {
     const int64_t deep = depth - k < chunk ? depth - k : chunk;
+    const T* ahead = k + deep < depth ? panel + (k + deep) * width : next;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = rows * g / groups, last = rows * (g + 1) / groups;
       tile_of<T, NV, most>(static_cast<int>(last - first), x + first * ldx + k, ldx, panel + k * width, deep,
-                           out + first * width, k > 0);
+                           out + first * width, k > 0, ahead + g * deep * line);
     }
   }
 }
@@ -115,12 +121,14 @@ void dot_rows(const T* w, int64_t depth, int rows, const T* x, T* out) {
   }
 }
 
-// out [width] += Σ_i d[i] · w[i] for `rows` rows of w, read in place; eight products are summed before each addition
+// out [width] += Σ_i d[i] · w[i] for `rows` rows of w, read in place, from the last on if `back`; eight products are
+// summed before each addition
 template <class T>
-void add_rows(const T* w, int64_t width, int rows, const T* d, T* out) {
+void add_rows(const T* w, int64_t width, int rows, bool back, const T* d, T* out) {
   constexpr int lanes = kLanes<T>, together = 8;
-  for (int i = 0; i < rows; i += together) {
-    const int now = rows - i < together ? rows - i : together;
+  const int groups = (rows + together - 1) / together;
+  for (int group = 0; group < groups; ++group) {
+    const int i = together * (back ? groups - 1 - group : group), now = rows - i < together ? rows - i : together;
     const T* p = w + i * width;
     for (int64_t u = 0; u < width; u += lanes) {
       const int n = width - u < lanes ? int(width - u) : lanes;

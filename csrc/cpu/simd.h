@@ -111,7 +111,7 @@ FASTLM_INLINE V quotient(const V& a, const V& b) {
 #if defined(__AVX512F__)
 // A gate would spend most of its time in the divider: one Newton step of third order from a 14-bit estimate instead.
 FASTLM_INLINE Vector<float> quotient(const Vector<float>& a, const Vector<float>& b) {
-  const Vector<float> y = (Vector<float>)_mm512_rcp14_ps((__m512)b);
+  const Vector<float> y = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
   const Vector<float> e = 1 - b * y;
   return a * (y + y * (e + e * e));
 }

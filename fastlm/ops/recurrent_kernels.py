@@ -3,6 +3,7 @@
 It is handed the extension by `lstm_native.py`, `gru_native.py` and `rnn_native.py`, so that it imports without it.
 """
 
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -18,6 +19,7 @@ GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
+BLOCK_BYTES = 8 << 20  # of gates made before they are used: benchmarks/LOG.md
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-23"
 
@@ -120,15 +122,26 @@ class Layers:
 
     def forward(self, tensors, needs, reverse):
         x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = tensors
-        train, hidden = any(needs), w_hh.shape[1]
-        states = [s.contiguous() for s in states]
-        gates, b_hn = self.project(x.reshape(-1, x.shape[-1]), w_ih, b_ih, b_hh, train)
-        y = gates if self.gates == 1 else gates.new_empty(gates.shape[0], hidden)
+        train, hidden, wide = any(needs), w_hh.shape[1], w_hh.shape[0]
+        rows, w_hh, states = x.reshape(-1, x.shape[-1]), w_hh.contiguous(), [s.contiguous() for s in states]
+        bias, b_hn = self.biases(b_ih, b_hh)
+        y = rows.new_empty(rows.shape[0], hidden)
+        kept = self.columns(hidden) if train else wide
         c = torch.empty_like(y) if train and self.cell == "lstm" else None
         last = [torch.empty_like(s) for s in states]
         problem = self.problem(x, batch_sizes, states[0], reverse)
-        buffers = (w_hh.contiguous(), b_hn, gates, *pair(states), y, c, *pair(last), self.workspace(y, problem, False))
-        self.call("rnn_forward", y, problem, train, self.addresses(buffers))
+        blocks, most = self.blocks(y, batch_sizes, problem, reverse)
+        # Without gradients the gates live for a block only; those of an Elman network turn into y.
+        gates = y if self.gates == 1 else rows.new_empty(rows.shape[0] if train else most, kept)
+        workspace = self.workspace(y, problem, False)
+        for steps, part in blocks:
+            now = gates[part] if train or self.gates == 1 else gates[: part.stop - part.start]
+            if bias is None:
+                torch.mm(rows[part], w_ih.t(), out=now[:, :wide])
+            else:
+                torch.addmm(bias, rows[part], w_ih.t(), out=now[:, :wide])
+            buffers = w_hh, b_hn, now, *pair(states), y, c, *pair(last), workspace
+            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers))
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
         return [y.view(*x.shape[:-1], hidden), *last, *saved]
 
@@ -143,59 +156,66 @@ class Layers:
         x, batch_sizes, *states, w_ih, w_hh, _, _ = tensors
         y, *saved = saved[:1] + saved[1 + self.states:]
         gates, c = [*saved, None, None][:2]
-        hidden = w_hh.shape[1]
-        states, grads = [s.contiguous() for s in states], [g.contiguous() for g in grads]
-        y = y.reshape(-1, hidden)
-        d = y.new_empty(y.shape[0], hidden if self.gates == 1 else 4 * hidden)
-        d_states = [torch.empty_like(s) for s in states]
-        problem = self.problem(x, batch_sizes, states[0], reverse)
-        buffers = (w_hh.contiguous(), gates, y, c, *pair(states), grads[0], *pair(grads[1:]), d, *pair(d_states),
-                   self.workspace(y, problem, True))
-        self.call("rnn_backward", y, problem, self.addresses(buffers))
-        rows = x.reshape(-1, x.shape[-1])
+        hidden, wide = w_hh.shape[1], w_hh.shape[0]
+        w_hh, states, grads = w_hh.contiguous(), [s.contiguous() for s in states], [g.contiguous() for g in grads]
+        rows, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, hidden)
+        # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side.
+        turn = hidden if self.cell == "gru" else 0
         need_x, _, *_, need_w, need_u, need_b, need_bu = needs
-        d_hidden = d[:, hidden:] if self.cell == "gru" else d
-        dx = self.through_input(d, w_ih).view(x.shape) if need_x else None
-        dw = self.input_product(d, rows) if need_w else None
-        du = previous_product(d_hidden, y, states[0], batch_sizes, reverse) if need_u else None
-        db = dbu = None
-        if need_b or need_bu:
-            total = d.sum(0)
-            db = total[:3 * hidden].roll(-hidden) if self.cell == "gru" else total
-            dbu = (total[hidden:] if self.cell == "gru" else total).clone()
-        return [dx, None, *d_states, dw, du, db, dbu]
+        w_in = w_ih.roll(turn, 0) if need_x and turn else w_ih
+        problem = self.problem(x, batch_sizes, states[0], reverse)
+        blocks, most = self.blocks(y, batch_sizes, problem, not reverse)
+        before = states_before(y, states[0], batch_sizes, reverse) if need_u else None
+        columns = self.columns(hidden)
+        d_all = y.new_empty(most, columns if y.is_cuda else padded(columns, y.element_size()))
+        d_states = [torch.empty_like(s) for s in states]
+        workspace = self.workspace(y, problem, True)
+        dx = rows.new_empty(rows.shape) if need_x else None
+        dw = du = total = None
+        for steps, part in blocks:
+            d = d_all[: part.stop - part.start]
+            buffers = (w_hh, None if gates is None else gates[part], y, c, *pair(states), grads[0], *pair(grads[1:]), d,
+                       *pair(d_states), workspace)
+            self.call("rnn_backward", y, problem, steps, d.shape[1], self.addresses(buffers))
+            d_in, d_hidden = d[:, :wide], d[:, turn: turn + wide]
+            if need_x:
+                torch.mm(d_in, w_in, out=dx[part])
+            if need_w:
+                dw = add_product(dw, d_in, rows[part])
+            for piece, h in before(part) if need_u else ():
+                du = add_product(du, d_hidden[piece], h)
+            if need_b or need_bu:
+                sums = d[:, :columns].sum(0)
+                total = sums if total is None else total.add_(sums)
+        db = total[:wide].roll(-turn) if need_b else None
+        dbu = total[turn: turn + wide].clone() if need_bu else None
+        return [dx.view(x.shape) if need_x else None, None, *d_states, dw.roll(-turn, 0) if need_w and turn else dw, du,
+                db, dbu]
 
-    def through_input(self, d, w_ih):
-        """Return the gradient of x. GRU's d starts with n r z, its matrix is r z n: two products, no copy."""
-        if self.cell != "gru":
-            return d @ w_ih
-        hidden = d.shape[1] // 4
-        return (d[:, :hidden] @ w_ih[2 * hidden:]).addmm_(d[:, hidden:3 * hidden], w_ih[:2 * hidden])
+    def columns(self, hidden):
+        """Return how many numbers of each row the backward pass reads and makes: GRU has U h of gate n besides."""
+        return 4 * hidden if self.cell == "gru" else self.gates * hidden
 
-    def input_product(self, d, rows):
-        """Return the gradient of w_ih."""
-        if self.cell != "gru":
-            return d.t() @ rows
-        hidden = d.shape[1] // 4
-        dw = rows.new_empty(3 * hidden, rows.shape[1])
-        torch.mm(d[:, :hidden].t(), rows, out=dw[2 * hidden:])
-        torch.mm(d[:, hidden:3 * hidden].t(), rows, out=dw[:2 * hidden])
-        return dw
+    def biases(self, b_ih, b_hh):
+        """Return the bias that may be added outside the loop, and the one that may not: GRU's b_hn."""
+        if b_ih is None or self.cell != "gru":
+            return None if b_ih is None else b_ih + b_hh, None
+        outside = b_ih.shape[0] // 3 * 2
+        return torch.cat([b_ih[:outside] + b_hh[:outside], b_ih[outside:]]), b_hh[outside:].contiguous()
 
-    def project(self, rows, w_ih, b_ih, b_hh, train):
-        """Return W_ih x + b with every bias that may be added outside, and the one that may not: GRU's b_hn."""
-        wide = w_ih.shape[0]
-        kept = wide // 3 * 4 if self.cell == "gru" and train else wide
-        gates = rows.new_empty(rows.shape[0], kept)
-        if b_ih is None:
-            torch.mm(rows, w_ih.t(), out=gates[:, :wide])
-            return gates, None
-        bias, b_hn = b_ih + b_hh, None
-        if self.cell == "gru":
-            outside = wide // 3 * 2
-            bias, b_hn = torch.cat([bias[:outside], b_ih[outside:]]), b_hh[outside:].contiguous()
-        torch.addmm(bias, rows, w_ih.t(), out=gates[:, :wide])
-        return gates, b_hn
+    def blocks(self, y, batch_sizes, problem, reverse):
+        """Return blocks of time in the order of visit, each ((first, last) step, slice of rows), and the most rows.
+
+        What lives for a block only, gates or their gradients, is small enough to be used while caches hold it.
+        """
+        _, _, steps, batch, hidden, *_ = problem
+        size = y.shape[0] * self.columns(hidden) * y.element_size()
+        count = 1 if y.is_cuda else min(steps, 1 + size // BLOCK_BYTES)
+        rows = range(0, steps * batch + 1, batch or 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
+        ends = [steps * i // count for i in range(count + 1)]
+        found = [((t, u), slice(rows[t], rows[u])) for t, u in itertools.pairwise(ends)] if batch else [
+            ((0, steps), slice(0, 0))]
+        return found[::-1] if reverse else found, max(part.stop - part.start for _, part in found)
 
     # --- what crosses into C++ ---
 
@@ -214,15 +234,15 @@ class Layers:
 
     def workspace(self, like, problem, backward):
         size = like.element_size()
-        return like.new_empty(self.library(like).rnn_workspace(*problem, backward, size) // size)
+        return like.new_empty(self.library(like).rnn_workspace((*problem, 0, problem[2]), backward, size) // size)
 
-    def call(self, name, like, problem, *args):
+    def call(self, name, like, problem, steps, *args):
         """Run a kernel on the device of `like`; a GPU's is queued on PyTorch's current stream there."""
         kernel = getattr(self.library(like), name)
         if not like.is_cuda:
-            return kernel(*problem, like.element_size(), *args)
+            return kernel((*problem, *steps), like.element_size(), *args)
         with torch.cuda.device(like.device):
-            return kernel(*problem, like.element_size(), *args, torch.cuda.current_stream().cuda_stream)
+            return kernel((*problem, *steps), like.element_size(), *args, torch.cuda.current_stream().cuda_stream)
 
     def addresses(self, buffers):
         """Check what the kernel takes for granted, and return where the tensors lie (0 for None).
@@ -242,18 +262,33 @@ def pair(states):
     return states if len(states) == 2 else [*states, None]
 
 
-def previous_product(d: Tensor, y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
-    """Return Σ d_rᵀ h_r, [G·H, H], where h_r [H] is the state that came before row r in reading order."""
-    batch, rows = h0.shape[0], y.shape[0]
+def padded(columns: int, size: int) -> int:
+    """Return how far apart rows of `columns` numbers should lie: on cache lines, no page apart, which share sets."""
+    columns = -(-columns // 16) * 16
+    return columns + 16 if columns * size % 4096 == 0 else columns
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return total + aᵀ b, in place where there is a total."""
+    return a.t() @ b if total is None else total.addmm_(a.t(), b)
+
+
+def states_before(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Callable:
+    """Return f(rows): pairs of a slice within those rows and the states [., H] that came before it in reading order."""
+    batch, count = h0.shape[0], y.shape[0]
     if batch_sizes is not None:
-        return d.t() @ torch.cat([h0, y])[_rows_before(batch_sizes, batch, reverse)]
-    if reverse:
-        first, rest, before = d[rows - batch:], d[:rows - batch], y[batch:]
-    else:
-        first, rest, before = d[:batch], d[batch:], y[:rows - batch]
-    if rows == batch:
-        return first.t() @ h0
-    return (rest.t() @ before).addmm_(first.t(), h0)
+        states, index = torch.cat([h0, y]), _rows_before(batch_sizes, batch, reverse)
+        return lambda rows: [(slice(None), states[index[rows]])]
+
+    def before(rows):
+        """The first step in reading order follows h0."""
+        start, stop = (rows.start + batch, rows.stop + batch) if reverse else (rows.start - batch, rows.stop - batch)
+        if stop > count:
+            return [(slice(0, count - start), y[start:]), (slice(count - start, None), h0)]
+        if start < 0:
+            return [(slice(batch, None), y[:stop]), (slice(0, batch), h0)]
+        return [(slice(None), y[start:stop])]
+    return before
 
 
 def _rows_before(batch_sizes, batch, reverse):
