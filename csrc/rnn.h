@@ -63,7 +63,7 @@ struct RnnBackward {
   T* dgates;       // [R, S·H] out: gradients before activation. LSTM S = 4: i f g o. Elman S = 1.
                    // GRU S = 4: n r z and U_n h + b_hn: columns 0..3H are of W_ih x (n r z),
                    // columns H..4H are of U h (r z n).
-  int64_t ld;      // numbers from one row of dgates to the next, at least S·H; on a GPU S·H
+  int64_t ld;      // numbers from one row of dgates to the next, at least S·H
   T* dh0;          // [B, H] out; between the calls of a pass, the gradient of the state before the block
   T* dc0;          // [B, H] out, likewise, LSTM only
   void* workspace;

@@ -169,7 +169,7 @@ __device__ void backward_gates(const RnnBackward<T>& a, int64_t H, const Step& s
     T dc = ends ? a.dcn[state] : a.dc0[state];
     lstm_backward<Math>(i, f, g, o, a.c[row * H + u], begins ? a.c0[state] : a.c[before], dh, dc);
     a.dc0[state] = dc;
-    T* d = a.dgates + row * 4 * H + u;
+    T* d = a.dgates + row * a.ld + u;
     d[0] = i;
     d[H] = f;
     d[2 * H] = g;
@@ -179,14 +179,14 @@ __device__ void backward_gates(const RnnBackward<T>& a, int64_t H, const Step& s
     T r = x[0], z = x[H], n = x[2 * H], hn = x[3 * H];
     gru_backward<Math>(r, z, n, hn, begins ? a.h0[state] : a.y[before], dh);
     a.dh0[state] = dh;
-    T* d = a.dgates + row * 4 * H + u;
+    T* d = a.dgates + row * a.ld + u;
     d[0] = n;
     d[H] = r;
     d[2 * H] = z;
     d[3 * H] = hn;
   } else {
     const T h = a.y[row * H + u];
-    a.dgates[row * H + u] = cell == Cell::tanh ? dh * (1 - h * h) : h <= 0 ? 0 : dh;
+    a.dgates[row * a.ld + u] = cell == Cell::tanh ? dh * (1 - h * h) : h <= 0 ? 0 : dh;
   }
 }
 
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_step(RnnBackward<T
   const int64_t depth = G * H;
   const auto d_after = [&](int i) -> const T* {
     const int64_t b = place.sequence + i;
-    return b < step.after.rows ? a.dgates + ((step.after.row + b) * (G + first) + first) * H : nullptr;
+    return b < step.after.rows ? a.dgates + (step.after.row + b) * a.ld + first * H : nullptr;
   };
   const auto load_weights = [&](int64_t k0) {
     for (int i = place.lane; i < kDepth; i += kLanes) {

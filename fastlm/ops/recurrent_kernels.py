@@ -167,7 +167,7 @@ class Layers:
         blocks, most = self.blocks(y, batch_sizes, problem, not reverse)
         before = states_before(y, states[0], batch_sizes, reverse) if need_u else None
         columns = self.columns(hidden)
-        d_all = y.new_empty(most, columns if y.is_cuda else padded(columns, y.element_size()))
+        d_all = y.new_empty(most, padded(columns, y.element_size()))
         d_states = [torch.empty_like(s) for s in states]
         workspace = self.workspace(y, problem, True)
         dx = rows.new_empty(rows.shape) if need_x else None

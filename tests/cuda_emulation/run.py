@@ -31,9 +31,9 @@ SIZES = {
 launched = []
 
 
-def call(self, name, like, problem, *args):
+def call(self, name, like, problem, steps, *args):
     launched.append(name)
-    getattr(native.cuda, name)(*problem, like.element_size(), *args, 0)
+    getattr(native.cuda, name)((*problem, *steps), like.element_size(), *args, 0)
 
 
 recurrent_kernels.Layers.library = lambda self, like: native.cuda
