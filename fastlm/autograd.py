@@ -71,7 +71,7 @@ class Differentiable:
             # What is exported may be trained by others: no guard will compare their inputs with today's.
             slots = _slots(tensors, torch.is_grad_enabled(), assume=torch.compiler.is_exporting())
             return self.forward_op(present, slots, *statics)[: self.outputs]
-        if _transformed():
+        if transformed():
             return _Forward.apply(self, _slots(tensors, True, assume=True), statics, *present)[: self.outputs]
         slots = _slots(tensors, torch.is_grad_enabled())
         if NEEDED in slots:
@@ -216,7 +216,7 @@ def _needed(grads, slots):
     return [g if slot == NEEDED else None for g, slot in zip(grads, present, strict=True)]
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Tell whether a functorch transform or forward-mode differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 

@@ -1,8 +1,13 @@
-"""attention(q, k, v) = softmax(scale · q kᵀ + mask) v, for each head.
+"""attention(q, k, v) = softmax(s) v for each head, where s = scale · q kᵀ, capped, biased and masked.
 
-With p the probabilities, o the output and g its gradient: dv = pᵀ g, dp = g vᵀ, ds = p ⊙ (dp - Σ_j o_j g_j),
-dq = scale · ds k, dk = scale · dsᵀ q, and an additive mask's gradient is ds (FlashAttention-2, algorithm 2).
-A query that may attend to no key gives zero and has no gradient.
+In this order: s ← c·tanh(s / c) with `softcap` c; a float mask is added and so is ALiBi's -slope·|i + Sk - Sq - j|
+(Press et al., 2022); what the boolean mask, causality, the window, the keys' lengths or the documents bar becomes -∞.
+A sink is one more logit of a head in the denominator, without a value. A query that may attend to no key gives zero
+and has no gradient.
+
+With p the probabilities, o the output and g its gradient: dv = pᵀ g, dp = g vᵀ, ds = p ⊙ (dp - Σ_j o_j g_j + dlse),
+which is the additive mask's gradient; through the cap ds ← ds·(1 - tanh²(s / c)); dq = scale · ds k,
+dk = scale · dsᵀ q (FlashAttention-2, algorithm 2).
 """
 
 import math
@@ -11,31 +16,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.autograd import autocast
+from fastlm.autograd import Differentiable, autocast, transformed
 from fastlm.dispatch import Op, Sample
+from fastlm.ops.attention_common import (
+    Options,
+    accumulator,
+    check_floats,
+    check_integers,
+    check_softcap,
+    check_window,
+    readable,
+    relative,
+    seen_range,
+    visible,
+)
 
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                                  dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-                                 enable_gqa: bool = False) -> Tensor:
+                                 enable_gqa: bool = False, *, window_size: tuple[int, int] = (-1, -1),
+                                 softcap: float | None = None, alibi_slopes: Tensor | None = None,
+                                 sinks: Tensor | None = None, key_lengths: Tensor | None = None,
+                                 document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+                                 return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from each query to the keys and return the weighted values `[..., H, Sq, Dv]`.
+
+    All masks that are given apply together. A query i and a key j are aligned at the last ones, i + Sk - Sq against j,
+    in `window_size` and `alibi_slopes`, where Sk is the row's own length if there are `key_lengths`.
 
     Args:
         query: `[..., H, Sq, D]`.
         key: `[..., H_kv, Sk, D]`.
         value: `[..., H_kv, Sk, Dv]`.
         attn_mask: broadcasts to `[..., H, Sq, Sk]`; boolean (True = may attend) or added to the scores (of
-            query's dtype or float32). Unlike in stock PyTorch it may come with `is_causal`; then both apply.
+            query's dtype or float32); one that requires a gradient is a learned bias.
         dropout_p: probability that an attention weight is dropped.
         is_causal: query i sees the keys j ≤ i (aligned at the first key, also where Sq ≠ Sk).
         scale: factor of the scores, D^-0.5 by default.
         enable_gqa: H_kv may divide H; each group of H / H_kv query heads shares a head of keys and values.
+        window_size: (left, right): i + Sk - Sq - left ≤ j ≤ i + Sk - Sq + right, -1 = unbounded. (-1, 0) is the
+            causal mask for decoding with a cache.
+        softcap: c > 0 bounds the scores: c·tanh(s / c).
+        alibi_slopes: `[H]` or `[..., H]`: -slope·|i + Sk - Sq - j| is added to the scores. They get no gradient.
+        sinks: `[H]`, a logit of each head that takes its part of the attention and has no value.
+        key_lengths: `[...]` integers (a row of the batch each): keys from there on are not attended to.
+        document_ids: `[..., S]` integers, or a pair of them for queries and keys: only equal ids attend.
+        return_lse: also return the natural logarithm of the softmax's whole denominator, sinks included, before
+            dropout: `[..., H, Sq]`, float32 (float64 for float64), differentiable, -∞ where it is empty.
 
     Raises:
         TypeError: an argument is no tensor.
+        ValueError: `window_size`, `softcap`, or (on the CPU) a length of `key_lengths` lies outside its range.
         RuntimeError: dtypes, devices or shapes do not fit, or `dropout_p` is no probability.
     """
     query, key, value, attn_mask = _checked(query, key, value, attn_mask, dropout_p)
+    left, right = check_window(window_size, "attention")
+    softcap = check_softcap(softcap, "attention")
     rank = max(query.dim(), key.dim(), value.dim())
     query, key, value = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
     batch = _broadcast("batches of query, key and value", *(t.shape[:-3] for t in (query, key, value)))
@@ -50,10 +86,18 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
                                f"broadcasts to {list(shape)}")
         attn_mask = attn_mask[(None,) * max(0, 3 - attn_mask.dim())]
         attn_mask = _to_4d(attn_mask, attn_mask.shape[:-3] if len(batch) < 2 else batch)
+    sinks = check_floats("sinks", sinks, query, ((num_heads,),), "attention")
+    rows = _per_row(query, shape, alibi_slopes, key_lengths, document_ids)
     query, key, value = (_to_4d(t, batch) for t in (query, key, value))
     scale = max(query.size(-1), 1) ** -0.5 if scale is None else float(scale)
-    out = op(query, key, value, attn_mask, float(dropout_p), bool(is_causal), scale)
-    return out.reshape((*shape[:-1], value.size(-1))[-rank:])
+    options = Options(float(dropout_p), bool(is_causal), scale, left, right, softcap, bool(return_lse))
+    found = op(query, key, value, attn_mask, sinks, *rows, options)
+    out = found[0] if return_lse else found
+    out = out.reshape((*shape[:-1], value.size(-1))[-rank:])
+    return (out, found[1].reshape(out.shape[:-1])) if return_lse else out
+
+
+# --- arguments -------------------------------------------------------------------------------------------------
 
 
 def _checked(query, key, value, attn_mask, dropout_p):
@@ -82,6 +126,29 @@ def _checked(query, key, value, attn_mask, dropout_p):
     return query, key, value, attn_mask
 
 
+def _per_row(query, shape, alibi_slopes, key_lengths, document_ids):
+    """Return slopes `[B or 1, H]`, key lengths `[B]`, ids of queries `[B, Sq]` and of keys `[B, Sk]`, checked."""
+    *batch, num_heads, queries, keys = shape
+    rows = math.prod(batch)
+    slopes = check_floats("alibi_slopes", alibi_slopes, query, ((num_heads,), (*batch, num_heads)), "attention")
+    lengths = check_integers("key_lengths", key_lengths, query, (tuple(batch),), "attention")
+    if lengths is not None:
+        if readable(lengths) and lengths.numel() and not 0 <= lengths.min() <= lengths.max() <= keys:
+            raise ValueError(f"attention: key_lengths has {lengths.min()} to {lengths.max()}, expected 0 to {keys}")
+        lengths = lengths.reshape(rows)
+    ids = (None, None)
+    if document_ids is not None:
+        if isinstance(document_ids, Tensor) and queries != keys:
+            raise RuntimeError(f"attention: document_ids is one tensor, expected a pair for {queries} queries and "
+                               f"{keys} keys")
+        pair = (document_ids, document_ids) if isinstance(document_ids, Tensor) else tuple(document_ids)
+        if len(pair) != 2:
+            raise RuntimeError(f"attention: document_ids has {len(pair)} parts, expected one tensor or a pair")
+        ids = [check_integers("document_ids", x, query, ((*batch, length), (length,)), "attention")
+               .expand(*batch, length).reshape(rows, length) for x, length in zip(pair, (queries, keys), strict=True)]
+    return None if slopes is None else slopes.detach().reshape(-1, num_heads), lengths, *ids
+
+
 def _broadcast(what, *shapes):
     try:
         return tuple(torch.broadcast_shapes(*shapes))
@@ -106,45 +173,136 @@ def _to_4d(x, batch):
     return x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])
 
 
-def reference(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    group = query.size(1) // key.size(1)
-    key, value = (t.repeat_interleave(group, 1) for t in (key, value))
-    scores = query @ key.mT * scale
-    if is_causal:
-        scores = scores.masked_fill(~_causal(scores), -torch.inf)
-    if attn_mask is not None:
-        scores = scores + _additive(attn_mask, scores.dtype)
-    if key.size(2) == 0:
-        return scores @ value
-    highest = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - highest.masked_fill(highest == -torch.inf, 0)).exp()
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1, total)
-    return F.dropout(weights, dropout_p) @ value
+# --- the definition, and the best stock call -------------------------------------------------------------------
 
 
-def _causal(scores):
-    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+def reference(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options, dropped=None):
+    """Compute attention by its formula.
+
+    Args:
+        query, key, value: `[B, H, Sq, D]`, `[B, H_kv, Sk, D]`, `[B, H_kv, Sk, Dv]`.
+        attn_mask: broadcasts to `[B, H, Sq, Sk]` and has four dimensions.
+        sinks, slopes: `[H]` and `[B or 1, H]`, float32 or float64.
+        key_lengths, query_ids, key_ids: `[B]`, `[B, Sq]`, `[B, Sk]`, int32 or int64.
+        options: of `attention_common`.
+        dropped: which weights dropout drops, `[B, H, Sq, Sk]`; None draws them as SDPA does.
+
+    Returns:
+        The output `[B, H, Sq, Dv]`, or with `options.return_lse` the output and the log-sum-exp `[B, H, Sq]`.
+    """
+    key, value = (t.repeat_interleave(query.size(1) // t.size(1), 1) for t in (key, value))
+    scores = query @ key.mT * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    bias, seen = _masks(query, key, attn_mask, slopes, key_lengths, query_ids, key_ids, options)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    sink = scores.new_full((1, 1, 1), -torch.inf) if sinks is None else sinks.to(scores.dtype)[:, None, None]
+    highest = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], 3).detach().amax(3, keepdim=True)
+    highest = highest.masked_fill(highest == -torch.inf, 0)
+    weights = (scores - highest).exp()
+    total = weights.sum(3, keepdim=True) + (sink - highest).exp()
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    weights = weights / total
+    if dropped is None:
+        weights = F.dropout(weights, options.dropout_p)
+    else:
+        weights = weights.masked_fill(dropped, 0) / (1 - options.dropout_p or 1)
+    out = weights @ value
+    if not options.return_lse:
+        return out
+    return out, (highest + total.log()).masked_fill(empty, -torch.inf).squeeze(3).to(accumulator(query))
 
 
-def _additive(attn_mask, dtype):
-    if attn_mask.dtype is not torch.bool:
-        return attn_mask.to(dtype)
+def _masks(query, key, attn_mask, slopes, key_lengths, query_ids, key_ids, options):
+    """Return what is added to the scores and who may see whom, each None or broadcastable to `[B, H, Sq, Sk]`."""
+    queries, keys = query.size(2), key.size(2)
+    rows, cols = (torch.arange(n, device=query.device) for n in (queries, keys))
+    seen = visible(rows, cols, queries, keys, key_lengths, query_ids, key_ids, options)
+    bias = None
+    if slopes is not None:
+        bias = -slopes[:, :, None, None] * relative(rows, cols, queries, keys, key_lengths).abs()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        seen = attn_mask if seen is None else attn_mask & seen
+    elif attn_mask is not None:
+        bias = attn_mask if bias is None else attn_mask + bias
+    return bias, seen
+
+
+def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
+    """Call SDPA, with a dense mask for what it lacks; where no mask can express that, compute the formula.
+
+    SDPA refuses a mask beside `is_causal`, misreads a float32 mask beside halves (cuDNN) and beside float64 (CPU), and
+    its CPU kernel wants the last dimension contiguous and has no second derivative.
+    """
+    forward_mode = torch.autograd.forward_ad._current_level >= 0  # SDPA's kernels have none
+    if options.softcap or sinks is not None or options.return_lse or forward_mode:
+        return reference(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options)
+    is_causal = options.is_causal
+    dense = any(x is not None for x in (slopes, key_lengths, query_ids)) or options.left >= 0 or options.right >= 0
+    if dense or (attn_mask is not None and is_causal):
+        bias, seen = _masks(query, key, attn_mask, slopes, key_lengths, query_ids, key_ids, options)
+        attn_mask = seen if bias is None else bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+        is_causal = False
+    half_on_cpu = query.device.type == "cpu" and query.element_size() == 2
+    if attn_mask is not None and attn_mask.is_floating_point() and (attn_mask.requires_grad or not half_on_cpu):
+        attn_mask = attn_mask.to(query.dtype)
+    if query.device.type == "cpu":
+        query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+        if _through_flash(query, key, value, attn_mask, options.dropout_p, is_causal):
+            return _flash((query, key, value, additive(attn_mask, query.dtype)), is_causal, options.scale)[0]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, options.dropout_p, is_causal,
+                                          scale=options.scale, enable_gqa=query.size(1) != key.size(1))
+
+
+def additive(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the mask as one to be added to scores of `dtype`."""
+    if attn_mask is None or attn_mask.dtype is not torch.bool:
+        return attn_mask
     return torch.zeros((), dtype=dtype, device=attn_mask.device).where(attn_mask, -torch.inf)
 
 
-def stock(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    """Call SDPA, which refuses a mask beside `is_causal`, and whose cuDNN misreads a float32 mask on halves."""
-    if attn_mask is not None:
-        if attn_mask.is_cuda and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(query.dtype)
-        if is_causal:
-            seen = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device).tril()
-            boolean = attn_mask.dtype is torch.bool
-            attn_mask = attn_mask & seen if boolean else attn_mask.where(seen, -torch.inf)
-            is_causal = False
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                                          enable_gqa=query.size(1) != key.size(1))
+def _through_flash(query, key, value, attn_mask, dropout_p, is_causal) -> bool:
+    """Tell whether autograd would pass through SDPA's CPU kernel, whose backward cannot be differentiated."""
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if torch.compiler.is_compiling() or not (needed or transformed()):
+        return False
+    choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal,
+                                     enable_gqa=query.size(1) != key.size(1))
+    return choice == int(torch._C._SDPBackend.FLASH_ATTENTION)
+
+
+def _flash_forward(tensors, needs, is_causal, scale):
+    query, key, value, attn_mask = tensors
+    return list(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale))
+
+
+def _flash_fake(tensors, needs, is_causal, scale):
+    query = tensors[0]
+    return [query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query))]
+
+
+def _flash_backward(grads, saved, tensors, needs, is_causal, scale):
+    query, key, value, attn_mask = tensors
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads[0], query, key, value, *saved, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
+    return [g if need else None for g, need in zip((*found, None), needs, strict=True)]
+
+
+def _flash_reference(tensors, is_causal, scale):
+    return (reference(*tensors, *[None] * 5, Options(is_causal=is_causal, scale=scale)),)
+
+
+# SDPA's CPU kernel with a second derivative.
+_flash = Differentiable("sdpa_flash", statics="bool is_causal, float scale", outputs=1, forward=_flash_forward,
+                        fake=_flash_fake, backward=_flash_backward, reference=_flash_reference, reads_results=True)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------
 
 
 def samples(scale: str, dtype: torch.dtype, device: str):
@@ -152,8 +310,10 @@ def samples(scale: str, dtype: torch.dtype, device: str):
         shapes = ((heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim or dim))
         return tuple((gain * torch.randn(batch, *shape, device=device)).to(dtype) for shape in shapes)
 
-    def call(name, tensors, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        return Sample(name, (*tensors, attn_mask, dropout_p, is_causal, scale or tensors[0].size(-1) ** -0.5))
+    def call(name, tensors, attn_mask=None, *, sinks=None, slopes=None, lengths=None, ids=(None, None), scale=None,
+             **options):
+        options = Options(scale=scale or tensors[0].size(-1) ** -0.5, **options)
+        return Sample(name, (*tensors, attn_mask, sinks, slopes, lengths, *ids, options))
 
     if scale == "bench":
         cuda = torch.device(device).type == "cuda"
@@ -176,13 +336,13 @@ def samples(scale: str, dtype: torch.dtype, device: str):
     yield call("scale", qkv(1, 1, 1, 18, 18, 16), scale=0.7)
     yield call("outliers", qkv(1, 1, 1, 40, 40, 16, gain=8.0))
     yield from _masked_samples(call, qkv, dtype, device)
+    yield from _featured_samples(call, qkv, device)
     yield call("no rows", qkv(0, 1, 1, 4, 4, 16))
     yield call("no queries", qkv(1, 1, 1, 0, 4, 16))
     yield call("no keys", qkv(1, 1, 1, 4, 0, 16))
     yield call("lengths before heads", tuple(t.transpose(1, 2) for t in qkv(1, 20, 20, 3, 3, 16)))
     yield call("transposed", tuple(t.mT for t in qkv(1, 2, 2, 16, 16, 30)))
     yield call("expanded keys", tuple(t.expand(3, -1, -1, -1) for t in qkv(1, 2, 2, 12, 12, 16)))
-    yield call("dropout", qkv(1, 2, 2, 20, 20, 16), dropout_p=0.3)
 
 
 def _masked_samples(call, qkv, dtype, device):
@@ -206,15 +366,42 @@ def _masked_samples(call, qkv, dtype, device):
     yield call("causal and bias", qkv(1, 2, 2, 40, 70, 16), bias(1, 2, 1, 70).to(dtype), is_causal=True)
 
 
-def cost(query, key, value, attn_mask, dropout_p, is_causal, scale) -> tuple[int, int]:
+def _featured_samples(call, qkv, device):
+    """Yield each feature that SDPA lacks; their pairs are in tests/cases/test_attention_features.py."""
+    def ids(batch, n):
+        return torch.randint(3, (batch, n), device=device)
+
+    yield call("window", qkv(2, 2, 2, 150, 150, 16), left=20, right=7)
+    yield call("window, more keys", qkv(1, 2, 2, 30, 170, 16), left=9, right=0)
+    yield call("window, more queries", qkv(1, 2, 2, 170, 30, 16), left=9, right=0)
+    yield call("causal at the last key", qkv(1, 4, 2, 5, 140, 16), right=0)
+    yield call("softcap", qkv(1, 2, 2, 70, 70, 16, gain=3.0), softcap=5.0)
+    yield call("alibi", qkv(2, 4, 2, 30, 140, 16), slopes=torch.rand(1, 4, device=device))
+    yield call("alibi for each row", qkv(2, 4, 2, 33, 40, 16), slopes=torch.rand(2, 4, device=device), is_causal=True)
+    yield call("sinks", qkv(2, 4, 4, 40, 50, 16), sinks=torch.randn(4, device=device))
+    yield call("key lengths", qkv(4, 2, 2, 20, 150, 16), lengths=torch.tensor([150, 0, 17, 129], device=device))
+    yield call("documents", qkv(2, 2, 2, 150, 150, 16), ids=(ids(2, 150).sort().values,) * 2, is_causal=True)
+    yield call("unordered documents", qkv(2, 2, 1, 30, 150, 16), ids=(ids(2, 30), ids(2, 150)))
+    yield call("log-sum-exp", qkv(2, 4, 2, 40, 70, 16), is_causal=True, return_lse=True)
+    yield call("log-sum-exp of nothing", qkv(3, 2, 2, 9, 70, 16), return_lse=True,
+               lengths=torch.tensor([0, 70, 5], device=device))
+    yield call("everything dropped", qkv(1, 2, 2, 20, 20, 16), dropout_p=1.0)
+    yield call("everything", qkv(2, 4, 2, 30, 140, 16, 8), torch.randn(2, 1, 30, 140, device=device),
+               sinks=torch.randn(4, device=device), slopes=torch.rand(1, 4, device=device), softcap=5.0, left=90,
+               right=9, lengths=torch.tensor([120, 60], device=device), ids=(ids(2, 30), ids(2, 140)), return_lse=True)
+
+
+def cost(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options) -> tuple[int, int]:
     queries, keys = query.size(2), key.size(2)
     pairs = queries * keys
-    if is_causal:
-        pairs = sum(min(i + 1, keys) for i in range(queries))
+    if options.is_causal or options.left >= 0 or options.right >= 0:
+        pairs = sum(max(0, end - start) for start, end in (
+            seen_range(i, i + 1, queries, keys, options) for i in range(queries)))
     tensors = [query, key, value] + [attn_mask] * (attn_mask is not None)
     moved = sum(t.numel() * t.element_size() for t in tensors)
     moved += query.numel() // max(query.size(3), 1) * value.size(3) * query.element_size()
     return 2 * query.size(0) * query.size(1) * pairs * (query.size(3) + value.size(3)), moved
 
 
-op = Op("attention", reference=reference, torch=stock, fast=("triton",), samples=samples, cost=cost)
+op = Op("attention", reference=reference, torch=stock, fast=("triton", "blocked"), samples=samples, cost=cost,
+        constants=(5,))

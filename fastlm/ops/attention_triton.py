@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fastlm.autograd import Differentiable
 from fastlm.ops.attention import reference
+from fastlm.ops.attention_common import Options
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -24,15 +25,20 @@ ACCEPTS = {"length 1", "length 127", "length 128", "length 129", "causal", "caus
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def cannot(query, key, value, attn_mask, dropout_p, is_causal, scale):
+def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
     if not (query.is_cuda or INTERPRETED):
         return "needs a GPU"
     if query.dtype not in DTYPES:
         return f"no kernel for {query.dtype}"
-    if dropout_p:
-        return "no kernel for dropout"
-    if scale <= 0:
-        return f"scale {scale} is not positive"
+    features = {"dropout": options.dropout_p, "a window": options.left >= 0 or options.right >= 0,
+                "a softcap": options.softcap, "the log-sum-exp": options.return_lse, "sinks": sinks is not None,
+                "ALiBi": slopes is not None, "key lengths": key_lengths is not None,
+                "documents": query_ids is not None}
+    missing = [name for name, wanted in features.items() if wanted]
+    if missing:
+        return f"no kernel for {' and '.join(missing)}"
+    if options.scale <= 0:
+        return f"scale {options.scale} is not positive"
     if query.size(3) > 256 or value.size(3) > 256:
         return f"head size {max(query.size(3), value.size(3))} is above 256"
     return None
@@ -42,12 +48,12 @@ def loses(query, *rest):
     return "not yet run on a GPU" if query.is_cuda else "interpreted"
 
 
-def run(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    tensors = (query, key, value, attn_mask)
+def run(query, key, value, attn_mask, *features):
+    tensors, options = (query, key, value, attn_mask), features[-1]
     if attn_mask is not None and attn_mask.requires_grad and attn_mask.dtype != query.dtype:
         # A float32 gradient has no room for probabilities that were rounded to half precision.
         tensors = (query.float(), key.float(), value.float(), attn_mask)
-    return _attention(tensors, is_causal, scale)[0].to(query.dtype)
+    return _attention(tensors, options.is_causal, options.scale)[0].to(query.dtype)
 
 
 def forward(tensors, needs, causal, scale):
@@ -414,8 +420,7 @@ def queries_kernel(q, k, v, mask, do, lse, delta, dq, dmask, H, group, Sq, Sk, s
 
 
 def _reference(tensors, causal, scale):
-    query, key, value, mask = tensors
-    return (reference(query, key, value, mask, 0.0, causal, scale),)
+    return (reference(*tensors, *[None] * 5, Options(is_causal=causal, scale=scale)),)
 
 
 def _fake(tensors, needs, causal, scale):

@@ -1,0 +1,130 @@
+"""What `attention` and `varlen_attn` share: their options, the checks of their arguments, and who sees whom."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.autograd import plain
+
+
+class Options(NamedTuple):
+    """What is no tensor in a call of attention."""
+
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float = 1.0
+    left: int = -1
+    right: int = -1
+    softcap: float = 0.0  # 0: none
+    return_lse: bool = False
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """Return the dtype of the log-sum-exp of attention over `x`: float32, or float64 for float64."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+# --- who sees whom ---------------------------------------------------------------------------------------------
+
+
+def relative(rows: Tensor, cols: Tensor, queries: int, keys: int, key_lengths: Tensor | None) -> Tensor:
+    """Return i + Sk - Sq - j of the queries i in `rows` `[M]` and the keys j in `cols` `[N]`: `[B or 1, 1, M, N]`.
+
+    Sk is `keys`, or each row's own length where `key_lengths` `[B]` are given.
+    """
+    ahead = rows[:, None] - cols + (keys - queries)
+    return ahead[None, None] if key_lengths is None else ahead + (key_lengths[:, None, None, None] - keys)
+
+
+def visible(rows: Tensor, cols: Tensor, queries: int, keys: int, key_lengths: Tensor | None, query_ids: Tensor | None,
+            key_ids: Tensor | None, options: Options) -> Tensor | None:
+    """Return which keys of `cols` `[N]` each query of `rows` `[M]` may see, `[B or 1, 1, M, N]`; None means all.
+
+    Causality, window, lengths `[B]` and ids `[B, Sq]` and `[B, Sk]` count; the mask that the caller gave does not.
+    """
+    masks = []
+    if options.is_causal:
+        masks.append((cols <= rows[:, None])[None, None])
+    if options.left >= 0 or options.right >= 0:
+        ahead = relative(rows, cols, queries, keys, key_lengths)
+        if options.left >= 0:
+            masks.append(ahead <= options.left)
+        if options.right >= 0:
+            masks.append(ahead >= -options.right)
+    if key_lengths is not None:
+        masks.append(cols < key_lengths[:, None, None, None])
+    if query_ids is not None:
+        masks.append(query_ids[:, None, rows, None] == key_ids[:, None, None, cols])
+    return functools.reduce(torch.logical_and, masks) if masks else None
+
+
+def seen_range(first: int, last: int, queries: int, length: int, options: Options) -> tuple[int, int]:
+    """Return the range [start, end) of keys outside of which no query of [first, last) sees any, documents aside.
+
+    `length` is how many keys the row has. Where nothing is seen, end ≤ start.
+    """
+    start, end, ahead = 0, length, length - queries
+    if options.is_causal:
+        end = min(end, last)
+    if options.right >= 0:
+        end = min(end, last + ahead + options.right)
+    if options.left >= 0:
+        start = max(start, first + ahead - options.left)
+    return start, end
+
+
+# --- arguments -------------------------------------------------------------------------------------------------
+
+
+def check_window(window_size, op: str) -> tuple[int, int]:
+    """Return (left, right) of a window, or raise."""
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2 or not all(
+            isinstance(x, int | torch.SymInt) and x >= -1 for x in window_size):
+        raise ValueError(f"{op}: window_size is {window_size}, expected two integers (left, right), each -1 "
+                         "(unbounded) or more")
+    return tuple(window_size)
+
+
+def check_softcap(softcap: float | None, op: str) -> float:
+    """Return the cap of the scores, 0 for none, or raise."""
+    if softcap is not None and not 0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}, expected a positive number, or None")
+    return float(softcap or 0)
+
+
+def check_floats(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor | None:
+    """Return `x` in float32 (float64 stays) if it fits one of the shapes, or raise; None passes."""
+    if x is None:
+        return None
+    _check_tensor(name, x, query, shapes, op)
+    if not x.is_floating_point():
+        raise RuntimeError(f"{op}: {name} is {x.dtype}, expected floating point")
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def check_integers(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor | None:
+    """Return `x` if it holds integers and fits one of the shapes, or raise; None passes."""
+    if x is None:
+        return None
+    _check_tensor(name, x, query, shapes, op)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise RuntimeError(f"{op}: {name} is {x.dtype}, expected torch.int32 or torch.int64")
+    return x
+
+
+def readable(x: Tensor) -> bool:
+    """Tell whether the values of `x` may be looked at: not on a GPU, nor while they are traced or mapped over."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and plain((x,))
+
+
+def _check_tensor(name, x, query, shapes, op):
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.device != query.device:
+        raise RuntimeError(f"{op}: {name} is on {x.device}, query is on {query.device}")
+    if tuple(x.shape) not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise RuntimeError(f"{op}: {name} has shape {list(x.shape)}, expected {expected}")

@@ -1,0 +1,417 @@
+"""Attention on the CPU tile by tile: some queries of some heads against all keys that one of them may see.
+
+The scores of one tile are all that ever exists of them, so memory is linear in the lengths. Keys that no query of a
+tile sees (causality, window, lengths, documents) are not touched. Two engines compute a tile: SDPA's flash kernel,
+given the tile's mask and, in backward, the log-sum-exp with the sinks in it; and plain matrix products, for what that
+kernel lacks: softcap, dropout, Dv ≠ D, the gradients of a mask and through the log-sum-exp. Backward computes the
+probabilities again from the log-sum-exp. A query that sees nothing has a log-sum-exp of +∞ here: exp(s - lse) is 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.attention_common import Options, accumulator, relative, seen_range, visible
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+ROWS = 128  # queries in a tile
+TILE_BYTES = 4 << 20  # of scores in a tile that is computed by matrix products
+ID_BLOCK = 64  # keys that are skipped together if their documents are none of the tile's
+
+
+class Call(NamedTuple):
+    """The tensors and options of one call of `attention`, as its reference takes them, and the seed of its dropout."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    slopes: Tensor | None
+    key_lengths: Tensor | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    seed: Tensor | None
+    options: Options
+
+
+class Tile(NamedTuple):
+    """Queries `rows` of the batch's rows `batch`, and the ranges of keys that they may see."""
+
+    batch: slice
+    rows: slice
+    runs: tuple[slice, ...]
+
+    @property
+    def keys(self) -> int:
+        return sum(run.stop - run.start for run in self.runs)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp of a call."""
+    query, options = call.query, call.options
+    out = query.new_zeros(*query.shape[:3], call.value.size(3))
+    lse = out.new_full(query.shape[:3], torch.inf, dtype=accumulator(query))
+    if call.sinks is not None:
+        lse.copy_(call.sinks[:, None])
+    if not out.numel() or not call.key.size(2):
+        return out, lse
+    if options.softcap or options.dropout_p or query.size(3) != call.value.size(3):
+        _forward_products(call, out, lse)
+    else:
+        _forward_flash(call, out, lse)
+    return out, lse
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
+             needs: list[bool]) -> list[Tensor | None]:
+    """Return the gradients of query, key, value, mask and sinks, those that `needs` asks for."""
+    tensors, options = call[:5], call.options
+    found = [torch.zeros(t.shape, dtype=accumulator(t)) if n else None for t, n in zip(tensors, needs, strict=True)]
+    if not out.numel() or not call.key.size(2):
+        delta = -dlse
+    else:
+        through_lse = bool(dlse.any())
+        delta = (out.to(lse.dtype) * dout).sum(3) - dlse
+        products = options.softcap or options.dropout_p or needs[3] or through_lse or out.size(3) != call.query.size(3)
+        if any(needs[:4]):
+            (_backward_products if products else _backward_flash)(call, out, lse, dout, delta, found)
+    if needs[4]:
+        found[4] = -((call.sinks[:, None] - lse).exp() * delta).sum((0, 2))
+    return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+
+
+# --- which keys a tile needs -----------------------------------------------------------------------------------
+
+
+def tiles(call: Call, height: int, batch: int) -> list[Tile]:
+    """Cut a call into tiles of `height` queries and `batch` rows of the batch."""
+    query, keys, options = call.query, call.key.size(2), call.options
+    if call.key_lengths is not None or call.query_ids is not None:
+        batch = 1
+    lengths = None if call.key_lengths is None else call.key_lengths.tolist()
+    blocks = None if call.query_ids is None else _shared_documents(call, height)
+    found = []
+    for b in range(0, query.size(0), batch):
+        length = keys if lengths is None else lengths[b]
+        for i, first in enumerate(range(0, query.size(2), height)):
+            last = min(first + height, query.size(2))
+            start, end = seen_range(first, last, query.size(2), length, options)
+            start, end = max(start, 0), min(end, length)
+            runs = [slice(start, end)] if blocks is None else _runs(blocks[b][i], start, end)
+            if start < end and runs:
+                found.append(Tile(slice(b, b + batch), slice(first, last), tuple(runs)))
+    return found
+
+
+def _shared_documents(call, height):
+    """Say of each tile of queries and each block of keys whether they may share a document, `[B][tiles][blocks]`."""
+    low_q, high_q = _extremes(call.query_ids, height)
+    low_k, high_k = _extremes(call.key_ids, ID_BLOCK)
+    return ((low_q[:, :, None] <= high_k[:, None]) & (high_q[:, :, None] >= low_k[:, None])).tolist()
+
+
+def _extremes(ids, size):
+    padded = torch.nn.functional.pad(ids.double()[:, None], (0, -ids.size(1) % size), "replicate")
+    parts = padded[:, 0].unflatten(1, (-1, size))
+    return parts.amin(2), parts.amax(2)
+
+
+def _runs(shared, start, end):
+    """Return the ranges of keys within [start, end) whose blocks are `shared`, neighbours joined."""
+    runs = []
+    for block in range(start // ID_BLOCK, -(-end // ID_BLOCK)):
+        if shared[block]:
+            low, high = max(start, block * ID_BLOCK), min(end, (block + 1) * ID_BLOCK)
+            if runs and runs[-1].stop == low:
+                runs[-1] = slice(runs[-1].start, high)
+            else:
+                runs.append(slice(low, high))
+    return runs
+
+
+def _take(x: Tensor, dim: int, runs) -> Tensor:
+    """Return the parts of `x` along `dim`: a view where there is one part, or where `x` is broadcast there."""
+    if x.size(dim) == 1:
+        return x
+    parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _give(total: Tensor, dim: int, runs, part: Tensor) -> None:
+    """Add `part` to the parts of `total` along `dim` that `_take` reads there."""
+    start = 0
+    for run in runs if total.size(dim) > 1 else (slice(0, 1),):
+        length = run.stop - run.start
+        total.narrow(dim, run.start, length).add_(part.narrow(dim, start, length))
+        start += length
+
+
+def _masks(call: Call, tile: Tile):
+    """Return what changes the scores of a tile: a mask to be added, slopes and distances, who is visible; or None each.
+
+    They broadcast to `[b, H, R, C]`.
+    """
+    rows = torch.arange(tile.rows.start, tile.rows.stop)
+    cols = torch.cat([torch.arange(run.start, run.stop) for run in tile.runs])
+    sizes = (call.query.size(2), call.key.size(2))
+    lengths, query_ids, key_ids, slopes = (
+        x if x is None or x.size(0) == 1 else x[tile.batch]
+        for x in (call.key_lengths, call.query_ids, call.key_ids, call.slopes))
+    seen = visible(rows, cols, *sizes, lengths, query_ids, key_ids, call.options)
+    mask = call.mask
+    if mask is not None:
+        mask = mask if mask.size(0) == 1 else mask[tile.batch]
+        mask = _take(_take(mask, 2, (tile.rows,)), 3, tile.runs)
+        if mask.dtype is torch.bool:
+            seen = mask if seen is None else seen & mask
+            mask = None
+    distances = None
+    if slopes is not None:
+        distances = relative(rows, cols, *sizes, lengths).abs().to(slopes.dtype)
+        slopes = slopes[:, :, None, None]
+    return mask, slopes, distances, seen
+
+
+# --- SDPA's kernel, tile by tile ---------------------------------------------------------------------------------
+
+
+def _flash_tiles(call):
+    """Return tiles, and whether the kernel itself masks the future: one tile is best where no mask must be built."""
+    options = call.options
+    masked = (call.slopes is not None or call.key_lengths is not None or call.query_ids is not None
+              or options.left >= 0 or options.right >= 0)
+    if not masked and (call.mask is None or not (options.is_causal or call.mask.dtype is torch.bool)):
+        everything = Tile(slice(0, call.query.size(0)), slice(0, call.query.size(2)), (slice(0, call.key.size(2)),))
+        return [everything], options.is_causal
+    return tiles(call, ROWS, max(1, call.query.size(0))), False
+
+
+def _flash_mask(call, tile, causal):
+    """Return the tile's mask as the kernel takes it: added to the scores; None where there is none."""
+    if causal:
+        return None
+    mask, slopes, distances, seen = _masks(call, tile)
+    if slopes is not None:
+        bias = -slopes * distances
+        mask = bias if mask is None else bias + mask
+    if seen is not None:
+        barred = torch.zeros((), dtype=accumulator(call.query)).where(seen, -torch.inf)
+        mask = barred if mask is None else mask + barred
+    # Beside halves the kernel reads float32 too, beside float64 it does not.
+    return mask if mask is None or mask.dtype == call.query.dtype else mask.to(accumulator(call.query))
+
+
+def _forward_flash(call, out, lse):
+    query, key, value = (_last_contiguous(t) for t in call[:3])
+    parts, causal = _flash_tiles(call)
+    for tile in parts:
+        at = (tile.batch, slice(None), tile.rows)
+        mask = _flash_mask(call, tile, causal)
+        k, v = (_take(t[tile.batch], 2, tile.runs) for t in (key, value))
+        part, part_lse = _flash(query[at], k, v, 0.0, causal, attn_mask=mask, scale=call.options.scale)
+        empty = None
+        if call.options.return_lse and mask is not None:
+            empty = mask.amax(3) == -torch.inf
+        if call.sinks is None:
+            lse[at] = part_lse if empty is None else part_lse.masked_fill(empty, torch.inf)
+            out[at] = part
+            continue
+        if empty is not None:
+            part_lse = part_lse.masked_fill(empty, -torch.inf)
+        whole = torch.logaddexp(part_lse, call.sinks[:, None])
+        out[at] = part * (part_lse - whole).exp()[..., None]
+        lse[at] = whole
+
+
+def _backward_flash(call, out, lse, dout, delta, found):
+    query, key, value, dout = (_last_contiguous(t) for t in (*call[:3], dout))
+    dq, dk, dv = found[:3]
+    parts, causal = _flash_tiles(call)
+    for tile in parts:
+        at = (tile.batch, slice(None), tile.rows)
+        k, v = (_take(t[tile.batch], 2, tile.runs) for t in (key, value))
+        grads = _flash_backward(dout[at], query[at], k, v, out[at], lse[at], 0.0, causal,
+                                attn_mask=_flash_mask(call, tile, causal), scale=call.options.scale)
+        if dq is not None:
+            dq[at] = grads[0]
+        for total, part in ((dk, grads[1]), (dv, grads[2])):
+            if total is not None:
+                _give(total[tile.batch], 2, tile.runs, part)
+
+
+# --- matrix products, tile by tile -------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """Some heads of keys of a tile; its scores have the shape (b, h, G, R, C), as G heads of queries share one."""
+
+    tile: Tile
+    heads: slice
+    shape: torch.Size
+
+
+class _Products:
+    """A call in float32 or float64, cut into pieces whose scores fit into `TILE_BYTES`, and buffers for them."""
+
+    def __init__(self, call: Call, buffers: int):
+        batch, heads, queries, _ = call.query.shape
+        _, kv_heads, keys, _ = call.key.shape
+        dtype = accumulator(call.query)
+        room = TILE_BYTES // dtype.itemsize
+        self.call, self.group = call, heads // kv_heads
+        self.query, self.key, self.value = (t.to(dtype).contiguous() for t in call[:3])
+        self.pieces = []
+        height = min(queries, ROWS, max(16, room // (self.group * keys)))
+        for tile in tiles(call, height, max(1, room // (heads * height * keys))):
+            rows, height = min(tile.batch.stop, batch) - tile.batch.start, tile.rows.stop - tile.rows.start
+            step = kv_heads if rows > 1 else max(1, min(kv_heads, room // (self.group * height * tile.keys)))
+            for first in range(0, kv_heads, step):
+                last = min(first + step, kv_heads)
+                shape = torch.Size((rows, last - first, self.group, height, tile.keys))
+                self.pieces.append(Piece(tile, slice(first, last), shape))
+        size = max((piece.shape.numel() for piece in self.pieces), default=0)
+        self.buffers = self.key.new_empty(buffers, size)
+        self.random = None if call.seed is None else torch.Generator().manual_seed(call.seed.item())
+
+    def queries(self, x: Tensor, piece: Piece) -> Tensor:
+        """Return the piece's part of `x` `[B, H, Sq, …]` as `[b, h, G, R, …]`, a view."""
+        return x.unflatten(1, (-1, self.group))[piece.tile.batch, piece.heads, :, piece.tile.rows]
+
+    def operands(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the piece's queries `[b·h, G·R, D]`, scaled, keys `[b·h, C, D]` and values."""
+        keys = (x[piece.tile.batch, piece.heads] for x in (self.key, self.value))
+        keys = (_take(x, 2, piece.tile.runs).flatten(0, 1) for x in keys)
+        return _flat(self.queries(self.query, piece)) * self.call.options.scale, *keys
+
+    def buffer(self, i: int, piece: Piece) -> Tensor:
+        """Return buffer i in the shape of the piece's scores."""
+        return self.buffers[i, : piece.shape.numel()].view(piece.shape)
+
+    def scores(self, q: Tensor, k: Tensor, piece: Piece, tanh: Tensor | None = None) -> Tensor:
+        """Return the piece's scores, capped, biased and masked, in buffer 0; tanh(s / c) is left in `tanh`."""
+        scores, cap = self.buffer(0, piece), self.call.options.softcap
+        torch.bmm(q / cap if cap else q, k.mT, out=_flat(scores))
+        if cap:
+            scores.tanh_()
+            if tanh is not None:
+                tanh.copy_(scores)
+            scores.mul_(cap)
+        mask, slopes, distances, seen = _masks(self.call, piece.tile)
+        if mask is not None:
+            scores.add_(self._of_heads(mask, piece))
+        if slopes is not None:
+            slopes, distances = (self._of_heads(x.to(scores.dtype), piece) for x in (slopes, distances))
+            scores.addcmul_(slopes, distances, value=-1)
+        if seen is not None:
+            scores.masked_fill_(~self._of_heads(seen, piece), -torch.inf)
+        return scores
+
+    def _of_heads(self, x, piece):
+        """Return the part of `x` `[b or 1, H or 1, …]` of the piece's heads, `[b or 1, h or 1, G or 1, …]`."""
+        return x[:, :, None] if x.size(1) == 1 else x.unflatten(1, (-1, self.group))[:, piece.heads]
+
+    def give_mask(self, total: Tensor, piece: Piece, slope: Tensor) -> None:
+        """Add the gradient of the piece's scores to that of the mask, summed where the mask is broadcast."""
+        tile, part = piece.tile, slope.flatten(1, 2)
+        whole = (*self.call.query.shape[:3], self.call.key.size(2))
+        shared = [d for d in range(4) if total.size(d) < whole[d]]
+        places = (tile.batch, slice(piece.heads.start * self.group, piece.heads.stop * self.group), tile.rows)
+        total = total[tuple(slice(None) if d in shared else places[d] for d in range(3))]
+        if shared:
+            part = part.sum(shared, keepdim=True)
+        if shared or len(tile.runs) > 1:
+            _give(total, 3, tile.runs, part)
+        else:
+            total[..., tile.runs[0]] = part  # written once, so it need not be read
+
+    def dropped(self, piece: Piece) -> Tensor:
+        """Draw which weights of the next piece are dropped. Forward and backward ask for pieces in the same order."""
+        words = torch.empty(-(-piece.shape.numel() // 4), dtype=torch.int64)
+        words.random_(-(2**63), None, generator=self.random)
+        # 16 random bits for each weight
+        draws = words.view(torch.int16)[: piece.shape.numel()].view(piece.shape)
+        return draws < min(round(self.call.options.dropout_p * 2**16) - 2**15, 2**15 - 1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return `[b, h, G, R, …]` as `[b·h, G·R, …]`, a view of what is contiguous."""
+    return x.flatten(2, 3).flatten(0, 1)
+
+
+def _forward_products(call, out, lse):
+    work = _Products(call, 1)
+    keep = 1 - call.options.dropout_p or 1.0
+    for piece in work.pieces:
+        q, k, v = work.operands(piece)
+        weights = work.scores(q, k, piece)
+        highest = weights.amax(4, keepdim=True)
+        sinks = None if call.sinks is None else call.sinks.to(highest.dtype).view(-1, work.group, 1, 1)[piece.heads]
+        if sinks is not None:
+            highest = torch.maximum(highest, sinks)
+        highest.masked_fill_(highest == -torch.inf, 0)
+        weights.sub_(highest).exp_()
+        total = weights.sum(4, keepdim=True)
+        if sinks is not None:
+            total += (sinks - highest).exp()
+        if work.random is not None:
+            weights.masked_fill_(work.dropped(piece), 0)
+        empty = total == 0
+        total.masked_fill_(empty, 1)
+        part = torch.bmm(_flat(weights), v).view(*piece.shape[:4], -1)
+        work.queries(out, piece).copy_(part / (total * keep))
+        work.queries(lse, piece).copy_((highest + total.log()).masked_fill_(empty, torch.inf).squeeze(4))
+
+
+def _backward_products(call, out, lse, dout, delta, found):
+    dq, dk, dv, dmask, _ = found
+    keep, capped = 1 - call.options.dropout_p or 1.0, bool(call.options.softcap)
+    work = _Products(call, 2 + capped)
+    dout = dout.to(lse.dtype)
+    for piece in work.pieces:
+        q, k, v = work.operands(piece)
+        g = _flat(work.queries(dout, piece))
+        tanh = work.buffer(2, piece) if capped else None
+        weights = work.scores(q, k, piece, tanh)
+        weights.sub_(work.queries(lse, piece)[..., None]).exp_()
+        slope = work.buffer(1, piece)  # the gradient of the weights, then of the scores
+        torch.bmm(g, v.mT, out=_flat(slope))
+        dropped = None if work.random is None else work.dropped(piece)
+        if dropped is not None:
+            slope.masked_fill_(dropped, 0).div_(keep)
+        slope.sub_(work.queries(delta, piece)[..., None]).mul_(weights)
+        if dv is not None:
+            if dropped is not None:
+                weights.masked_fill_(dropped, 0).div_(keep)
+            part = torch.bmm(_flat(weights).mT, g).unflatten(0, piece.shape[:2])
+            _give(dv[piece.tile.batch, piece.heads], 2, piece.tile.runs, part)
+        if dmask is not None:
+            work.give_mask(dmask, piece, slope)
+        if capped:
+            slope.addcmul_(tanh.square_(), slope, value=-1)
+        if dq is not None:
+            part = torch.bmm(_flat(slope), k).view(*piece.shape[:4], -1)
+            work.queries(dq, piece).copy_(part.mul_(call.options.scale))
+        if dk is not None:
+            part = torch.bmm(_flat(slope).mT, q).unflatten(0, piece.shape[:2])
+            _give(dk[piece.tile.batch, piece.heads], 2, piece.tile.runs, part)
+
+
+def dropped(call: Call) -> Tensor:
+    """Return which weights the call drops, `[B, H, Sq, Sk]`."""
+    work = _Products(call, 0)
+    found = torch.zeros(*call.query.shape[:3], call.key.size(2), dtype=torch.bool)
+    for piece in work.pieces:
+        drawn, start = work.dropped(piece), 0
+        for run in piece.tile.runs:
+            end = start + run.stop - run.start
+            work.queries(found, piece)[..., run] = drawn[..., start:end]
+            start = end
+    return found
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,92 @@
+"""varlen_attn on the CPU: each sequence is a call of fastlm/ops/attention_tiles.py, in place in the packed tensors."""
+
+import torch
+
+from fastlm.autograd import Differentiable
+from fastlm.ops import attention_tiles
+from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.varlen_attn import reference, rows, sequences, unpaged
+
+ACCEPTS = {"sequences", "one sequence", "causal", "causal, more keys", "causal, more queries", "window", "grouped",
+           "wide values", "empty sequences", "no sequences with queries", "softcap", "alibi", "alibi for each sequence",
+           "sinks", "used keys", "log-sum-exp", "everything", "pages"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def cannot(query, *rest):
+    if query.device.type not in ("cpu", "meta"):
+        return "computes on the CPU"
+    if query.dtype not in DTYPES:
+        return f"no tiles in {query.dtype}"
+    return None
+
+
+def loses(*args):
+    return None
+
+
+def run(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
+        options):
+    tensors = (query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table)
+    out, lse = _varlen_attn(tensors, options.scale, options.left, options.right, options.softcap, options.return_lse)
+    return (out, lse.masked_fill(lse == torch.inf, -torch.inf)) if options.return_lse else out
+
+
+def _options(scale, left, right, softcap, return_lse):
+    return Options(scale=scale, left=left, right=right, softcap=softcap, return_lse=return_lse)
+
+
+def _calls(tensors, options):
+    """Yield (queries, keys, call) of each sequence that has queries; see `sequences` of varlen_attn.py."""
+    query, key, value, sinks, slopes, *where = tensors
+    flat = unpaged(key), unpaged(value)
+    for n, queries, keys in sequences(key, *where):
+        slope = None if slopes is None else slopes[n % slopes.size(0), None]
+        yield queries, keys, attention_tiles.Call(
+            rows(query, queries), *(rows(x, keys) for x in flat), None, sinks, slope, *[None] * 4, options)
+
+
+def _forward(tensors, needs, *options):
+    out, lse = _fake(tensors, needs, *options)
+    out.zero_(), lse.fill_(torch.inf)
+    for queries, _, call in _calls(tensors, _options(*options)):
+        part, part_lse = attention_tiles.forward(call)
+        out[queries], lse[queries] = part[0].transpose(0, 1), part_lse[0].T
+    return [out, lse]
+
+
+def _fake(tensors, needs, *options):
+    query, _, value, *_ = tensors
+    out = query.new_empty(*query.shape[:2], value.size(-1))
+    return [out, query.new_empty(query.shape[:2], dtype=accumulator(query))]
+
+
+def _backward(grads, saved, tensors, needs, *options):
+    found = [torch.zeros(t.shape, dtype=accumulator(t)) if n else None for t, n in zip(tensors, needs, strict=True)]
+    dquery, dkey, dvalue, dsinks, *_ = found
+    wanted = [*needs[:3], False, needs[3]]
+    for queries, keys, call in _calls(tensors, _options(*options)):
+        out, dout = (rows(x, queries) for x in (saved[0], grads[0]))
+        lse, dlse = (x[queries].T[None] for x in (saved[1], grads[1]))
+        dq, dk, dv, _, ds = attention_tiles.backward(call, out, lse, dout, dlse, wanted)
+        if dquery is not None:
+            dquery[queries] = dq[0].transpose(0, 1)
+        for total, part in ((dkey, dk), (dvalue, dv)):
+            if total is not None:
+                total = unpaged(total)
+                total[keys] = total[keys] + part[0].transpose(0, 1)
+        if dsinks is not None:
+            dsinks += ds
+    return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+
+
+def _reference(tensors, *options):
+    query, key, value, sinks, slopes, *where = tensors
+    out, lse = reference(query, key, value, sinks, slopes, *where, 0, 0, None,
+                         _options(*options)._replace(return_lse=True))
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+_varlen_attn = Differentiable(
+    "varlen_attn_blocked", statics="float scale, int left, int right, float softcap, bool return_lse", outputs=2,
+    forward=_forward, fake=_fake, backward=_backward, reference=_reference, reads_results=True)
