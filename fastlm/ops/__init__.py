@@ -36,7 +36,8 @@ from fastlm.ops.varlen_attn import varlen_attn
 
 # Every op, for tests and benchmarks to iterate.
 ALL = (_softmax, _log_softmax, _masked_softmax, _attention, _varlen_attn, _cross_entropy, _linear_cross_entropy, _lstm,
-       _gru, _rnn, rms_op, layer_op, add_rms_op, add_layer_op, gelu_op, swiglu_op, geglu_op, _rotary_embedding, _dropout_add)
+       _gru, _rnn, rms_op, layer_op, add_rms_op, add_layer_op, gelu_op, swiglu_op, geglu_op, _rotary_embedding,
+       _dropout_add)
 
 __all__ = ["ALL", "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add", "geglu", "gelu", "gru",
            "layer_norm", "linear_cross_entropy", "log_softmax", "lstm", "masked_softmax", "rms_norm", "rnn",
