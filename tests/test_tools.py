@@ -111,7 +111,7 @@ def test_goals_are_held_row_by_row_and_in_the_mean():
     bench.hold(training, goals["training"])
     assert training.missed == []
     (mean,) = bench.means([forward, training])
-    assert mean == {"name": "group", "wanted": 0.5, "rows": 2,
+    assert mean == {"name": "group", "wanted": 0.5, "rows": 2, "least": min(forward.ratio, training.ratio),
                     "found": pytest.approx((forward.ratio * training.ratio) ** 0.5)}
     assert "MISSED" in report.cells(vars(forward))[7]
 

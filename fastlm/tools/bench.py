@@ -134,12 +134,13 @@ def hold(row: Row, goal: Goal) -> None:
 
 
 def means(rows: list[Row]) -> list[dict]:
-    """Return the geometric mean of the ratios of each group that has a goal: name, found, wanted, number of rows."""
+    """Return for each group that has a goal its geometric mean ratio ("found"), the one wanted, the least, and rows."""
     groups: dict[tuple[str, float], list[float]] = {}
     for row in rows:
         for name, wanted in row.goal.get("means", {}).items():
             groups.setdefault((name, wanted), []).append(row.ratio)
-    return [{"name": name, "found": math.prod(ratios) ** (1 / len(ratios)), "wanted": wanted, "rows": len(ratios)}
+    return [{"name": name, "found": math.prod(ratios) ** (1 / len(ratios)), "wanted": wanted, "least": min(ratios),
+             "rows": len(ratios)}
             for (name, wanted), ratios in groups.items()]
 
 

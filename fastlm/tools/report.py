@@ -80,10 +80,11 @@ CURVE_HEADINGS = ("model", "stock loss", "fastlm loss", "difference", "stock tok
 def mean_cells(mean: dict) -> tuple[str, ...]:
     """Format the geometric mean of a group of rows."""
     reached = "met" if mean["found"] >= mean["wanted"] else "MISSED"
-    return mean["name"], str(mean["rows"]), f"{mean['found']:.2f}×", f"≥{mean['wanted']:.2f}× {reached}"
+    return (mean["name"], str(mean["rows"]), f"{mean['least']:.2f}×", f"{mean['found']:.2f}×",
+            f"≥{mean['wanted']:.2f}× {reached}")
 
 
-MEAN_HEADINGS = ("group", "rows", "ratio", "to reach")
+MEAN_HEADINGS = ("group", "rows", "least ratio", "geometric mean", "to reach")
 
 
 def tables(result: dict):
@@ -161,19 +162,21 @@ def _svg(figure):
 
 
 def markdown(result: dict) -> str:
-    """Return the README's table: every row that is not stock, then what ran stock."""
-    ours = [r for r in result["rows"] if r["ran"] != "stock"]
-    columns = ("what", "case", "mode", "ran", "stock ms", "ms", "stock / ours", "error / stock's", "peak MB / stock's")
+    """Return the README's tables: groups of rows by their geometric means, the other rows one by one."""
+    means = _markdown_table(MEAN_HEADINGS, map(mean_cells, result["means"]))
+    rows = [r for r in result["rows"] if r["ran"] != "stock" and not r["goal"].get("means")]
     lines = [f"{result['machine']['device']}, {result['machine']['threads']} threads, torch "
-             f"{result['machine']['torch']}, {result['machine']['date'][:10]}:", "",
-             "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in ours:
-        what, case, mode, ran, ms, stock, ratio, _, error, memory, _ = cells(row)
-        lines.append("| " + " | ".join((what, case, mode, ran, stock, ms, ratio, error, memory)) + " |")
-    names = sorted({r["name"] for r in result["rows"]} - {r["name"] for r in ours})
+             f"{result['machine']['torch']}, {result['machine']['date'][:10]}:", *means,
+             *_markdown_table(HEADINGS[:-1], (cells(row)[:-1] for row in rows))]
+    names = sorted({r["name"] for r in result["rows"]} - {r["name"] for r in result["rows"] if r["ran"] != "stock"})
     if names:
         lines += ["", f"Stock PyTorch ran, nothing of ours being faster or measured here, for: {', '.join(names)}."]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(headings, rows):
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings), *lines] if lines else []
 
 
 def update_readme(readme: str | Path, results: str | Path) -> None:

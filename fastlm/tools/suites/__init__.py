@@ -16,7 +16,7 @@ from fastlm import measure
 from fastlm.dispatch import Op
 
 EVERYTHING = ("ops", "modules", "models")
-FAMILIES = ()
+FAMILIES = ("rnn-cpu",)
 SUITES = EVERYTHING + FAMILIES
 
 
