@@ -7,6 +7,7 @@
 #include <string>
 
 #include "rnn.h"
+#include "rows.h"
 #ifdef FASTLM_CUDA
 #include "cuda/rnn.h"
 #endif
@@ -15,11 +16,14 @@ namespace py = pybind11;
 
 namespace fastlm {
 FASTLM_DECLARE_RNN(generic)
+FASTLM_DECLARE_ROWS(generic)
 #ifdef FASTLM_AVX2
 FASTLM_DECLARE_RNN(avx2)
+FASTLM_DECLARE_ROWS(avx2)
 #endif
 #ifdef FASTLM_AVX512
 FASTLM_DECLARE_RNN(avx512)
+FASTLM_DECLARE_ROWS(avx512)
 #endif
 }  // namespace fastlm
 
@@ -35,10 +39,12 @@ struct Kernels {
   void (*rnn_forward_f64)(const RnnProblem&, const RnnForward<double>&);
   void (*rnn_backward_f32)(const RnnProblem&, const RnnBackward<float>&);
   void (*rnn_backward_f64)(const RnnProblem&, const RnnBackward<double>&);
+  RowKernels rows;
 };
 
 #define FASTLM_KERNELS(isa) \
-  Kernels{#isa, isa::rnn_workspace, isa::rnn_forward, isa::rnn_forward, isa::rnn_backward, isa::rnn_backward}
+  Kernels{#isa, isa::rnn_workspace, isa::rnn_forward, isa::rnn_forward, isa::rnn_backward, isa::rnn_backward, \
+          isa::row_kernels()}
 
 // The widest set that was built, that this CPU has, and that FASTLM_MAX_ISA allows.
 Kernels choose_kernels() {
@@ -100,6 +106,81 @@ void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld
                             at(7), at(8), at(9), ld,    at(10), at(11), at(12)};
   py::gil_scoped_release release;
   kernel(p, call);
+}
+
+// Addresses in the order of the struct's pointers; sizes and strides in the order of its integers.
+class Pack {
+ public:
+  Pack(const char* name, const py::tuple& values, size_t count) : values_(values) {
+    if (values.size() != count) throw std::invalid_argument(std::string(name) + ": wrong number of arguments");
+  }
+  template <class P>
+  P* address(int i) const {
+    return pointer<P>(values_[i].cast<uintptr_t>());
+  }
+  int64_t size(int i) const { return values_[i].cast<int64_t>(); }
+
+ private:
+  const py::tuple& values_;
+};
+
+void define_rows(py::module_ m) {
+  m.def("norm_forward",
+        [](const py::tuple& sizes, const py::tuple& addresses, float eps, bool bf16, int threads) {
+          const Pack n("norm_forward", sizes, 4), a("norm_forward", addresses, 8);
+          const NormForward call{n.size(0),         n.size(1),         a.address<void>(0),  n.size(2),
+                                 a.address<void>(1), n.size(3),         a.address<float>(2), a.address<float>(3),
+                                 a.address<void>(4), a.address<void>(5), a.address<float>(6), a.address<float>(7),
+                                 eps,               bf16,              threads};
+          py::gil_scoped_release release;
+          kernels.rows.norm_forward(call);
+        },
+        "Run NormForward: sizes rows, cols, x_row, residual_row; addresses of x, residual, weight, bias, y, sum, mean, "
+        "rstd.");
+  m.def("norm_backward",
+        [](const py::tuple& sizes, const py::tuple& addresses, bool bf16, int threads) {
+          const Pack n("norm_backward", sizes, 3), a("norm_backward", addresses, 9);
+          const NormBackward call{n.size(0),           n.size(1),           a.address<void>(0),  n.size(2),
+                                  a.address<void>(1),  a.address<void>(2),  a.address<float>(3), a.address<float>(4),
+                                  a.address<float>(5), a.address<void>(6),  a.address<float>(7), a.address<float>(8),
+                                  bf16,                threads};
+          py::gil_scoped_release release;
+          kernels.rows.norm_backward(call);
+        },
+        "Run NormBackward: sizes rows, cols, x_row; addresses of x, dy, dsum, weight, mean, rstd, dx, dweight, dbias.");
+  m.def("gated",
+        [](bool backward, int kind, const py::tuple& sizes, const py::tuple& addresses, bool bf16, int threads) {
+          if (kind < 0 || kind > 2) throw std::invalid_argument("gated: unknown kind");
+          const Pack n("gated", sizes, 4), a("gated", addresses, 5);
+          const Gated call{static_cast<Gate>(kind), n.size(0),          n.size(1), a.address<void>(0), n.size(2),
+                           a.address<void>(1),      n.size(3),          a.address<void>(2), a.address<void>(3),
+                           a.address<void>(4),      bf16,               threads};
+          py::gil_scoped_release release;
+          backward ? kernels.rows.gated_backward(call) : kernels.rows.gated_forward(call);
+        },
+        "Run Gated: sizes rows, cols, a_row, b_row; addresses of a, b, dy, y, db.");
+  m.def("rotary",
+        [](bool interleaved, bool inverse, const py::tuple& sizes, const py::tuple& addresses, bool bf16, int threads) {
+          const Pack n("rotary", sizes, 14), a("rotary", addresses, 4);
+          const Rotary call{n.size(0), n.size(1), n.size(2), n.size(3), n.size(4),
+                            a.address<void>(0), {n.size(5), n.size(6), n.size(7)},
+                            a.address<void>(1), {n.size(8), n.size(9), n.size(10)},
+                            a.address<float>(2), a.address<float>(3), {n.size(11), n.size(12), n.size(13)},
+                            interleaved, inverse, bf16, threads};
+          py::gil_scoped_release release;
+          kernels.rows.rotary(call);
+        },
+        "Run Rotary: sizes B, H, S, D, half, then the strides of x, y and the tables; addresses of x, y, cos, sin.");
+  m.def("softmax",
+        [](const py::tuple& sizes, const py::tuple& addresses, float scale, bool bf16, int threads) {
+          const Pack n("softmax", sizes, 9), a("softmax", addresses, 4);
+          const Softmax call{n.size(0), n.size(1), a.address<void>(0), n.size(2), a.address<bool>(1),
+                             {n.size(3), n.size(4)}, {n.size(5), n.size(6), n.size(7), n.size(8)},
+                             a.address<void>(2), a.address<float>(3), scale, bf16, threads};
+          py::gil_scoped_release release;
+          kernels.rows.softmax(call);
+        },
+        "Run Softmax: sizes rows, cols, x_row, mask_sizes, mask_strides; addresses of x, mask, y, workspace.");
 }
 
 #ifdef FASTLM_CUDA
@@ -175,6 +256,7 @@ PYBIND11_MODULE(_native, m) {
             backward<double>(kernels.rnn_backward_f64, p, addresses, ld);
         },
         "Run RnnBackward: addresses of w_hh, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
+  define_rows(m);
 #ifdef FASTLM_CUDA
   define_cuda(m.def_submodule("cuda", "The kernels for NVIDIA GPUs."));
 #endif

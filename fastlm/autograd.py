@@ -30,11 +30,21 @@ class Differentiable:
             tensor, of its shape and dtype, None where `needs` is False.
         reference: `reference(tensors, *statics) -> sequence`: the results in twice-differentiable PyTorch.
         reads_results: backward needs the results too; then they come first in its `saved`.
+        keep: `keep(tensors, outputs, needs, *statics) -> list`: what backward and `reference` get in place of the
+            tensors, to hold less memory until then: an output on which alone the gradients depend, `blank` for a
+            tensor on which they do not.
+        gradient: `gradient(grads, tensors, needs, *statics) -> list`: the backward in differentiable PyTorch, where
+            what is kept is no argument of `reference`.
+        borrowed: slot -> `source(grads, found) -> Tensor`: gradients that are upstream's or another slot's tensor,
+            which no operator may return; `backward` is not asked for them.
     """
 
     def __init__(self, name: str, *, statics: str = "", outputs: int, forward: Callable, fake: Callable,
-                 backward: Callable, reference: Callable, reads_results: bool = False):
-        self.name, self.outputs, self.reference = name, outputs, reference
+                 backward: Callable, reference: Callable | None = None, reads_results: bool = False,
+                 keep: Callable | None = None, gradient: Callable | None = None,
+                 borrowed: dict[int, Callable] | None = None):
+        self.name, self.outputs, self.reference, self.gradient = name, outputs, reference, gradient
+        self.keep, self.borrowed = keep, borrowed or {}
         self.first_saved = 0 if reads_results else outputs
         statics = f", {statics}" if statics else ""
 
@@ -72,18 +82,37 @@ class Differentiable:
             slots = _slots(tensors, torch.is_grad_enabled(), assume=torch.compiler.is_exporting())
             return self.forward_op(present, slots, *statics)[: self.outputs]
         if transformed():
-            return _Forward.apply(self, _slots(tensors, True, assume=True), statics, *present)[: self.outputs]
+            return _apply(_Forward, self, _slots(tensors, True, assume=True), statics, *present)[: self.outputs]
         slots = _slots(tensors, torch.is_grad_enabled())
         if NEEDED in slots:
-            return _Forward.apply(self, slots, statics, *present)[: self.outputs]
+            return _apply(_Forward, self, slots, statics, *present)[: self.outputs]
         forward = self.run_forward if plain(present) else self.forward_op
         return forward(present, slots, *statics)[: self.outputs]
 
-    @staticmethod
-    def _compiled_setup(ctx, inputs, output):
+    def kept(self, tensors, outputs, slots, statics):
+        """Return what is saved in place of the tensors that are present."""
+        if self.keep is None:
+            return tensors
+        found = self.keep(_unpack(tensors, slots), outputs, [s == NEEDED for s in slots], *statics)
+        return [t for t in found if t is not None]
+
+    def lend(self, grads, found, slots):
+        """Return the gradients of all tensors that need one, None for the others that are present."""
+        places = [i for i, slot in enumerate(slots) if slot != ABSENT]
+        found = list(found)
+        for i, source in self.borrowed.items():
+            if slots[i] == NEEDED:
+                found[places.index(i)] = source(grads, found)
+        return [g if slots[i] == NEEDED else None for g, i in zip(found, places, strict=True)]
+
+    def asked(self, slots):
+        """Return the slots for a backward kernel, which need not make what is borrowed."""
+        return [FROZEN if i in self.borrowed and slot == NEEDED else slot for i, slot in enumerate(slots)]
+
+    def _compiled_setup(self, ctx, inputs, output):
         tensors, ctx.slots, *ctx.statics = inputs
         ctx.count = len(tensors)
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*self.kept(tensors, output, ctx.slots, ctx.statics), *output)
 
     def _compiled_backward(self, ctx, grads):
         present = (slot for slot in ctx.slots if slot != ABSENT)
@@ -94,8 +123,8 @@ class Differentiable:
         tensors, results = kept[: ctx.count], kept[ctx.count:]
         grads = [torch.zeros_like(r) if g is None else g
                  for g, r in zip(grads, results[: self.outputs], strict=False)]
-        found = self.backward_op(grads, results[self.first_saved:], tensors, ctx.slots, *ctx.statics)
-        return _needed(found, ctx.slots), *[None] * (1 + len(ctx.statics))
+        found = self.backward_op(grads, results[self.first_saved:], tensors, self.asked(ctx.slots), *ctx.statics)
+        return self.lend(grads, found, ctx.slots), *[None] * (1 + len(ctx.statics))
 
 
 class _Forward(torch.autograd.Function):
@@ -110,7 +139,8 @@ class _Forward(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # or autograd would make zeros for all that is saved
         ctx.results = [(r.shape, r.dtype, r.device) for r in output[: ctx.kernels.outputs]]
         ctx.mark_non_differentiable(*output[ctx.kernels.outputs:])
-        ctx.save_for_backward(*tensors, *output[ctx.kernels.first_saved:])
+        kept = ctx.kernels.kept(tensors, output, ctx.slots, ctx.statics)
+        ctx.save_for_backward(*kept, *output[ctx.kernels.first_saved:])
         ctx.count = len(tensors)
 
     @staticmethod
@@ -119,8 +149,9 @@ class _Forward(torch.autograd.Function):
         tensors, saved = kept[: ctx.count], kept[ctx.count:]
         grads = [torch.zeros(shape, dtype=dtype, device=device) if g is None else g
                  for g, (shape, dtype, device) in zip(grads, ctx.results, strict=False)]
-        found = _Backward.apply(ctx.kernels, ctx.slots, ctx.statics, len(grads), len(saved), *grads, *saved, *tensors)
-        return None, None, None, *_needed(found, ctx.slots)
+        found = _apply(_Backward, ctx.kernels, ctx.kernels.asked(ctx.slots), ctx.statics, len(grads), len(saved), *grads,
+                                *saved, *tensors)
+        return None, None, None, *ctx.kernels.lend(grads, found, ctx.slots)
 
     @staticmethod
     def vmap(info, in_dims, kernels, slots, statics, *tensors):
@@ -146,13 +177,18 @@ class _Backward(torch.autograd.Function):
         present = [s for s in ctx.slots if s != ABSENT]
         needed = [i for i, s in enumerate(present) if s == NEEDED]
 
+        def merge(inputs):
+            merged = list(tensors)
+            for i, x in zip(needed, inputs, strict=True):
+                merged[i] = x
+            return _unpack(merged, ctx.slots)
+
         def first_order(upstream, *inputs):
-            def call(*inputs):
-                merged = list(tensors)
-                for i, x in zip(needed, inputs, strict=True):
-                    merged[i] = x
-                return tuple(ctx.kernels.reference(_unpack(merged, ctx.slots), *ctx.statics))
-            return torch.func.vjp(call, *inputs)[1](upstream)
+            if ctx.kernels.gradient is not None:
+                needs = [s == NEEDED for s in ctx.slots]
+                return tuple(g for g in ctx.kernels.gradient(upstream, merge(inputs), needs, *ctx.statics)
+                             if g is not None)
+            return torch.func.vjp(lambda *x: tuple(ctx.kernels.reference(merge(x), *ctx.statics)), *inputs)[1](upstream)
 
         _, pull = torch.func.vjp(first_order, tuple(upstream), *(tensors[i] for i in needed))
         d_upstream, *d_inputs = pull(tuple(cotangents[i] for i in needed))
@@ -165,6 +201,18 @@ class _Backward(torch.autograd.Function):
     def vmap(info, in_dims, kernels, slots, statics, n_grads, n_saved, *tensors):
         return _loop(info, in_dims[5:], tensors,
                      lambda *one: _Backward.apply(kernels, slots, statics, n_grads, n_saved, *one))
+
+
+def _apply(function, *args):
+    """Call an autograd.Function without torch's look at the signature of `forward` at each call, which takes 50 µs."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def blank(tensor: Tensor) -> Tensor:
+    """Return zeros of the tensor's shape, dtype and device in the memory of one number."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def autocasts(device_type: str) -> bool:
@@ -209,11 +257,6 @@ def _slots(tensors, grad_enabled, assume=False):
 def _unpack(tensors, slots):
     tensors = iter(tensors)
     return [None if slot == ABSENT else next(tensors) for slot in slots]
-
-
-def _needed(grads, slots):
-    present = (slot for slot in slots if slot != ABSENT)
-    return [g if slot == NEEDED else None for g, slot in zip(grads, present, strict=True)]
 
 
 def transformed() -> bool:

@@ -110,7 +110,7 @@ def samples(scale: str, dtype: torch.dtype, device: str, kinds: tuple[str, ...],
         return
     for kind in kinds:
         suffix = " tanh" if kind == "gelu_tanh" else ""
-        for size in (1, 127, 128, 129):
+        for size in (127, 1, 128, 129):
             yield call(f"{size} numbers{suffix}", kind, size)
         yield call(f"rows{suffix}", kind, 3, 5, 64)
         yield call(f"outliers{suffix}", kind, 4, 65, factor=50.0)
@@ -126,7 +126,7 @@ def cost(gate: Tensor, up: Tensor | None, kind: str) -> tuple[int, int]:
 
 
 def _family(name, kinds, gated):
-    return Op(name, reference=reference, torch=stock, cost=cost, files="activation",
+    return Op(name, reference=reference, torch=stock, cost=cost, files="activation", fast=("native",) if gated else (),
               samples=partial(samples, kinds=kinds, gated=gated))
 
 

@@ -127,7 +127,7 @@ def samples(scale: str, dtype: torch.dtype, device: str):
                 yield call("x".join(map(str, shape)) + " interleaved" * interleaved, shape, shape[-1] // 2,
                            interleaved=interleaved, transposed=True)
         return
-    for half in (1, 8, 33, 64):
+    for half in (8, 1, 33, 64):
         yield call(f"heads of {2 * half}", (2, 3, 5, 2 * half), half)
     for interleaved in (False, True):
         kind = "interleaved " * interleaved
@@ -147,4 +147,5 @@ def cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[int, i
     return 3 * rotated or x.numel(), 2 * x.numel() * x.element_size() + cos.numel() * cos.element_size()
 
 
-op = Op("rotary_embedding", reference=reference, torch=reference, samples=samples, cost=cost)
+op = Op("rotary_embedding", reference=reference, torch=reference, samples=samples, cost=cost,
+        fast=("native",), files="rotary")

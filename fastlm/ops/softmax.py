@@ -125,6 +125,26 @@ def stock(x: Tensor, dim: int, mask: Tensor | None = None, scale: float = 1.0, l
     return x.masked_fill(~mask, -torch.inf).softmax(dim).masked_fill(~mask, 0)
 
 
+def gradient(dy: Tensor, y: Tensor, dim: int, scale: float, log: bool = False) -> Tensor:
+    """Return the gradient of x from that of the result y."""
+    if log:
+        return dy - y.exp() * dy.sum(dim, keepdim=True)
+    return y * (dy - (dy * y).sum(dim, keepdim=True)) * scale
+
+
+def collapse(sizes, *strides) -> list[tuple[int, tuple[int, ...]]]:
+    """Merge neighbouring dimensions that several tensors can walk as one; return (size, strides) of what is left."""
+    found = []
+    for size, *steps in reversed(list(zip(sizes, *strides, strict=True))):
+        if size == 1:
+            continue
+        if found and all(s == found[-1][0] * t for s, t in zip(steps, found[-1][1], strict=True)):
+            found[-1] = (found[-1][0] * size, found[-1][1])
+        else:
+            found.append((size, tuple(steps)))
+    return found[::-1]
+
+
 def samples(scale: str, dtype: torch.dtype, device: str, log: bool = False):
     def call(name, x, dim=-1):
         return Sample(name, (x, dim, None, 1.0, True) if log else (x, dim))
@@ -187,7 +207,7 @@ def cost(x: Tensor, dim: int, mask: Tensor | None = None, scale: float = 1.0, lo
     return 5 * x.numel(), 2 * x.numel() * x.element_size() + masked
 
 
-_family = partial(Op, reference=reference, torch=stock, fast=("triton",), cost=cost, files="softmax")
-op = _family("softmax", samples=samples)
-log_op = _family("log_softmax", samples=partial(samples, log=True))
-masked_op = _family("masked_softmax", samples=masked_samples)
+_family = partial(Op, reference=reference, torch=stock, cost=cost, files="softmax")
+op = _family("softmax", samples=samples, fast=("triton",))
+log_op = _family("log_softmax", samples=partial(samples, log=True), fast=("triton",))
+masked_op = _family("masked_softmax", samples=masked_samples, fast=("triton", "native"))

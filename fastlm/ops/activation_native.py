@@ -1,0 +1,40 @@
+"""Gated units by the kernels of csrc/rows.h."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.ops.activation_kernels import ACCEPTS, differentiable
+from fastlm.ops.row_kernels import address, adjacent, cannot_here
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
+KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def cannot(gate, up, kind):
+    if up.dtype is not gate.dtype:
+        return f"gate is {gate.dtype}, up is {up.dtype}"
+    return cannot_here(gate, DTYPES)
+
+
+def loses(gate, up, kind):
+    return None
+
+
+def forward(gate, up, y, kind):
+    gate, up = adjacent(gate), adjacent(up)
+    _call(False, kind, gate, up, None, y, None)
+
+
+def backward(dy, gate, up, dgate, dup, kind):
+    dy, gate, up = dy.contiguous(), adjacent(gate), adjacent(up)
+    _call(True, kind, gate, up, dy, dgate, dup)
+
+
+def _call(backward, kind, gate, up, dy, y, db):
+    _native.gated(backward, KINDS[kind], (*gate.shape, gate.stride(0), up.stride(0)), address(gate, up, dy, y, db),
+                  gate.dtype is torch.bfloat16, torch.get_num_threads())
+
+
+run = differentiable("gated_native", forward, backward)

@@ -1,0 +1,49 @@
+"""The norms by the kernels of csrc/rows.h."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
+from fastlm.ops.row_kernels import address, adjacent, cannot_here
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def cannot(input, residual, weight, bias, shape, eps, centred):
+    return cannot_here(input, DTYPES) or mixed(input, residual, weight, bias)
+
+
+def loses(input, residual, weight, bias, shape, eps, centred):
+    return None
+
+
+def forward(x, residual, weight, bias, eps, centred):
+    x, residual = adjacent(x), None if residual is None else adjacent(residual)
+    weight, bias = _single(weight), _single(bias)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    total = None if residual is None else torch.empty_like(y)
+    mean = torch.empty(x.shape[0]) if centred else None
+    rstd = torch.empty(x.shape[0])
+    sizes = (*x.shape, x.stride(0), 0 if residual is None else residual.stride(0))
+    _native.norm_forward(sizes, address(x, residual, weight, bias, y, total, mean, rstd), eps,
+                         x.dtype is torch.bfloat16, torch.get_num_threads())
+    return y, total, mean, rstd
+
+
+def backward(dy, dsum, x, weight, mean, rstd, needs):
+    dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
+    x, weight, threads = adjacent(x), _single(weight), torch.get_num_threads()
+    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
+    dweight, dbias = (torch.zeros(2, threads, x.shape[1]) if need else None for need in needs[1:])
+    _native.norm_backward((*x.shape, x.stride(0)), address(x, dy, dsum, weight, mean, rstd, dx, dweight, dbias),
+                          x.dtype is torch.bfloat16, threads)
+    return dx, *(None if t is None else t.sum((0, 1)) for t in (dweight, dbias))
+
+
+def _single(t):
+    return None if t is None else t.float().contiguous()
+
+
+run = Norms("norm_native", forward, backward).run

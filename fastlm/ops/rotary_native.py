@@ -1,0 +1,38 @@
+"""Rotary embedding by the kernel of csrc/rows.h."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.ops.rotary_kernels import ACCEPTS, differentiable
+from fastlm.ops.row_kernels import address, adjacent, cannot_here
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def cannot(x, cos, sin, interleaved):
+    return cannot_here(x, DTYPES)
+
+
+def loses(x, cos, sin, interleaved):
+    return None
+
+
+def turn(x, cos, sin, y, interleaved, inverse):
+    x = adjacent(x)
+    cos, sin = (_table(t) for t in (cos, sin))
+    tables = (cos.stride(0) if cos.size(0) > 1 else 0, *cos.stride()[1:3])
+    sizes = (*x.shape, cos.size(-1), *x.stride()[:3], *y.stride()[:3], *tables)
+    _native.rotary(interleaved, inverse, sizes, address(x, y, cos, sin), x.dtype is torch.bfloat16,
+                   torch.get_num_threads())
+
+
+def _table(t):
+    """Return a table in float32, the angle of a pair's second column in the place of the first's where they are one."""
+    if t.stride(2) == 0:
+        return t[:, :, :1].float().contiguous().expand(t.shape)
+    return t.float().contiguous()
+
+
+run = differentiable("rotary_native", turn)

@@ -1,0 +1,33 @@
+"""What the callers of csrc/rows.h share: checks, and what crosses into C++."""
+
+import torch
+from torch import Tensor
+
+MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+ROW = "benchmarks/LOG.md 2026-11-23"
+
+
+def cannot_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Return why a kernel for the CPU cannot take `x`."""
+    if x.is_cuda:
+        return "runs on the CPU alone"
+    return None if x.dtype in dtypes else f"no kernel for {x.dtype}"
+
+
+def unmeasured(native, x: Tensor) -> str | None:
+    """Return why nobody knows whether the kernels are faster on this CPU."""
+    if native.isa not in MEASURED:
+        return f"not yet measured with {native.isa}"
+    if x.dtype is torch.bfloat16 and native.bf16_arithmetic:
+        return "not yet measured on a CPU with bfloat16 arithmetic"
+    return None
+
+
+def adjacent(t: Tensor) -> Tensor:
+    """Return `t` with the elements of its last dimension side by side, which costs a copy where they are not."""
+    return t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
+
+
+def address(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Return where the tensors lie, 0 for None. The caller keeps them until the kernel is done."""
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
