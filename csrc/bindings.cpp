@@ -139,15 +139,16 @@ void define_rows(py::module_ m) {
         "rstd.");
   m.def("norm_backward",
         [](const py::tuple& sizes, const py::tuple& addresses, bool bf16, int threads) {
-          const Pack n("norm_backward", sizes, 3), a("norm_backward", addresses, 9);
+          const Pack n("norm_backward", sizes, 3), a("norm_backward", addresses, 10);
           const NormBackward call{n.size(0),           n.size(1),           a.address<void>(0),  n.size(2),
                                   a.address<void>(1),  a.address<void>(2),  a.address<float>(3), a.address<float>(4),
                                   a.address<float>(5), a.address<void>(6),  a.address<float>(7), a.address<float>(8),
-                                  bf16,                threads};
+                                  a.address<float>(9), bf16,                threads};
           py::gil_scoped_release release;
           kernels.rows.norm_backward(call);
         },
-        "Run NormBackward: sizes rows, cols, x_row; addresses of x, dy, dsum, weight, mean, rstd, dx, dweight, dbias.");
+        "Run NormBackward: sizes rows, cols, x_row; addresses of x, dy, dsum, weight, mean, rstd, dx, dweight, dbias, "
+        "workspace.");
   m.def("gated",
         [](bool backward, int kind, const py::tuple& sizes, const py::tuple& addresses, bool bf16, int threads) {
           if (kind < 0 || kind > 2) throw std::invalid_argument("gated: unknown kind");

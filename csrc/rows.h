@@ -36,8 +36,9 @@ struct NormBackward {
   const float* mean;  // null: RMS norm
   const float* rstd;
   void* dx;        // [T, H] out, null: not wanted
-  float* dweight;  // [2, threads, H] zeros; out: parts of the gradient, to be added up; null: not wanted
-  float* dbias;    // the same
+  float* dweight;    // [H] out, null: not wanted
+  float* dbias;      // [H] out, null: not wanted
+  float* workspace;  // [threads, 4, H]; null where neither is wanted
   bool bf16;
   int threads;
 };

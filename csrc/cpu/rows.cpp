@@ -85,13 +85,18 @@ FASTLM_INLINE V keep(const V& v, int n, float rest = 0) {
   return kept;
 }
 
-// Each thread's share of the rows; a thread is worth its start from some ten thousand numbers.
-template <class Body>
-void share_rows(int threads, int64_t rows, int64_t cols, const Body& body) {
-  const int64_t worthwhile = 1 + rows * cols / 16384;
+// How many threads are worth their start, as torch reckons: one for 32768 numbers, none without a row.
+int team_size(int threads, int64_t rows, int64_t cols) {
+  const int64_t worthwhile = (rows * cols + 32767) / 32768;
   int64_t n = threads < rows ? threads : rows;
   n = n < worthwhile ? n : worthwhile;
-  parallel(int(n < 1 ? 1 : n), [&](Member& me) { body(me.index, me.begin(rows), me.end(rows)); });
+  return int(n < 1 ? 1 : n);
+}
+
+// Each thread's share of the rows.
+template <class Body>
+void share_rows(int threads, int64_t rows, int64_t cols, const Body& body) {
+  parallel(team_size(threads, rows, cols), [&](Member& me) { body(me.index, me.begin(rows), me.end(rows)); });
 }
 
 // --- norms --------------------------------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ void norm_forward(const NormForward& a) {
 }
 
 // The gradients of weight and bias grow in a row of float32 a thread; after so many rows they are added to a second
-// one, so that no chain of additions is long.
+// one, so that no chain of additions is long. In the end the threads' rows are added up.
 constexpr int kBlock = 4, kFlush = 64;
 
 // Rows [row, row + N): dx, and what they add to the gradients of weight and bias.
@@ -188,25 +193,41 @@ void norm_backward_rows(const NormBackward& a, int64_t row, float* dweight, floa
 template <class T, bool centred>
 void norm_backward(const NormBackward& a) {
   const int64_t H = a.cols;
-  share_rows(a.threads, a.rows, H, [&](int thread, int64_t first, int64_t last) {
-    float* const parts[2] = {a.dweight ? a.dweight + thread * H : nullptr, a.dbias ? a.dbias + thread * H : nullptr};
-    int blocks = 0;
-    for (int64_t row = first; row < last; ++blocks) {
-      if (row + kBlock <= last) {
-        norm_backward_rows<T, centred, kBlock>(a, row, parts[0], parts[1]);
-        row += kBlock;
-      } else {
-        norm_backward_rows<T, centred, 1>(a, row++, parts[0], parts[1]);
-      }
-      if (blocks % kFlush != kFlush - 1) continue;
-      for (float* part : parts) {
+  float* const out[2] = {a.dweight, a.dbias};
+  parallel(team_size(a.threads, a.rows, H), [&](Member& me) {
+    float* const mine = a.workspace ? a.workspace + me.index * 4 * H : nullptr;
+    if (mine) std::memset(mine, 0, 4 * H * sizeof(float));
+    float* const now[2] = {a.dweight ? mine : nullptr, a.dbias ? mine + H : nullptr};
+    const auto flush = [&] {
+      for (float* part : now) {
         if (!part) continue;
-        float* const all = part + a.threads * H;
         columns(0, H, [&](int64_t j, int n) {
-          write(all + j, read(all + j, n) + read(part + j, n), n);
+          write(part + 2 * H + j, read(part + 2 * H + j, n) + read(part + j, n), n);
           write(part + j, V{}, n);
         });
       }
+    };
+    const int64_t last = me.end(a.rows);
+    int blocks = 0;
+    for (int64_t row = me.begin(a.rows); row < last;) {
+      if (row + kBlock <= last) {
+        norm_backward_rows<T, centred, kBlock>(a, row, now[0], now[1]);
+        row += kBlock;
+      } else {
+        norm_backward_rows<T, centred, 1>(a, row++, now[0], now[1]);
+      }
+      if (++blocks % kFlush == 0) flush();
+    }
+    if (!mine) return;
+    flush();
+    me.meet();
+    for (int which = 0; which < 2; ++which) {
+      if (!out[which]) continue;
+      columns(me.begin(H), me.end(H), [&](int64_t j, int n) {
+        V all = {};
+        for (int i = 0; i < me.count; ++i) all += read(a.workspace + (i * 4 + 2 + which) * H + j, n);
+        write(out[which] + j, all, n);
+      });
     }
   });
 }

@@ -126,8 +126,9 @@ def cost(gate: Tensor, up: Tensor | None, kind: str) -> tuple[int, int]:
 
 
 def _family(name, kinds, gated):
-    return Op(name, reference=reference, torch=stock, cost=cost, files="activation", fast=("native",) if gated else (),
-              samples=partial(samples, kinds=kinds, gated=gated))
+    return Op(name, reference=reference, torch=stock, cost=cost, files="activation",
+              samples=partial(samples, kinds=kinds, gated=gated),
+              fast=("triton", "native") if gated else ("triton",))  # a plain gelu of torch's reads and writes once
 
 
 gelu_op = _family("gelu", ("gelu", "gelu_tanh"), False)

@@ -63,4 +63,5 @@ def cost(x: Tensor, residual: Tensor, p: float) -> tuple[int, int]:
     return 3 * x.numel(), 3 * x.numel() * x.element_size()
 
 
-op = Op("dropout_add", reference=reference, torch=reference, samples=samples, cost=cost)
+op = Op("dropout_add", reference=reference, torch=reference, samples=samples, cost=cost, fast=("triton",),
+        files="dropout")

@@ -183,7 +183,7 @@ def rows(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _family(name, centred, added):
-    return Op(name, reference=reference, torch=stock, cost=cost, files="norm", fast=("native",),
+    return Op(name, reference=reference, torch=stock, cost=cost, files="norm", fast=("triton", "native"),
               samples=partial(samples, centred=centred, added=added))
 
 

@@ -36,10 +36,11 @@ def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
     x, weight, threads = adjacent(x), _single(weight), torch.get_num_threads()
     dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-    dweight, dbias = (torch.zeros(2, threads, x.shape[1]) if need else None for need in needs[1:])
-    _native.norm_backward((*x.shape, x.stride(0)), address(x, dy, dsum, weight, mean, rstd, dx, dweight, dbias),
-                          x.dtype is torch.bfloat16, threads)
-    return dx, *(None if t is None else t.sum((0, 1)) for t in (dweight, dbias))
+    dweight, dbias = (torch.empty(x.shape[1]) if need else None for need in needs[1:])
+    workspace = torch.empty(threads, 4, x.shape[1]) if any(needs[1:]) else None
+    buffers = (x, dy, dsum, weight, mean, rstd, dx, dweight, dbias, workspace)
+    _native.norm_backward((*x.shape, x.stride(0)), address(*buffers), x.dtype is torch.bfloat16, threads)
+    return dx, dweight, dbias
 
 
 def _single(t):

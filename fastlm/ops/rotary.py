@@ -148,4 +148,4 @@ def cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[int, i
 
 
 op = Op("rotary_embedding", reference=reference, torch=reference, samples=samples, cost=cost,
-        fast=("native",), files="rotary")
+        fast=("triton", "native"), files="rotary")

@@ -1,0 +1,82 @@
+"""dropout_add in Triton: one pass in each direction, and no mask in memory.
+
+The mask is drawn by Philox from a seed and each element's number. The seed comes from torch's generator of the device,
+so `torch.manual_seed` decides, and a checkpoint that restores the generator draws the same mask again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlm.autograd import Differentiable, blank
+from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
+from fastlm.ops.triton_kernels import loses as loses_here
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
+ACCEPTS = {"1 kept", "127 kept", "128 kept", "129 kept", "9001 kept", "all dropped", "strided rows", "no numbers"}
+BLOCK = 1024  # numbers that each of a draw's four words decides on
+
+
+def cannot(x, residual, p):
+    if residual.dtype is not x.dtype:
+        return f"x is {x.dtype}, residual is {residual.dtype}"
+    return cannot_here(x)
+
+
+def loses(x, residual, p):
+    return loses_here(x)
+
+
+def run(x, residual, p):
+    seed = torch.randint(2**62, (1,), device=x.device)
+    return _dropout_add((x, residual, seed), p)[0]
+
+
+def forward(tensors, needs, p):
+    x, residual, seed = tensors
+    return [_masked(x, residual, seed, p)]
+
+
+def backward(grads, saved, tensors, needs, p):
+    return [_masked(grads[0], None, tensors[2], p) if needs[0] else None, None, None]
+
+
+def _masked(x, residual, seed, p):
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch(plan(x.contiguous(), None if residual is None else residual.contiguous(), seed, y, p), x)
+    return y
+
+
+def plan(x, residual, seed, y, p):
+    """Return (kernel, grid, arguments) for contiguous tensors."""
+    return kernel, (triton.cdiv(x.numel(), 4 * BLOCK),), dict(
+        x=x, residual=residual, seed=seed, y=y, numbers=x.numel(), p=float(p), scale=1 / (1 - p) if p < 1 else 0.0,
+        BLOCK=BLOCK, num_warps=8)
+
+
+@triton.jit
+def kernel(x, residual, seed, y, numbers, p, scale, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    draws = tl.rand4x(tl.load(seed), block * BLOCK + lane)
+    for i in tl.static_range(4):
+        at = (block * 4 + i) * BLOCK + lane
+        live = at < numbers
+        z = tl.load(x + at, live, 0.0).to(tl.float32)
+        z = tl.where(draws[i] >= p, z * scale, 0.0)
+        if residual is not None:
+            z += tl.load(residual + at, live, 0.0).to(tl.float32)
+        tl.store(y + at, z, live)
+
+
+def _gradient(grads, tensors, needs, p):
+    """Multiply by what the kernel makes of ones: the mask, scaled."""
+    factor = _masked(torch.ones_like(grads[0]), None, tensors[2], p)
+    return [grads[0] * factor if needs[0] else None]
+
+
+_dropout_add = Differentiable(
+    "dropout_add_triton", statics="float p", outputs=1, forward=forward, backward=backward, gradient=_gradient,
+    fake=lambda tensors, *_: [tensors[0].new_empty(tensors[0].shape)], borrowed={1: lambda grads, found: grads[0]},
+    keep=lambda tensors, *_: [blank(tensors[0]), blank(tensors[1]), tensors[2]])

@@ -1,0 +1,210 @@
+"""The norms in Triton: one pass forward, a persistent backward that keeps the gradients of weight and bias on the chip.
+
+Rows that fit are read once. Wider ones are walked in pieces, twice; their gradients of weight and bias grow in a row
+of memory that belongs to one program, which the cache holds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
+from fastlm.ops.triton_kernels import DTYPES, adjacent, cannot_here, launch, multiprocessors
+from fastlm.ops.triton_kernels import loses as loses_here
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
+# The widest rows that a block holds without spilling, see tests/test_triton.py, and the pieces of wider ones.
+FORWARD_WIDTH, BACKWARD_WIDTH, PIECE = 65536, 8192, 4096
+
+
+def cannot(input, residual, weight, bias, shape, eps, centred):
+    return cannot_here(input) or mixed(input, residual, weight, bias)
+
+
+def loses(input, *rest):
+    return loses_here(input)
+
+
+def forward(x, residual, weight, bias, eps, centred):
+    x, residual = adjacent(x), adjacent(residual)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(y)
+    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(rstd) if centred else None
+    launch(plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps), x)
+    return y, total, mean, rstd
+
+
+def backward(dy, dsum, x, weight, mean, rstd, needs):
+    dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
+    programs = min(x.shape[0], multiprocessors(x.device))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    dweight, dbias = (torch.zeros(programs, x.shape[1], device=x.device) if need else None for need in needs[1:])
+    launch(plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, programs), x)
+    return dx, *(None if t is None else t.sum(0) for t in (dweight, dbias))
+
+
+def plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps):
+    """Return (kernel, grid, arguments) for x and residual `[T, H]`."""
+    rows, cols = x.shape
+    width = triton.next_power_of_2(cols)
+    whole = width <= FORWARD_WIDTH
+    height = max(1, 1024 // width) if whole else 1
+    width = width if whole else PIECE
+    warps = min(max(height * width // 1024, 4), 32)
+    arguments = dict(x=x, x_row=x.stride(0), residual=residual, weight=weight, bias=bias, y=y, total=total, mean=mean,
+                     residual_row=0 if residual is None else residual.stride(0), rstd=rstd, rows=rows, cols=cols,
+                     eps=eps, HEIGHT=height, WIDTH=width, WHOLE=whole, num_warps=warps)
+    return forward_kernel, (triton.cdiv(rows, height),), arguments
+
+
+def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, programs):
+    """Return (kernel, grid, arguments); `dweight` and `dbias` are `[programs, H]`, zeros before."""
+    rows, cols = x.shape
+    width = triton.next_power_of_2(cols)
+    whole = width <= BACKWARD_WIDTH
+    width = width if whole else PIECE
+    arguments = dict(dy=dy, dy_row=dy.stride(0), dsum=dsum, dsum_row=0 if dsum is None else dsum.stride(0), x=x,
+                     x_row=x.stride(0), weight=weight, mean=mean, rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
+                     rows=rows, cols=cols, share=triton.cdiv(rows, max(programs, 1)), WIDTH=width, WHOLE=whole,
+                     num_warps=min(max(width // 512, 4), 16))
+    return backward_kernel, (programs,), arguments
+
+
+@triton.jit
+def _added(x, residual, total, at, residual_at, live):
+    """Return x, or the sum with the residual as it is stored, in float32."""
+    z = tl.load(x + at, live, 0.0).to(tl.float32)
+    if residual is not None:
+        z = (z + tl.load(residual + residual_at, live, 0.0).to(tl.float32)).to(total.dtype.element_ty).to(tl.float32)
+    return z
+
+
+@triton.jit
+def _scaled(z, weight, bias, lane, inside):
+    if weight is not None:
+        z *= tl.load(weight + lane, inside, 0.0).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + lane, inside, 0.0).to(tl.float32)
+    return z
+
+
+@triton.jit
+def forward_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mean, rstd, rows, cols, eps,
+                   HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    lane = tl.arange(0, WIDTH)[None, :]
+    if WHOLE:
+        live = (row < rows) & (lane < cols)
+        z = _added(x, residual, total, row * x_row + lane, row * residual_row + lane, live)
+        out = row * cols + lane
+        if total is not None:
+            tl.store(total + out, z, live)
+        if mean is not None:
+            middle = tl.sum(z, 1, keep_dims=True) / cols
+            tl.store(mean + row, middle, row < rows)
+            z = tl.where(live, z - middle, 0.0)
+        r = 1 / tl.sqrt(tl.sum(z * z, 1, keep_dims=True) / cols + eps)
+        tl.store(rstd + row, r, row < rows)
+        tl.store(y + out, _scaled(z * r, weight, bias, lane, lane < cols), live)
+    else:
+        middle = tl.zeros((HEIGHT, 1), tl.float32)
+        squares = tl.zeros((HEIGHT, 1), tl.float32)
+        for start in range(0, cols, WIDTH):
+            col = start + lane
+            live = (row < rows) & (col < cols)
+            z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
+            if total is not None:
+                tl.store(total + row * cols + col, z, live)
+            if mean is not None:  # join the piece's mean and squares with those before it (Chan et al., 1979)
+                count = tl.minimum(cols - start, WIDTH)
+                own = tl.sum(z, 1, keep_dims=True) / count
+                z = tl.where(live, z - own, 0.0)
+                away = own - middle
+                share = count / (start + count).to(tl.float32)
+                squares += away * away * (start * share)
+                middle += away * share
+            squares += tl.sum(z * z, 1, keep_dims=True)
+        r = 1 / tl.sqrt(squares / cols + eps)
+        tl.store(rstd + row, r, row < rows)
+        if mean is not None:
+            tl.store(mean + row, middle, row < rows)
+        for start in range(0, cols, WIDTH):
+            col = start + lane
+            live = (row < rows) & (col < cols)
+            z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
+            tl.store(y + row * cols + col, _scaled((z - middle) * r, weight, bias, col, col < cols), live)
+
+
+@triton.jit
+def _parts(dy, x, weight, dy_at, x_at, lane, live, middle, r):
+    """Return the upstream gradient g, the normalised x, and u = weight ⊙ g."""
+    g = tl.load(dy + dy_at, live, 0.0).to(tl.float32)
+    normal = tl.where(live, (tl.load(x + x_at, live, 0.0).to(tl.float32) - middle) * r, 0.0)
+    u = g
+    if weight is not None:
+        u = g * tl.load(weight + lane, live, 0.0).to(tl.float32)
+    return g, normal, u
+
+
+@triton.jit
+def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, rows, cols, share,
+                    WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    own = program * cols
+    dw = tl.zeros((WIDTH,), tl.float32)
+    db = tl.zeros((WIDTH,), tl.float32)
+    for i in range(0, share):
+        row = program * share + i
+        here = row < rows
+        r = tl.load(rstd + row, here, 0.0)
+        middle = 0.0
+        if mean is not None:
+            middle = tl.load(mean + row, here, 0.0)
+        if WHOLE:
+            live = here & (lane < cols)
+            g, normal, u = _parts(dy, x, weight, row * dy_row + lane, row * x_row + lane, lane, live, middle, r)
+            if dx is not None:
+                d = u - normal * (tl.sum(u * normal) / cols)
+                if mean is not None:
+                    d -= tl.sum(u) / cols
+                d *= r
+                if dsum is not None:
+                    d += tl.load(dsum + row * dsum_row + lane, live, 0.0).to(tl.float32)
+                tl.store(dx + row * cols + lane, d, live)
+            dw += g * normal
+            db += g
+        else:
+            along = 0.0
+            level = 0.0
+            if dx is not None:
+                for start in range(0, cols, WIDTH):
+                    col = start + lane
+                    live = here & (col < cols)
+                    g, normal, u = _parts(dy, x, weight, row * dy_row + col, row * x_row + col, col, live, middle, r)
+                    along += tl.sum(u * normal)
+                    if mean is not None:
+                        level += tl.sum(u)
+            for start in range(0, cols, WIDTH):
+                col = start + lane
+                live = here & (col < cols)
+                g, normal, u = _parts(dy, x, weight, row * dy_row + col, row * x_row + col, col, live, middle, r)
+                if dx is not None:
+                    d = (u - normal * (along / cols) - level / cols) * r
+                    if dsum is not None:
+                        d += tl.load(dsum + row * dsum_row + col, live, 0.0).to(tl.float32)
+                    tl.store(dx + row * cols + col, d, live)
+                if dweight is not None:
+                    tl.store(dweight + own + col, tl.load(dweight + own + col, live, 0.0) + g * normal, live)
+                if dbias is not None:
+                    tl.store(dbias + own + col, tl.load(dbias + own + col, live, 0.0) + g, live)
+    if WHOLE:
+        if dweight is not None:
+            tl.store(dweight + own + lane, dw, lane < cols)
+        if dbias is not None:
+            tl.store(dbias + own + lane, db, lane < cols)
+
+
+run = Norms("norm_triton", forward, backward).run
