@@ -149,8 +149,8 @@ class _Forward(torch.autograd.Function):
         tensors, saved = kept[: ctx.count], kept[ctx.count:]
         grads = [torch.zeros(shape, dtype=dtype, device=device) if g is None else g
                  for g, (shape, dtype, device) in zip(grads, ctx.results, strict=False)]
-        found = _apply(_Backward, ctx.kernels, ctx.kernels.asked(ctx.slots), ctx.statics, len(grads), len(saved), *grads,
-                                *saved, *tensors)
+        found = _apply(_Backward, ctx.kernels, ctx.kernels.asked(ctx.slots), ctx.statics, len(grads), len(saved),
+                       *grads, *saved, *tensors)
         return None, None, None, *ctx.kernels.lend(grads, found, ctx.slots)
 
     @staticmethod

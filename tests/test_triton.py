@@ -24,7 +24,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastlm.ops import attention_triton, cross_entropy_triton, softmax_triton  # noqa: E402
+from fastlm.ops import (  # noqa: E402
+    activation_triton,
+    attention_triton,
+    cross_entropy_triton,
+    dropout_triton,
+    norm_triton,
+    rotary_triton,
+    softmax_triton,
+)
 
 GENERATIONS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -100,15 +108,54 @@ def tensor(*shape, dtype=torch.float32):
 
 
 def softmax_cases(generation):
-    for rows, cols in ((4096, 1024), (1024, 32000), (256, 131072)):
-        for dtype in (torch.float32, torch.bfloat16):
-            x = softmax_triton.view(tensor(rows, cols, dtype=dtype), -1)
-            yield Case(f"{rows}x{cols} {dtype}", softmax_triton.plan_forward(x, x), generation)
-            yield Case(f"{rows}x{cols} {dtype}", softmax_triton.plan_backward(x, x, x), generation)
-    x = softmax_triton.view(tensor(64, 500, 64), 1)
-    # ptxas spills two registers of its own accord, to run two blocks on a multiprocessor.
-    yield Case("64x500x64 dim 1", softmax_triton.plan_forward(x, x), generation, spills=8)
-    yield Case("64x500x64 dim 1", softmax_triton.plan_backward(x, x, x), generation)
+    mask = tensor(256, 1, 1, 2048, dtype=torch.bool).expand(256, 16, 128, 2048)
+    for label, shape, dtype, dim, mask, log in (  # noqa: B020
+            ("4096x1024 float32", (4096, 1024), torch.float32, -1, None, False),
+            ("4096x1024 bfloat16 log", (4096, 1024), torch.bfloat16, -1, None, True),
+            ("1024x32000 float32", (1024, 32000), torch.float32, -1, None, False),
+            ("1024x32000 bfloat16", (1024, 32000), torch.bfloat16, -1, None, False),
+            ("256x131072 bfloat16", (256, 131072), torch.bfloat16, -1, None, False),
+            ("8x131072 float32", (8, 131072), torch.float32, -1, None, False),
+            ("64x500x64 dim 1", (64, 500, 64), torch.float32, 1, None, False),
+            ("256x16x128x2048 masked bfloat16", (256, 16, 128, 2048), torch.bfloat16, -1, mask, False)):
+        x = tensor(*shape, dtype=dtype)
+        for plan in softmax_triton.plan_forward(x, mask, x, dim, 0.125, log):
+            # ptxas spills two registers of its own accord, to run two blocks on a multiprocessor.
+            yield Case(label, plan, generation, spills=8)
+        for plan in softmax_triton.plan_backward(x, x, x, dim, 0.125, log):
+            yield Case(label, plan, generation)
+
+
+def norm_cases(generation):
+    for shape, dtype in (((4096, 512), torch.bfloat16), ((4096, 4096), torch.float32), ((4096, 8192), torch.bfloat16),
+                         ((1024, 32768), torch.bfloat16), ((64, 131072), torch.bfloat16)):
+        x, rows, parts = tensor(*shape, dtype=dtype), tensor(shape[0]), tensor(132, shape[1])
+        weight = tensor(shape[1], dtype=dtype)
+        label = "x".join(map(str, shape)) + f" {str(dtype)[6:]}"
+        for kind, residual, bias, mean in (("rms", None, None, None), ("add layer", x, weight, rows)):
+            yield Case(f"{label} {kind}", norm_triton.plan_forward(x, residual, weight, bias, x, residual, mean, rows,
+                                                                   1e-5), generation)
+            yield Case(f"{label} {kind}", norm_triton.plan_backward(
+                x, residual, x, weight, mean, rows, x, parts, None if bias is None else parts, 132), generation)
+
+
+def streaming_cases(generation):
+    """Yield what reads and writes once: gated units, rotary embedding, dropout."""
+    for kind in ("silu", "gelu", "gelu_tanh"):
+        x = tensor(4096, 8192, dtype=torch.bfloat16)
+        half = tensor(4096, 16384, dtype=torch.bfloat16)[:, :8192]
+        for label, gate in ((kind, x), (f"{kind} halves", half)):
+            yield Case(label, activation_triton.plan_forward(gate, gate, x, kind), generation)
+            yield Case(label, activation_triton.plan_backward(x, gate, gate, x, x, kind), generation)
+    for interleaved in (False, True):
+        x = tensor(4, 2048, 32, 128, dtype=torch.bfloat16).transpose(1, 2)
+        angles = tensor(1, 2048, 1, 64).expand(-1, -1, 2, -1)
+        for inverse in (False, True):
+            yield Case(f"interleaved {interleaved} inverse {inverse}",
+                       rotary_triton.plan(x, angles, angles, x, interleaved, inverse), generation)
+    x, seed = tensor(4096, 4096, dtype=torch.bfloat16), tensor(1, dtype=torch.int64)
+    for residual in (x, None):
+        yield Case(f"residual {residual is not None}", dropout_triton.plan(x, residual, seed, x, 0.1), generation)
 
 
 def cross_entropy_cases(generation):
@@ -154,8 +201,8 @@ def attention(generation, label, dim, dtype, causal=False, mask=None, value_dim=
         yield Case(label, plan, generation, 160, deep)
 
 
-CASES = [case for generation in GENERATIONS for kind in (softmax_cases, cross_entropy_cases, attention_cases)
-         for case in kind(generation)]
+KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, attention_cases)
+CASES = [case for generation in GENERATIONS for kind in KINDS for case in kind(generation)]
 
 
 def title(index):

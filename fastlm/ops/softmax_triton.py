@@ -1,179 +1,283 @@
-"""Softmax in Triton: rows that fit are read once, longer ones twice with a running maximum and sum.
+"""Softmax, its logarithm, and the masked and scaled one in Triton.
 
-A tensor is seen as `[outer, cols, rows]` whatever the dimension and strides: a program takes a tile of rows, so that
-neighbouring threads read neighbouring memory also where the rows, not the columns, lie side by side.
+A program takes a tile of rows, so that neighbouring threads read neighbouring memory also where the rows, not the
+columns, lie side by side. Rows that fit a tile are read once. Longer ones are walked in pieces, twice, with a running
+maximum and sum; the second walk goes backwards, so that it begins with what the cache still holds. Where there are
+fewer tiles than multiprocessors, several programs share a row: one launch measures the parts, a second one writes.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 
-from fastlm.autograd import Differentiable
-from fastlm.ops.softmax import reference
+from fastlm.autograd import Differentiable, blank
+from fastlm.ops.softmax import collapse, gradient
+from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch, multiprocessors
+from fastlm.ops.triton_kernels import loses as loses_here
 
-INTERPRETED = triton.knobs.runtime.interpret
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 ACCEPTS = {"row of 1", "row of 127", "row of 128", "row of 129", "row of 1000", "long row", "row in pieces",
            "late values", "outliers", "minus infinity", "no rows", "empty rows", "one number", "first dimension",
-           "long first dimension", "middle dimension", "transposed", "every other column"}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+           "long first dimension", "middle dimension", "transposed", "every other column", "five dimensions", "no mask",
+           "by key", "by head", "by query and key", "by query", "few kept", "nothing kept", "negative scale"}
 
 # The largest tiles that a block of 1024 threads (64 registers each) holds without spilling: see tests/test_triton.py.
-FORWARD_TILE, BACKWARD_TILE = 32768, 16384
+FORWARD_TILE, BACKWARD_TILE, PIECE = 32768, 16384, 8192
 
 
 def cannot(x, dim, mask=None, scale=1.0, log=False):
-    if mask is not None or scale != 1 or log:
-        return "no kernel for masks, scales and logarithms"
-    if not (x.is_cuda or INTERPRETED):
-        return "needs a GPU"
-    if x.dtype not in DTYPES:
-        return f"no kernel for {x.dtype}"
-    return None
+    return cannot_here(x)
 
 
 def loses(x, dim, mask=None, scale=1.0, log=False):
-    return "not yet run on a GPU" if x.is_cuda else "interpreted"
+    return loses_here(x)
 
 
 def run(x, dim, mask=None, scale=1.0, log=False):
-    return _softmax((x,), dim)[0]
+    return _softmax((x, mask), dim, scale, log)[0]
 
 
-def forward(tensors, needs, dim):
-    (x,) = tensors
+def forward(tensors, needs, dim, scale, log):
+    x, mask = tensors
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        kernel, grid, arguments = plan_forward(view(x, dim), view(y, dim))
-        with torch.cuda.device_of(x):
-            kernel[grid](**arguments)
+        for plan in plan_forward(x, mask, y, dim, scale, log):
+            launch(plan, x)
     return [y]
 
 
-def backward(grads, saved, tensors, needs, dim):
-    (y,), (dy,) = saved, grads
+def backward(grads, saved, tensors, needs, dim, scale, log):
+    (dy,), y = grads, tensors[0]
     dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if y.numel():
-        kernel, grid, arguments = plan_backward(*(view(t, dim) for t in (y, dy, dx)))
-        with torch.cuda.device_of(y):
-            kernel[grid](**arguments)
-    return [dx]
+        for plan in plan_backward(y, dy, dx, dim, scale, log):
+            launch(plan, y)
+    return [dx, None]
 
 
-def plan_forward(x, y):
-    """Return (kernel, grid, arguments) for views `[outer, cols, rows]`."""
-    outer, cols, rows = x.shape
-    tile = _tile(rows, cols, x.stride(2) < x.stride(1), FORWARD_TILE)
-    strides = {f"{name}_{axis}": s for name, t in (("x", x), ("y", y))
-               for axis, s in zip(("outer", "col", "row"), t.stride(), strict=True)}
-    return forward_kernel, _grid(outer, rows, tile), dict(x=x, y=y, rows=rows, cols=cols, **strides, **tile)
+def plan_forward(x, mask, y, dim, scale, log):
+    """Return the launches, (kernel, grid, arguments) each."""
+    tensors, arguments, parts = _walk(dict(x=x, y=y, mask=mask), dim, FORWARD_TILE)
+    arguments |= tensors | dict(scale=float(scale), LOG=log)
+    return _launches(forward_kernel, arguments, parts, ("tops", "totals"), x.device)
 
 
-def plan_backward(y, dy, dx):
-    """Return (kernel, grid, arguments) for views `[outer, cols, rows]`."""
-    outer, cols, rows = y.shape
-    tile = _tile(rows, cols, y.stride(2) < y.stride(1), BACKWARD_TILE)
-    strides = {f"{name}_{axis}": s for name, t in (("y", y), ("dy", dy), ("dx", dx))
-               for axis, s in zip(("outer", "col", "row"), t.stride(), strict=True)}
-    return backward_kernel, _grid(outer, rows, tile), dict(y=y, dy=dy, dx=dx, rows=rows, cols=cols, **strides, **tile)
+def plan_backward(y, dy, dx, dim, scale, log):
+    """Return the launches, (kernel, grid, arguments) each."""
+    tensors, arguments, parts = _walk(dict(y=y, dy=dy, dx=dx), dim, BACKWARD_TILE)
+    arguments |= tensors | dict(scale=float(scale), LOG=log)
+    return _launches(backward_kernel, arguments, parts, ("dots",), y.device)
 
 
-def view(x, dim):
-    """View `x` as `[outer, cols, rows]`; only strides that no such view can express cost a copy."""
-    if x.dim() == 0:
-        return x.reshape(1, 1, 1)
-    dim %= x.dim()
-    x = x.reshape(math.prod(x.shape[:dim]), x.size(dim), math.prod(x.shape[dim + 1:]))
-    return x.permute(2, 1, 0) if x.size(2) == 1 else x
+def _walk(tensors, dim, limit):
+    """Return (tensors, arguments that say how to walk them, parts of a row).
+
+    All are seen as `[outer, inner, rows, cols]`; only strides that no such view can express cost a copy.
+    """
+    first, *_ = tensors.values()
+    if first.dim() == 0:
+        tensors = {name: None if t is None else t.reshape(1) for name, t in tensors.items()}
+        first, *_ = tensors.values()
+    dim %= first.dim()
+    batch = [i for i in range(first.dim()) if i != dim]
+
+    def groups():
+        strides = ([0 if t is None else t.stride(i) for i in batch] for t in tensors.values())
+        return collapse([first.size(i) for i in batch], *strides)
+
+    if len(groups()) > 3:
+        tensors = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+    none = (0,) * len(tensors)
+    outer, inner, rows = [(1, none)] * (3 - len(groups())) + groups()
+    cols = first.size(dim)
+    arguments = dict(inner=inner[0], rows=rows[0], cols=cols)
+    for i, (name, t) in enumerate(tensors.items()):
+        steps = (outer[1][i], inner[1][i], rows[1][i], 0 if t is None else t.stride(dim))
+        arguments |= zip((f"{name}_{axis}" for axis in ("outer", "inner", "row", "col")), steps, strict=True)
+    tile = _tile(rows[0], cols, rows[1][0] < first.stride(dim) and rows[0] > 1, limit)
+    tiles = outer[0] * inner[0] * triton.cdiv(rows[0], tile["HEIGHT"])
+    parts = 1
+    if not tile["WHOLE"]:
+        parts = max(1, min(multiprocessors(first.device) // tiles, triton.cdiv(cols, tile["WIDTH"]), 256))
+    share = triton.cdiv(triton.cdiv(cols, tile["WIDTH"]), parts)
+    return tensors, arguments | tile | dict(share=share, tiles=tiles), parts
 
 
 def _tile(rows, cols, rows_adjacent, limit):
-    """Choose the tile: whole rows where one fits into `limit` elements, else pieces of 8192 elements."""
-    at_least = 32 if rows_adjacent else max(1, 1024 // triton.next_power_of_2(cols))
-    height = min(at_least, triton.next_power_of_2(rows))
+    """Choose the tile: whole rows where one fits into `limit` elements, else pieces."""
     width = triton.next_power_of_2(cols)
+    at_least = 32 if rows_adjacent else max(1, 1024 // width)
+    height = min(at_least, triton.next_power_of_2(rows))
     whole = height * width <= limit
-    if not whole:
-        width = 8192 // height
+    width = width if whole else PIECE // height
     return {"HEIGHT": height, "WIDTH": width, "WHOLE": whole, "num_warps": min(max(height * width // 1024, 4), 32)}
 
 
-def _grid(outer, rows, tile):
-    return (outer * triton.cdiv(rows, tile["HEIGHT"]),)
+def _launches(kernel, arguments, parts, partial, device):
+    """Return one launch, or where rows have parts two: the first leaves in memory what the second needs of a row."""
+    tiles = arguments.pop("tiles")
+    if parts == 1:
+        return [(kernel, (tiles, 1), arguments | dict.fromkeys(partial) | dict(STAGE="both", PARTS=1))]
+    shape = (tiles * arguments["HEIGHT"], parts)
+    arguments |= {name: torch.empty(shape, dtype=torch.float32, device=device) for name in partial}
+    return [(kernel, (tiles, parts), arguments | dict(STAGE=stage, PARTS=parts)) for stage in ("measure", "write")]
 
 
 @triton.jit
-def forward_kernel(x, y, rows, cols, x_outer, x_col, x_row, y_outer, y_col, y_row,
-                   HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+def _place(inner, rows, HEIGHT: tl.constexpr):
+    """Return the outer and inner index of a program's tile, and its rows `[HEIGHT, 1]`."""
     blocks = tl.cdiv(rows, HEIGHT)
-    outer = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks * HEIGHT + tl.arange(0, HEIGHT)[:, None]).to(tl.int64)
-    lane = tl.arange(0, WIDTH)[None, :]
-    x += outer * x_outer + row * x_row
-    y += outer * y_outer + row * y_row
-    if WHOLE:
-        col = lane.to(tl.int64)
-        live = (row < rows) & (lane < cols)
-        z = tl.load(x + col * x_col, live, -float("inf")).to(tl.float32)
-        e = tl.exp(z - tl.max(z, 1, keep_dims=True))
-        tl.store(y + col * y_col, e / tl.sum(e, 1, keep_dims=True), live)
-    else:
-        highest = tl.full((HEIGHT, 1), -float("inf"), tl.float32)
-        total = tl.zeros_like(highest)
-        for start in range(0, cols, WIDTH):
-            col = (start + lane).to(tl.int64)
-            z = tl.load(x + col * x_col, (row < rows) & (col < cols), -float("inf")).to(tl.float32)
-            new = tl.maximum(highest, tl.max(z, 1, keep_dims=True))
-            base = tl.where(new == -float("inf"), 0.0, new)
-            total = total * tl.exp(highest - base) + tl.sum(tl.exp(z - base), 1, keep_dims=True)
-            highest = new
-        for start in range(0, cols, WIDTH):
-            col = (start + lane).to(tl.int64)
-            live = (row < rows) & (col < cols)
-            z = tl.load(x + col * x_col, live, 0.0).to(tl.float32)
-            tl.store(y + col * y_col, tl.exp(z - highest) / total, live)
+    batch = tl.program_id(0) // blocks
+    row = tl.program_id(0) % blocks * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    return (batch // inner).to(tl.int64), (batch % inner).to(tl.int64), row.to(tl.int64)
 
 
 @triton.jit
-def backward_kernel(y, dy, dx, rows, cols, y_outer, y_col, y_row, dy_outer, dy_col, dy_row, dx_outer, dx_col, dx_row,
-                    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    blocks = tl.cdiv(rows, HEIGHT)
-    outer = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks * HEIGHT + tl.arange(0, HEIGHT)[:, None]).to(tl.int64)
-    lane = tl.arange(0, WIDTH)[None, :]
-    y += outer * y_outer + row * y_row
-    dy += outer * dy_outer + row * dy_row
-    dx += outer * dx_outer + row * dx_row
-    if WHOLE:
-        col = lane.to(tl.int64)
-        live = (row < rows) & (lane < cols)
-        p = tl.load(y + col * y_col, live, 0.0).to(tl.float32)
-        g = tl.load(dy + col * dy_col, live, 0.0).to(tl.float32)
-        tl.store(dx + col * dx_col, p * (g - tl.sum(p * g, 1, keep_dims=True)), live)
+def _scores(x, mask, x_col, mask_col, col, live, scale):
+    """Return scaled scores, -inf where none is kept, and what is kept."""
+    col = col.to(tl.int64)
+    z = tl.load(x + col * x_col, live, 0.0).to(tl.float32) * scale
+    keep = live
+    if mask is not None:
+        keep = live & (tl.load(mask + col * mask_col, live, 0) != 0)
+    return tl.where(keep, z, -float("inf")), keep
+
+
+@triton.jit
+def _base(top):
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def _result(z, keep, mask, top, total, LOG: tl.constexpr):
+    if LOG:
+        result = z - _base(top) - tl.log(total)
     else:
+        result = tl.exp(z - _base(top)) / total
+        if mask is not None:  # also where nothing is kept
+            result = tl.where(keep, result, 0.0)
+    return result
+
+
+@triton.jit
+def forward_kernel(x, y, mask, tops, totals, scale, inner, rows, cols, share, x_outer, x_inner, x_row, x_col, y_outer,
+                   y_inner, y_row, y_col, mask_outer, mask_inner, mask_row, mask_col, HEIGHT: tl.constexpr,
+                   WIDTH: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr, STAGE: tl.constexpr,
+                   PARTS: tl.constexpr):
+    o, i, row = _place(inner, rows, HEIGHT)
+    lane = tl.arange(0, WIDTH)[None, :]
+    x += o * x_outer + i * x_inner + row * x_row
+    y += o * y_outer + i * y_inner + row * y_row
+    if mask is not None:
+        mask += o * mask_outer + i * mask_inner + row * mask_row
+    if WHOLE:
+        live = (row < rows) & (lane < cols)
+        z, keep = _scores(x, mask, x_col, mask_col, lane, live, scale)
+        top = tl.max(z, 1, keep_dims=True)
+        total = tl.sum(tl.exp(z - _base(top)), 1, keep_dims=True)
+        tl.store(y + lane.to(tl.int64) * y_col, _result(z, keep, mask, top, total, LOG), live)
+    else:
+        first = tl.program_id(1) * share * WIDTH
+        slot = (tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]) * PARTS
+        top = tl.full((HEIGHT, 1), -float("inf"), tl.float32)
         total = tl.zeros((HEIGHT, 1), tl.float32)
-        for start in range(0, cols, WIDTH):
-            col = (start + lane).to(tl.int64)
-            live = (row < rows) & (col < cols)
-            p = tl.load(y + col * y_col, live, 0.0).to(tl.float32)
-            total += tl.sum(p * tl.load(dy + col * dy_col, live, 0.0).to(tl.float32), 1, keep_dims=True)
-        for start in range(0, cols, WIDTH):
-            col = (start + lane).to(tl.int64)
-            live = (row < rows) & (col < cols)
-            p = tl.load(y + col * y_col, live, 0.0).to(tl.float32)
-            g = tl.load(dy + col * dy_col, live, 0.0).to(tl.float32)
-            tl.store(dx + col * dx_col, p * (g - total), live)
+        if STAGE != "write":
+            for piece in range(0, share):
+                col = first + piece * WIDTH + lane
+                z, _ = _scores(x, mask, x_col, mask_col, col, (row < rows) & (col < cols), scale)
+                new = tl.maximum(top, tl.max(z, 1, keep_dims=True))
+                total = total * tl.exp(top - _base(new)) + tl.sum(tl.exp(z - _base(new)), 1, keep_dims=True)
+                top = new
+        else:
+            for part in range(0, PARTS):
+                other = tl.load(tops + slot + part)
+                new = tl.maximum(top, other)
+                total = (total * tl.exp(top - _base(new))
+                         + tl.load(totals + slot + part) * tl.exp(other - _base(new)))
+                top = new
+        if STAGE == "measure":
+            tl.store(tops + slot + tl.program_id(1), top)
+            tl.store(totals + slot + tl.program_id(1), total)
+        else:
+            for back in range(0, share):
+                col = first + (share - 1 - back) * WIDTH + lane
+                live = (row < rows) & (col < cols)
+                z, keep = _scores(x, mask, x_col, mask_col, col, live, scale)
+                tl.store(y + col.to(tl.int64) * y_col, _result(z, keep, mask, top, total, LOG), live)
 
 
-def _reference(tensors, dim):
-    return (reference(*tensors, dim, None, 1.0, False),)
+@triton.jit
+def _pair(y, dy, y_col, dy_col, col, live):
+    """Return a piece of the result and of its gradient."""
+    col = col.to(tl.int64)
+    return tl.load(y + col * y_col, live, 0.0).to(tl.float32), tl.load(dy + col * dy_col, live, 0.0).to(tl.float32)
 
 
-def _fake(tensors, needs, dim):
+@triton.jit
+def _dot(p, g, LOG: tl.constexpr):
+    """Return what a row's gradients share: Σ g of the logarithm, else Σ p g."""
+    if not LOG:
+        g = p * g
+    return tl.sum(g, 1, keep_dims=True)
+
+
+@triton.jit
+def _slope(p, g, dot, scale, LOG: tl.constexpr):
+    if LOG:
+        d = g - tl.exp(p) * dot
+    else:
+        d = p * (g - dot) * scale
+    return d
+
+
+@triton.jit
+def backward_kernel(y, dy, dx, dots, scale, inner, rows, cols, share, y_outer, y_inner, y_row, y_col, dy_outer,
+                    dy_inner, dy_row, dy_col, dx_outer, dx_inner, dx_row, dx_col, HEIGHT: tl.constexpr,
+                    WIDTH: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr, STAGE: tl.constexpr,
+                    PARTS: tl.constexpr):
+    o, i, row = _place(inner, rows, HEIGHT)
+    lane = tl.arange(0, WIDTH)[None, :]
+    y += o * y_outer + i * y_inner + row * y_row
+    dy += o * dy_outer + i * dy_inner + row * dy_row
+    dx += o * dx_outer + i * dx_inner + row * dx_row
+    if WHOLE:
+        live = (row < rows) & (lane < cols)
+        p, g = _pair(y, dy, y_col, dy_col, lane, live)
+        tl.store(dx + lane.to(tl.int64) * dx_col, _slope(p, g, _dot(p, g, LOG), scale, LOG), live)
+    else:
+        first = tl.program_id(1) * share * WIDTH
+        slot = (tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]) * PARTS
+        dot = tl.zeros((HEIGHT, 1), tl.float32)
+        if STAGE != "write":
+            for piece in range(0, share):
+                col = first + piece * WIDTH + lane
+                p, g = _pair(y, dy, y_col, dy_col, col, (row < rows) & (col < cols))
+                dot += _dot(p, g, LOG)
+        else:
+            for part in range(0, PARTS):
+                dot += tl.load(dots + slot + part)
+        if STAGE == "measure":
+            tl.store(dots + slot + tl.program_id(1), dot)
+        else:
+            for back in range(0, share):
+                col = first + (share - 1 - back) * WIDTH + lane
+                live = (row < rows) & (col < cols)
+                p, g = _pair(y, dy, y_col, dy_col, col, live)
+                tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, dot, scale, LOG), live)
+
+
+def _fake(tensors, *_):
     return [tensors[0].new_empty(tensors[0].shape)]
 
 
-_softmax = Differentiable("softmax_triton", statics="int dim", outputs=1, forward=forward, fake=_fake,
-                          backward=backward, reference=_reference, reads_results=True)
+def _keep(tensors, outputs, *_):
+    return [outputs[0], None if tensors[1] is None else blank(tensors[1])]
+
+
+def _gradient(grads, tensors, needs, dim, scale, log):
+    return [gradient(grads[0], tensors[0], dim, scale, log)]
+
+
+_softmax = Differentiable("softmax_triton", statics="int dim, float scale, bool log", outputs=1, forward=forward,
+                          fake=_fake, backward=backward, keep=_keep, gradient=_gradient)
