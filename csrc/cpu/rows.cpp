@@ -249,7 +249,8 @@ FASTLM_INLINE V exp_negative(const V& x) {
 FASTLM_INLINE V normal_cdf(const V& a, V& e) {
   constexpr float h[] = {-0.0226901573f, 0.130093091f, -0.274978921f, 0.226060218f, -0.0578857430f,
                          0.121941733f,   0.111661499f, 0.133243156f,  0.132555193f};
-  const V distance = a < 0 ? -a : a;
+  V distance = a < 0 ? -a : a;
+  distance = distance > 20.f ? V{} + 20.f : distance;  // infinity has no quotient
   e = exp_negative(-0.5f * a * a);
   const V t = quotient(V{} + 1, 1 + (0.47f * kRootHalf) * distance);
   V q = V{} + h[0];

@@ -72,7 +72,8 @@ def kernel(x, residual, seed, y, numbers, p, scale, BLOCK: tl.constexpr):
 
 def _gradient(grads, tensors, needs, p):
     """Multiply by what the kernel makes of ones: the mask, scaled."""
-    factor = _masked(torch.ones_like(grads[0]), None, tensors[2], p)
+    ones = torch.ones(grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
+    factor = _masked(ones, None, tensors[2], p)
     return [grads[0] * factor if needs[0] else None]
 
 

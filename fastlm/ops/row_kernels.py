@@ -14,13 +14,21 @@ def cannot_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return None if x.dtype in dtypes else f"no kernel for {x.dtype}"
 
 
-def unmeasured(native, x: Tensor) -> str | None:
-    """Return why nobody knows whether the kernels are faster on this CPU."""
+def loses_below(native, least: tuple[int, int], *tensors: Tensor | None) -> str | None:
+    """Return why stock is the better choice for the first tensor, None where a measured row says that it is not.
+
+    Args:
+        least: how many numbers it must have, without gradients and with them; 0: never enough.
+    """
+    x = tensors[0]
     if native.isa not in MEASURED:
         return f"not yet measured with {native.isa}"
     if x.dtype is torch.bfloat16 and native.bf16_arithmetic:
         return "not yet measured on a CPU with bfloat16 arithmetic"
-    return None
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not least[trains]:
+        return f"slower than torch: {ROW}"
+    return f"slower than torch below {least[trains]} numbers: {ROW}" if x.numel() < least[trains] else None
 
 
 def adjacent(t: Tensor) -> Tensor:

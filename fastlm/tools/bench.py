@@ -112,7 +112,8 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
                   times[baseline].median / found.median, worst.ours, worst.stock, all(e.ok for e in errors))
         if subject.floor is not None:
             # Backward costs about two forwards: of a product's arithmetic, of an elementwise op's bytes.
-            row.peak_share = subject.floor() * (3 if mode == "training" else 1) / found.median
+            training = subject.training_floor or (lambda: 3 * subject.floor())
+            row.peak_share = (training if mode == "training" else subject.floor)() / found.median
         if subject.reads is not None:
             row.bytes_per_s = subject.reads / found.median
         if mode == "training" and ran != "torch":

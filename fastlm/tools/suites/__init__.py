@@ -16,7 +16,7 @@ from fastlm import measure
 from fastlm.dispatch import Op
 
 EVERYTHING = ("ops", "modules", "models")
-FAMILIES = ("rnn-cpu",)
+FAMILIES = ("rnn-cpu", "norms")
 SUITES = EVERYTHING + FAMILIES
 
 
@@ -50,6 +50,7 @@ class Subject:
         errors: called with what ran, returns the errors of results and gradients (`measure.errors`).
         constants: positions of floating-point arguments without a gradient.
         floor: returns the fewest seconds that the machine could take for a forward pass.
+        training_floor: the same for forward and backward; three times `floor` where None.
         reads: bytes that one call must read, where reading is what takes the time.
         modules: put into training mode or out of it before each measurement.
         compiled: whether stock under torch.compile is worth a comparison.
@@ -63,6 +64,7 @@ class Subject:
     errors: Callable[[str], list[measure.Error]]
     constants: tuple[int, ...] = ()
     floor: Callable[[], float] | None = None
+    training_floor: Callable[[], float] | None = None
     reads: int | None = None
     modules: tuple[torch.nn.Module, ...] = ()
     compiled: bool = False
