@@ -71,13 +71,16 @@ def kernel(x, residual, seed, y, numbers, p, scale, BLOCK: tl.constexpr):
 
 
 def _gradient(grads, tensors, needs, p):
-    """Multiply by what the kernel makes of ones: the mask, scaled."""
-    ones = torch.ones(grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
-    factor = _masked(ones, None, tensors[2], p)
-    return [grads[0] * factor if needs[0] else None]
+    """Mask the upstream gradient as x was masked."""
+    return [_dropout_add((grads[0], None, tensors[2]), p)[0] if needs[0] else None]
+
+
+def _keep(tensors, *_):
+    x, residual, seed = tensors
+    return [blank(x), None if residual is None else blank(residual), seed]
 
 
 _dropout_add = Differentiable(
     "dropout_add_triton", statics="float p", outputs=1, forward=forward, backward=backward, gradient=_gradient,
     fake=lambda tensors, *_: [tensors[0].new_empty(tensors[0].shape)], borrowed={1: lambda grads, found: grads[0]},
-    keep=lambda tensors, *_: [blank(tensors[0]), blank(tensors[1]), tensors[2]])
+    keep=_keep)

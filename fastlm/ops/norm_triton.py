@@ -15,7 +15,7 @@ from fastlm.ops.triton_kernels import loses as loses_here
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 # The widest rows that a block holds without spilling, see tests/test_triton.py, and the pieces of wider ones.
-FORWARD_WIDTH, BACKWARD_WIDTH, PIECE = 65536, 8192, 4096
+FORWARD_WIDTH, BACKWARD_WIDTH, PIECE = 32768, 8192, 4096
 
 
 def cannot(input, residual, weight, bias, shape, eps, centred):

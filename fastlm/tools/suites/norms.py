@@ -1,7 +1,7 @@
 """Softmax, norms, gated units, rotary embedding and dropout: the layers that only read and write.
 
-On a GPU each is to reach a share of the copy bandwidth, forward and backward; on the CPU there is no goal but not to
-be slower than stock.
+On a GPU each is to reach a share of the copy bandwidth, forward and backward; on the CPU not to be slower than stock,
+within the noise of a measurement.
 """
 
 import functools
@@ -14,6 +14,7 @@ from fastlm.ops import ALL
 from fastlm.tools.suites import Case, Goal, Subject, op_subject
 
 OPS = {op.name: op for op in ALL}
+NO_SLOWER = Goal(ratio=0.95)
 
 
 def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[Case]:
@@ -21,15 +22,15 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
     for dtype in dtypes or ((torch.bfloat16, torch.float32) if gpu else (torch.float32, torch.bfloat16)):
         for name, shapes, make, backward_passes, goals in FAMILY:
             for shape in shapes[gpu]:
-                wanted = _goals(*goals, backward_passes) if gpu and goals else {}
+                wanted = _goals(*goals, backward_passes) if gpu else dict.fromkeys(("forward", "training"), NO_SLOWER)
                 op, _, form = name.partition(" ")
                 yield Case("norms", op, " ".join(["x".join(map(str, shape)), form]).strip(), dtype,
                            functools.partial(_subject, op, make, shape, dtype, device, backward_passes),
                            goals=wanted, fast=tuple(n for n in OPS[op].default if n != "torch"))
 
 
-def _goals(forward: float, backward: float, passes: float, ratio: float | None = None) -> dict[str, Goal]:
-    """Return goals from the shares of the floor that forward and backward are to reach."""
+def _goals(forward: float, backward: float, ratio: float | None, passes: float) -> dict[str, Goal]:
+    """Return goals from the shares of the floor that forward and backward are to reach, and stock's time over ours."""
     return {"forward": Goal(share=forward),
             "training": Goal(share=(1 + passes) / (1 / forward + passes / backward), ratio=ratio)}
 
@@ -86,23 +87,23 @@ def _dropout(device, dtype, rows, cols):
 
 
 # name, shapes on the CPU and on a GPU, arguments, what backward moves in units of forward, and on a GPU the shares of
-# the floor that forward and backward are to reach.
+# the floor that forward and backward are to reach, and stock's time over that of both.
 SOFTMAX = ((2048, 1024), (128, 50257)), ((16384, 4096), (4096, 32768), (1024, 131072), (16, 1 << 20))
 NORM = ((512, 512), (2048, 1024), (2048, 4096)), ((16384, 1024), (8192, 4096), (4096, 16384))
 GATED = ((512, 512), (2048, 1024), (2048, 4096)), ((8192, 4096), (8192, 14336))
 ROTARY = ((4, 8, 512, 64), (1, 32, 2048, 128)), ((4, 32, 4096, 128),)
 FAMILY = (
-    ("softmax", SOFTMAX, _rows(False), 3 / 2, (0.90, 0.85)),
-    ("log_softmax", SOFTMAX, _rows(True), 3 / 2, (0.90, 0.85)),
-    ("masked_softmax", (((2, 8, 512, 512),), ((8, 16, 2048, 2048),)), _masked, 3 / 2, (0.90, 0.85)),
-    ("rms_norm", NORM, _norm(False, False), 3 / 2, (0.90, 0.70)),
-    ("layer_norm", NORM, _norm(True, False), 3 / 2, (0.90, 0.70)),
-    ("add_rms_norm", NORM, _norm(False, True), 4 / 4, (0.90, 0.70)),
-    ("add_layer_norm", NORM, _norm(True, True), 4 / 4, (0.90, 0.70)),
-    ("gelu", GATED, _gated("gelu", gated=False), 3 / 2, (0.85, 0.85)),
-    ("swiglu", GATED, _gated("silu"), 5 / 3, (0.85, 0.85)),
-    ("geglu", GATED, _gated("gelu"), 5 / 3, (0.85, 0.85)),
-    ("geglu tanh", GATED, _gated("gelu_tanh"), 5 / 3, (0.85, 0.85)),
-    ("rotary_embedding", ROTARY, _rotary, 1, (0.85, 0.85)),
-    ("dropout_add", (((2048, 1024),), ((8192, 4096),)), _dropout, 2 / 3, (0.85, 0.85)),
+    ("softmax", SOFTMAX, _rows(False), 3 / 2, (0.90, 0.85, None)),
+    ("log_softmax", SOFTMAX, _rows(True), 3 / 2, (0.90, 0.85, None)),
+    ("masked_softmax", (((2, 8, 512, 512),), ((8, 16, 2048, 2048),)), _masked, 3 / 2, (0.90, 0.85, None)),
+    ("rms_norm", NORM, _norm(False, False), 3 / 2, (0.90, 0.70, 2.0)),
+    ("layer_norm", NORM, _norm(True, False), 3 / 2, (0.90, 0.70, 2.0)),
+    ("add_rms_norm", NORM, _norm(False, True), 4 / 4, (0.90, 0.70, 2.0)),
+    ("add_layer_norm", NORM, _norm(True, True), 4 / 4, (0.90, 0.70, 2.0)),
+    ("gelu", GATED, _gated("gelu", gated=False), 3 / 2, (0.85, 0.85, None)),
+    ("swiglu", GATED, _gated("silu"), 5 / 3, (0.85, 0.85, None)),
+    ("geglu", GATED, _gated("gelu"), 5 / 3, (0.85, 0.85, None)),
+    ("geglu tanh", GATED, _gated("gelu_tanh"), 5 / 3, (0.85, 0.85, None)),
+    ("rotary_embedding", ROTARY, _rotary, 1, (0.85, 0.85, None)),
+    ("dropout_add", (((2048, 1024),), ((8192, 4096),)), _dropout, 2 / 3, (0.85, 0.85, None)),
 )
