@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 _library = torch.library.Library("fastlm", "DEF")
 
@@ -207,7 +208,7 @@ def _apply(function, *args):
     """Call an autograd.Function without torch's look at the signature of `forward` at each call, which takes 50 µs."""
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def blank(tensor: Tensor) -> Tensor:
