@@ -32,8 +32,8 @@ def differentiable(name: str, turn: Callable) -> Callable:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
         if needs[0] and dx.numel():
             turn(dy, cos, sin, dx, interleaved, True)
-        (a, b), (da, db) = (pairs(t.float(), cos.size(-1), interleaved) for t in (x, dy)) if any(needs[1:]) else (
-            (None, None), (None, None))
+        wide = torch.promote_types(x.dtype, cos.dtype) if any(needs[1:]) else x.dtype
+        (a, b), (da, db) = (pairs(t.to(wide), cos.size(-1), interleaved) for t in (x, dy))
         return [dx, over_heads(da * a, db * b, cos) if needs[1] else None,
                 over_heads(-da * b, db * a, sin) if needs[2] else None]
 
@@ -50,5 +50,5 @@ def differentiable(name: str, turn: Callable) -> Callable:
 
 def over_heads(first, second, table):
     """Add up `[B, H, S, R/2]` of both columns of each pair to the gradient of a table `[B or 1, S, 2, R/2]`."""
-    found = torch.stack([first.sum(1), second.sum(1)], 2)
+    found = torch.stack([t.sum(1, dtype=torch.float32) for t in (first, second)], 2)
     return (found if table.size(0) == found.size(0) else found.sum(0, keepdim=True)).to(table.dtype)
