@@ -19,7 +19,7 @@ def cannot(x, dim, mask, scale, log):
 
 
 def loses(x, dim, mask, scale, log):
-    return loses_below(_native, (1 << 12, 1 << 12), x)
+    return loses_below(_native, (1 << 14, 1 << 14), x)
 
 
 def run(x, dim, mask, scale, log):
