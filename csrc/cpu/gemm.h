@@ -41,18 +41,21 @@ void tile_of(int rows, const T* x, int64_t ldx, const T* panel, int64_t depth, T
 
 // out [rows, NV vectors] = x [rows, depth] · panel [depth, NV vectors]; `next` is the panel that will follow.
 // The panel is taken in chunks; each starts with fresh accumulators, because one long chain of additions loses too
-// many digits.
-template <class T, int NV>
-void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* next, int64_t depth, T* out) {
+// many digits. fetch(i, n) is called before the i-th of n tiles, to fetch what the product will be used with.
+template <class T, int NV, class Fetch>
+void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* next, int64_t depth, T* out,
+              const Fetch& fetch) {
   constexpr int most = kAccumulators / NV < 12 ? kAccumulators / NV : 12;
   constexpr int64_t chunk = kChunkBytes / (NV * kVectorBytes), line = 64 / sizeof(T);
   constexpr int width = NV * kLanes<T>;
-  const int64_t groups = (rows + most - 1) / most;
+  const int64_t groups = (rows + most - 1) / most, tiles = groups * ((depth + chunk - 1) / chunk);
+  int64_t i = 0;
   for (int64_t k = 0; k < depth; k += chunk) {
     const int64_t deep = depth - k < chunk ? depth - k : chunk;
     const T* ahead = k + deep < depth ? panel + (k + deep) * width : next;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = rows * g / groups, last = rows * (g + 1) / groups;
+      fetch(i++, tiles);
       tile_of<T, NV, most>(static_cast<int>(last - first), x + first * ldx + k, ldx, panel + k * width, deep,
                            out + first * width, k > 0, ahead + g * deep * line);
     }

@@ -177,7 +177,15 @@ void forward_units(const RnnProblem& p, const RnnForward<T>& a, const Walk& at, 
       dot_rows(a.w_hh + (g * p.hidden + u) * p.hidden, p.hidden, int(n), in, scratch + g * lanes);
     }
   } else {
-    multiply<T, G * count>(in, ld, at.rows(), panel, next, p.hidden, scratch);
+    multiply<T, G * count>(in, ld, at.rows(), panel, next, p.hidden, scratch, [&](int64_t i, int64_t n) {
+      const int64_t columns = (G == 3 && a.train ? 4 : G) * p.hidden;
+      for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b) {
+        for (int g = 0; g < G; ++g) prefetch(a.gates + (at.row_in_block + b) * columns + g * p.hidden + u, count);
+        prefetch_to_write(out + b * ld + u, count);
+        prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count);
+        if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count);
+      }
+    });
   }
   for (int64_t b = 0; b < at.rows(); ++b)
     for (int j = 0; j < count; ++j) {
@@ -263,7 +271,7 @@ void backward_product(const RnnProblem& p, const RnnBackward<T>& a, int64_t u, c
                       const T* d, int64_t depth, int64_t rows, T* scratch) {
   constexpr int lanes = kLanes<T>;
   if (rows == 0) return;
-  multiply<T, count>(d, a.ld, rows, panel, next, depth, scratch);
+  multiply<T, count>(d, a.ld, rows, panel, next, depth, scratch, [](int64_t, int64_t) {});
   for (int64_t b = 0; b < rows; ++b)
     for (int j = 0; j < count; ++j) {
       const int n = lanes_left<lanes>(p.hidden, u + j * lanes);

@@ -75,6 +75,20 @@ FASTLM_INLINE void store(T* p, const Vector<T>& v, int n = kLanes<T>) {
     std::memcpy(p, &v, n * sizeof(T));
 }
 
+// Bring count vectors from p on into the L2 cache, to be read.
+template <class T>
+FASTLM_INLINE void prefetch(const T* p, int count) {
+  for (int j = 0; j < count; ++j) __builtin_prefetch(p + j * kLanes<T>, 0, 2);
+}
+
+// Likewise, to be written: takes the lines away from other cores, which a store would wait for.
+template <class T>
+FASTLM_INLINE void prefetch_to_write(T* p, int count) {
+#if defined(__AVX2__)  // volatile: GCC 12 takes a function that only prefetches for one that does nothing
+  for (int j = 0; j < count; ++j) asm volatile("prefetchw %0" : : "m"(p[j * kLanes<T>]));
+#endif
+}
+
 template <class T>
 FASTLM_INLINE T sum(const Vector<T>& v) {
   T half[kLanes<T>];

@@ -19,7 +19,7 @@ GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
-BLOCK_BYTES = 8 << 20  # of gates made before they are used: benchmarks/LOG.md
+BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-23"
 
