@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastlm.models.language_model import LanguageModel, check_sizes, namespace
+from fastlm.nn import KVCache
+from fastlm.ops import scaled_dot_product_attention
 
 
 @dataclass
@@ -63,9 +65,37 @@ class TransformerLM(LanguageModel):
             x = block(x, src_mask=future, is_causal=True)
         return self.norm(x)
 
-    def step(self, tokens: Tensor, state) -> tuple[Tensor, Tensor]:
-        """Return the logits after the last `max_seq_len` tokens; the state is these tokens."""
-        seen = tokens if state is None else torch.cat([state, tokens], 1)
-        seen = seen[:, -self.config.max_seq_len:]
-        hidden = self.hidden(seen)[:, -1]
-        return torch.nn.functional.linear(hidden, self.head_weight, self.head_bias), seen
+    def step(self, tokens: Tensor, state) -> tuple[Tensor, object]:
+        """Return the logits after the last `max_seq_len` tokens.
+
+        The state is these tokens and a cache for each block, or None once tokens have dropped out: then all the
+        others have other positions, and are computed again.
+        """
+        seen, caches = (tokens[:, :0], self._empty_caches(tokens.size(0))) if state is None else state
+        seen = torch.cat([seen, tokens], 1)
+        if caches is None or seen.size(1) > self.config.max_seq_len:
+            seen, caches = seen[:, -self.config.max_seq_len:], None
+            hidden = self.hidden(seen)[:, -1]
+        else:
+            hidden = self._continue(tokens, caches)[:, -1]
+        return torch.nn.functional.linear(hidden, self.head_weight, self.head_bias), (seen, caches)
+
+    def _empty_caches(self, batch):
+        weight, heads = self.embedding.weight, self.config.num_heads
+        return [KVCache(batch, self.config.max_seq_len, heads, self.config.hidden_size // heads, device=weight.device,
+                        dtype=weight.dtype) for _ in self.blocks]
+
+    def _continue(self, tokens, caches):
+        """Return the hidden states of `tokens`, which follow those in the caches, and add them there."""
+        start = caches[0].length
+        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        x = self.embedding(tokens) + self.positions(positions)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            attention = block.self_attn
+            qkv = torch.nn.functional.linear(block.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
+            q, k, v = qkv.unflatten(2, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            k, v = cache.update(k, v)
+            attended = scaled_dot_product_attention(q, k, v, window_size=(-1, 0))
+            x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
+            x = x + block.linear2(block.activation(block.linear1(block.norm2(x))))
+        return self.norm(x)

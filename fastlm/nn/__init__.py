@@ -1,10 +1,13 @@
 """Modules: torch.nn names, arguments and state_dict, faster underneath."""
 
 from fastlm.nn.activation import GEGLU, GELU, LogSoftmax, Softmax, SwiGLU
-from fastlm.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from fastlm.nn.attention import MultiheadAttention
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.recurrent import GRU, LSTM, RNN
+from fastlm.nn.self_attention import KVCache, SelfAttention
+from fastlm.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss",
-           "LogSoftmax", "MultiheadAttention", "RMSNorm", "Softmax", "SwiGLU", "TransformerEncoderLayer"]
+__all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "KVCache", "LayerNorm",
+           "LinearCrossEntropyLoss", "LogSoftmax", "MultiheadAttention", "RMSNorm", "SelfAttention", "Softmax",
+           "SwiGLU", "TransformerDecoderLayer", "TransformerEncoderLayer"]

@@ -1,10 +1,10 @@
-"""MultiheadAttention and TransformerEncoderLayer: torch.nn's, with every dense call going through fastlm's ops.
+"""MultiheadAttention: torch.nn's, with every dense call going through fastlm's ops.
 
-In eval mode without gradients, stock runs `torch._native_multi_head_attention` and
-`torch._transformer_encoder_layer_fwd` instead: two fused functions that build the whole `[B, H, L, S]` score matrix.
-Here such a call takes the same road as training, so that `fastlm.explain` shows what ran, train and eval agree, and
-no score matrix is built where the attention op has a better way. Nested tensors are the one exception: only stock's
-fused functions know them, so they run stock, and `explain` lists no call for them.
+In eval mode without gradients, stock runs `torch._native_multi_head_attention` instead (and in its encoder layer
+`torch._transformer_encoder_layer_fwd`), a fused function that builds the whole `[B, H, L, S]` score matrix. Here such
+a call takes the same road as training, so that `fastlm.explain` shows what ran, train and eval agree, and no score
+matrix is built where the attention op has a better way. Nested tensors are the one exception: only stock's fused
+functions know them, so they run stock, and `explain` lists no call for them.
 """
 
 import math
@@ -59,6 +59,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             allowed = ~mask if mask is not None and mask.dtype is torch.bool else mask
             attended, weights = ops.scaled_dot_product_attention(q, k, v, allowed, dropout, is_causal), None
+        if self.batch_first and batched and not self.training:
+            return F.linear(attended.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias), weights
         # In memory [L, N, E] as in stock, whatever batch_first says: a dropout that follows draws the same mask.
         output = F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
@@ -133,36 +135,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         if mask is not None:
             mask = F.pad(mask, (0, k.size(2) - mask.size(-1)))
         return k, v, mask
-
-
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """Apply self-attention and a feed-forward network, with the arguments of `torch.nn.TransformerEncoderLayer`.
-
-    It takes its place in a `torch.nn.TransformerEncoder`, whose nested tensors run stock's fused layer.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Ours adds no state: the module that stock has drawn from the generator becomes ours as it is.
-        self.self_attn.__class__ = MultiheadAttention
-
-    def forward(self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
-                is_causal: bool = False) -> Tensor:
-        """Return a tensor of the shape of `src`.
-
-        Args:
-            src: `[L, N, E]`, `[N, L, E]` with `batch_first`, or `[L, E]`.
-            src_mask, src_key_padding_mask, is_causal: as `attn_mask`, `key_padding_mask` and `is_causal` of
-                `MultiheadAttention`.
-        """
-        if src.is_nested:
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        masks = (src_mask, src_key_padding_mask, is_causal)
-        if self.norm_first:
-            x = src + self._sa_block(self.norm1(src), *masks)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(src + self._sa_block(src, *masks))
-        return self.norm2(x + self._ff_block(x))
 
 
 def _attend_with_weights(q, k, v, mask, dropout):

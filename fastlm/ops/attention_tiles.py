@@ -70,8 +70,14 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
              needs: list[bool]) -> list[Tensor | None]:
     """Return the gradients of query, key, value, mask and sinks, those that `needs` asks for."""
     tensors, options = call[:5], call.options
-    found = [torch.zeros(t.shape, dtype=accumulator(t)) if n else None for t, n in zip(tensors, needs, strict=True)]
+    found = [torch.zeros(t.shape, dtype=accumulator(t)) if n and i != 3 else None
+             for i, (t, n) in enumerate(zip(tensors, needs, strict=True))]
+    if needs[3]:  # the largest by far, and rarely in need of zeros
+        found[3] = torch.empty(call.mask.shape, dtype=accumulator(call.mask))
+        if not _writes_all(call):
+            found[3].zero_()
     if not out.numel() or not call.key.size(2):
+        found[3] = None if found[3] is None else found[3].zero_()
         delta = -dlse
     else:
         through_lse = bool(dlse.any())
@@ -82,6 +88,14 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
     if needs[4]:
         found[4] = -((call.sinks[:, None] - lse).exp() * delta).sum((0, 2))
     return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+
+
+def _writes_all(call: Call) -> bool:
+    """Tell whether each place of the mask's gradient belongs to one score, and each score to a tile."""
+    options = call.options
+    skips = (options.is_causal or options.left >= 0 or options.right >= 0 or call.key_lengths is not None
+             or call.query_ids is not None)
+    return not skips and call.mask.shape == (*call.query.shape[:3], call.key.size(2))
 
 
 # --- which keys a tile needs -----------------------------------------------------------------------------------
@@ -198,7 +212,7 @@ def _flash_mask(call, tile, causal):
     if slopes is not None:
         bias = -slopes * distances
         mask = bias if mask is None else bias + mask
-    if seen is not None:
+    if seen is not None and not seen.all():
         barred = torch.zeros((), dtype=accumulator(call.query)).where(seen, -torch.inf)
         mask = barred if mask is None else mask + barred
     # Beside halves the kernel reads float32 too, beside float64 it does not.

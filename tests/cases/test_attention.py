@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import fastlm
 from fastlm.ops import scaled_dot_product_attention as attention
 
-IMPLEMENTATIONS = ["torch", "reference"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
+IMPLEMENTATIONS = ["torch", "reference", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -124,13 +124,25 @@ BAD = {
     "query is torch.int32": lambda q, m: attention(q.int(), q.int(), q.int()),
     "query has shape": lambda q, m: attention(q[0, 0, 0], q, q),
     "dropout_p is 1.5": lambda q, m: attention(q, q, q, dropout_p=1.5),
+    "window_size is": lambda q, m: attention(q, q, q, window_size=(-2, 0)),
+    "window_size is 3": lambda q, m: attention(q, q, q, window_size=3),
+    "softcap is -1": lambda q, m: attention(q, q, q, softcap=-1.0),
+    "alibi_slopes has shape": lambda q, m: attention(q, q, q, alibi_slopes=torch.ones(3)),
+    "alibi_slopes is torch.int64": lambda q, m: attention(q, q, q, alibi_slopes=torch.ones(4, dtype=torch.int64)),
+    "sinks has shape": lambda q, m: attention(q, q, q, sinks=torch.ones(2, 4)),
+    "key_lengths has shape": lambda q, m: attention(q, q, q, key_lengths=torch.ones(3, dtype=torch.int64)),
+    "key_lengths is torch.float32": lambda q, m: attention(q, q, q, key_lengths=torch.ones(2)),
+    "key_lengths has 1 to 6, expected 0 to 5": lambda q, m: attention(q, q, q, key_lengths=torch.tensor([1, 6])),
+    "document_ids has shape": lambda q, m: attention(q, q, q, document_ids=torch.ones(2, 4, dtype=torch.int64)),
+    "expected a pair for 5 queries and 3": lambda q, m: attention(
+        q, q[..., :3, :], q[..., :3, :], document_ids=torch.ones(2, 5, dtype=torch.int64)),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_gets_an_error_that_names_it(message, device):
     q, m = torch.randn(2, 4, 5, 8, device=device), torch.zeros(5, 5, device=device)
-    with pytest.raises(RuntimeError, match=f"attention: .*{message}"):
+    with pytest.raises((RuntimeError, ValueError), match=f"attention: .*{message}"):
         BAD[message](q, m)
 
 
@@ -160,8 +172,6 @@ def test_dropout_follows_the_seed_and_keeps_the_mean(device):
 
 
 def test_double_backward(implementation, device):
-    if implementation == "torch":
-        pytest.skip("stock's flash kernel has none")
     q, k, v = leaves(*[(1, 1, 3, 4)] * 3, device=device)
     first = torch.autograd.grad(attention(q, k, v).square().sum(), (q, k, v), create_graph=True)
     found = torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
@@ -184,3 +194,127 @@ def test_compiled_whole(device):
     torch.testing.assert_close(found, expected)
     for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, expected)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def weights_of(seed, options, n=60, heads=2):
+    """Return the weights that dropout left: with the identity as values they are the output."""
+    q, k = leaves((1, heads, n, 8), (1, heads, n, 8), dtype=torch.float64)
+    eye = torch.eye(n, dtype=torch.float64).expand(1, heads, n, n)
+    torch.manual_seed(seed)
+    with fastlm.backend("blocked"):
+        return q, k, attention(q, k, eye, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0, "window_size": (9, 30)}], ids=str)
+def test_dropout_drops_the_same_weights_in_backward_and_again_under_the_same_seed(options, monkeypatch):
+    monkeypatch.setattr(fastlm.ops.attention_tiles, "TILE_BYTES", 60 * 16 * 8)
+    q, k, dropped = weights_of(1, options | {"dropout_p": 0.3})
+    with torch.no_grad(), fastlm.backend("reference"):
+        whole = attention(q, k, torch.eye(60, dtype=torch.float64).expand(1, 2, 60, 60), **options)
+    factor = torch.where(dropped.detach() == 0, 0.0, 1 / 0.7)
+    torch.testing.assert_close(dropped.detach(), whole * factor)
+    seen = whole > 0
+    assert abs((factor[seen] == 0).double().mean().item() - 0.3) < 0.06
+    v = torch.randn(1, 2, 60, 5, dtype=torch.float64, requires_grad=True)
+
+    def ours(q, k, v):
+        torch.manual_seed(1)
+        with fastlm.backend("blocked"):
+            return attention(q, k, v, dropout_p=0.3, **options)
+
+    def expected(q, k, v):
+        with fastlm.backend("reference"):
+            weights = attention(q, k, torch.eye(60, dtype=torch.float64).expand(1, 2, 60, 60), **options)
+        return weights * factor @ v
+
+    found = [f(q, k, v) for f in (ours, expected)]
+    torch.testing.assert_close(*found)
+    first = [torch.autograd.grad(o.square().sum(), (q, k, v), create_graph=True) for o in found]
+    second = [torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v)) for grads in first]
+    checkpointed = torch.utils.checkpoint.checkpoint(ours, q, k, v, use_reentrant=False)
+    again = torch.autograd.grad(checkpointed.square().sum(), (q, k, v))
+    for a, b, c in zip(*first, again, strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(c, b)
+    for a, b in zip(*second, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(weights_of(2, options | {"dropout_p": 0.3})[2] == 0, dropped == 0)
+
+
+def test_what_runs_on_the_cpu():
+    """SDPA's flash kernel where it takes the call; tiles where it would build all scores or lacks the feature."""
+    q, k, v = leaves(*[(1, 8, 1024, 8)] * 3)
+    mask = torch.zeros(1024, 1024)
+    stock = [{}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask > 0}, {"scale": 2.0},
+             {"window_size": (2000, 1023)}, {"window_size": (-1, 0)}]
+    tiled = [{"window_size": (5, 0)}, {"softcap": 2.0}, {"alibi_slopes": torch.ones(8)}, {"sinks": torch.ones(8)},
+             {"key_lengths": torch.tensor([5])}, {"document_ids": torch.zeros(1, 1024, dtype=torch.int64)},
+             {"return_lse": True}, {"dropout_p": 0.1}, {"attn_mask": mask, "is_causal": True},
+             {"attn_mask": torch.zeros(1024, 1024, requires_grad=True)}]
+    for expected, cases in (("torch", stock), ("blocked", tiled)):
+        for options in cases:
+            call, = fastlm.explain(attention, q, k, v, **options)
+            assert call.ran == expected, options
+    for tensors in ([t[0] for t in (q, k, v)], [t.mT.contiguous().mT for t in (q, k, v)]):
+        with torch.profiler.profile() as profile, torch.no_grad():
+            attention(*tensors)
+        assert any("flash" in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("make", [
+    lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), lambda t: t.mT.contiguous().mT,
+    lambda t: t[:, :, :1].expand_as(t), lambda t: torch.cat([t, t], 3)[..., ::2]], ids=range(4))
+@pytest.mark.parametrize("options", [{"window_size": (3, 1)}, {"softcap": 3.0}, {"return_lse": True}], ids=str)
+def test_strides_and_expanded_inputs(make, options, implementation, device):
+    if implementation == "triton":
+        pytest.skip("declines the features")
+    tensors = [make(t.detach()) for t in leaves(*[(2, 2, 9, 8)] * 3, device=device)]
+    for t in tensors:
+        t.requires_grad_()
+    same = [t.detach().clone().contiguous().requires_grad_() for t in tensors]
+    found, expected = attention(*tensors, **options), attention(*same, **options)
+    found, expected = (x[0] + x[1][..., None] if isinstance(x, tuple) else x for x in (found, expected))
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    grads = [torch.autograd.grad(o, x, upstream) for o, x in ((found, tensors), (expected, same))]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter runs inside opaque operators only")
+def test_features_compile_whole_and_lengths_do_not_recompile():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def call(q, k, v, ids, slopes, sinks):
+        out, lse = attention(q, k, v, window_size=(9, 2), softcap=3.0, alibi_slopes=slopes, sinks=sinks,
+                             document_ids=ids, return_lse=True, dropout_p=0.0)
+        return out.square().sum() + lse.sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
+    for n in (20, 33, 47, 65):
+        q, k, v = leaves(*[(2, 4, n, 8)] * 3)
+        sinks = torch.randn(4, requires_grad=True)
+        args = (q, k, v, torch.randint(2, (2, n)), torch.rand(4), sinks)
+        found, expected = compiled(*args), call(*args)
+        torch.testing.assert_close(found, expected)
+        wanted = (q, k, v, sinks)
+        for a, b in zip(*(torch.autograd.grad(x, wanted) for x in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_functional_transforms():
+    q, k, v = (t.detach() for t in leaves(*[(3, 1, 2, 6, 8)] * 3, dtype=torch.float64))
+
+    def loss(q, k, v):
+        return attention(q, k, v, window_size=(2, 1), softcap=2.0).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(q, k, v)
+    for i in range(3):
+        leaf = q[i].clone().requires_grad_()
+        torch.testing.assert_close(found[i], torch.autograd.grad(loss(leaf, k[i], v[i]), leaf)[0])
+    _, tangent = torch.func.jvp(lambda q: attention(q, k[0], v[0]), (q[0],), (torch.ones_like(q[0]),))
+    step = 1e-6
+    numeric = (attention(q[0] + step, k[0], v[0]) - attention(q[0] - step, k[0], v[0])) / (2 * step)
+    torch.testing.assert_close(tangent, numeric, rtol=1e-5, atol=1e-7)

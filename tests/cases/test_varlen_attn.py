@@ -1,0 +1,146 @@
+"""varlen_attn beyond the matrix: beside attention sequence by sequence, pages, errors, torch's conventions."""
+
+import inspect
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+
+import fastlm
+from fastlm.ops import scaled_dot_product_attention as attention
+from fastlm.ops import varlen_attn
+
+NAMES = ["reference", "torch", "blocked"]
+
+
+@pytest.fixture(params=NAMES)
+def implementation(request):
+    with fastlm.backend(request.param):
+        yield request.param
+
+
+def packed(queries=(3, 0, 7), keys=(5, 4, 6), heads=4, kv_heads=2, dim=8, dtype=torch.float32):
+    shapes = ((sum(queries), heads, dim), (sum(keys), kv_heads, dim), (sum(keys), kv_heads, dim))
+    tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    offsets = [torch.tensor([0, *n]).cumsum(0).int() for n in (queries, keys)]
+    return (*tensors, *offsets, max(queries), max(keys))
+
+
+def one_by_one(q, k, v, cu_q, cu_k, **options):
+    """Call attention for each sequence; the oracle, with pages and used keys already cut out."""
+    outs, lses = [], []
+    slopes = options.pop("alibi_slopes", None)
+    for n in range(len(cu_q) - 1):
+        rows = [x[a[n]:a[n + 1]].transpose(0, 1)[None] for x, a in ((q, cu_q), (k, cu_k), (v, cu_k))]
+        slope = slopes if slopes is None or slopes.dim() == 1 else slopes[n]
+        with fastlm.backend("reference"):
+            out, lse = attention(*rows, enable_gqa=True, return_lse=True, alibi_slopes=slope, **options)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0].T)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def test_the_signature_is_torchs_with_three_more():
+    ours, theirs = (inspect.signature(f).parameters for f in (varlen_attn, varlen.varlen_attn))
+    assert list(ours) == [*theirs, "softcap", "alibi_slopes", "sinks"]
+    for name, parameter in theirs.items():
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+
+
+OPTIONS = [{}, {"window_size": (-1, 0)}, {"window_size": (2, 1)}, {"scale": 0.3}, {"softcap": 2.0},
+           {"alibi_slopes": torch.rand(4)}, {"alibi_slopes": torch.rand(3, 4)}, {"sinks": torch.randn(4)},
+           {"window_size": (-1, 0), "sinks": torch.randn(4), "softcap": 1.0, "alibi_slopes": torch.rand(4)}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+def test_beside_attention_of_each_sequence(options, implementation):
+    args = packed()
+    found = varlen_attn(*args, enable_gqa=True, return_aux=varlen.AuxRequest(lse=True), **options)
+    expected = one_by_one(*args[:5], **options)
+    assert found[1].shape == (10, 4)
+    torch.testing.assert_close(varlen_attn(*args, enable_gqa=True, **options), found[0])
+    upstream = [torch.randn_like(x) for x in expected]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(r, args[:3], upstream) for r in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_used_keys(implementation):
+    args, used = packed(), torch.tensor([2, 4, 6])
+    found = varlen_attn(*args, enable_gqa=True, seqused_k=used, window_size=(2, 0))
+    kept = torch.cat([torch.arange(2), torch.arange(5, 15)])
+    expected, _ = one_by_one(args[0], args[1][kept], args[2][kept], args[3], torch.tensor([0, 2, 6, 12]),
+                             window_size=(2, 0))
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), args[:3]) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cu_seq_k", [None, torch.tensor([0, 8, 16])])
+def test_pages(cu_seq_k, implementation):
+    pool_k, pool_v = (torch.randn(6, 4, 2, 8, requires_grad=True) for _ in range(2))
+    table, used = torch.tensor([[5, 0, -1], [2, 4, 1]]), torch.tensor([7, 9])
+    query, cu_seq_q = torch.randn(5, 4, 8, requires_grad=True), torch.tensor([0, 1, 5])
+    found = varlen_attn(query, pool_k, pool_v, cu_seq_q, cu_seq_k, 4, 12, enable_gqa=True, seqused_k=used,
+                        block_table=table, window_size=(-1, 0))
+    k, v = (torch.cat([x[[5, 0]].flatten(0, 1)[:7], x[[2, 4, 1]].flatten(0, 1)[:9]]) for x in (pool_k, pool_v))
+    expected, _ = one_by_one(query, k, v, cu_seq_q, torch.tensor([0, 7, 16]), window_size=(-1, 0))
+    torch.testing.assert_close(found, expected)
+    tensors = (query, pool_k, pool_v)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), tensors) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_queries_behind_the_last_sequence_attend_to_nothing(implementation):
+    q, k, v, cu_q, cu_k, *longest = packed()
+    q = torch.cat([q, torch.ones(2, 4, 8)])
+    out, lse = varlen_attn(q, k, v, cu_q, cu_k, *longest, enable_gqa=True, return_aux=varlen.AuxRequest(lse=True))
+    assert (out[-2:] == 0).all()
+    assert (lse[-2:] == -torch.inf).all()
+
+
+BAD = {
+    "cu_seq_q is": (ValueError, dict(cu_seq_q=torch.tensor([0, 5, 3, 10]))),
+    "expected to rise from 0 to at most 15": (ValueError, dict(cu_seq_k=torch.tensor([0, 5, 9, 16]))),
+    "cu_seq_k must be|cu_seq_k has shape": (RuntimeError, dict(cu_seq_k=torch.tensor([0, 15]))),
+    "cu_seq_q is torch.float32": (RuntimeError, dict(cu_seq_q=torch.tensor([0.0, 3, 3, 10]))),
+    "cu_seq_q must be": (RuntimeError, dict(cu_seq_q=[0, 3, 3, 10])),
+    "max_q is 6": (ValueError, dict(max_q=6)),
+    "max_k is 5": (ValueError, dict(max_k=5)),
+    "window_size is": (ValueError, dict(window_size=(-2, 0))),
+    "softcap is -1": (ValueError, dict(softcap=-1.0)),
+    "key has 2 heads, query has 4": (ValueError, dict(enable_gqa=False)),
+    "sinks has shape": (RuntimeError, dict(sinks=torch.randn(3))),
+    "alibi_slopes has shape": (RuntimeError, dict(alibi_slopes=torch.randn(2, 4))),
+    "seqused_k is": (ValueError, dict(seqused_k=torch.tensor([6, 0, 0]))),
+    "needs seqused_k|key has shape": (RuntimeError, dict(block_table=torch.zeros(3, 2, dtype=torch.int32))),
+    "cu_seq_k is None": (RuntimeError, dict(cu_seq_k=None)),
+    "key is torch.float16": (RuntimeError, dict(key=torch.zeros(15, 2, 8).half())),
+    "key has head_dim 7": (RuntimeError, dict(key=torch.zeros(15, 2, 7))),
+    "value has shape": (RuntimeError, dict(value=torch.zeros(14, 2, 8))),
+    "query must be a Tensor": (TypeError, dict(query=1)),
+    "num_splits": (ValueError, dict(num_splits=-3)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    error, change = BAD[message]
+    names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+    arguments = dict(zip(names, packed(), strict=True), enable_gqa=True) | change
+    with pytest.raises(error, match=f"varlen_attn: .*({message})"):
+        varlen_attn(**arguments)
+
+
+def test_second_order_and_the_compiler():
+    args = packed((2, 3), (3, 2), 2, 2, 4, torch.float64)
+
+    def call(q, k, v):
+        return varlen_attn(q, k, v, *args[3:], window_size=(-1, 0))
+
+    assert torch.autograd.gradcheck(call, args[:3])
+    assert torch.autograd.gradgradcheck(call, args[:3])
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(*args[:3]), call(*args[:3]))
