@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastlm
 from fastlm.ops import scaled_dot_product_attention as attention
@@ -284,7 +285,7 @@ def test_strides_and_expanded_inputs(make, options, implementation, device):
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter runs inside opaque operators only")
 def test_features_compile_whole_and_lengths_do_not_recompile():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def call(q, k, v, ids, slopes, sinks):
         out, lse = attention(q, k, v, window_size=(9, 2), softcap=3.0, alibi_slopes=slopes, sinks=sinks,
