@@ -18,7 +18,7 @@ ACCEPTS = {
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # SDPA's math path, which builds all scores, is not slower below: benchmarks/LOG.md 2026-11-23.
-FEW_SCORES = 1 << 19
+FEW_SCORES = 1 << 23
 
 
 def cannot(query, *rest):

@@ -169,8 +169,8 @@ def _masks(call: Call, tile: Tile):
 
     They broadcast to `[b, H, R, C]`.
     """
-    rows = torch.arange(tile.rows.start, tile.rows.stop)
-    cols = torch.cat([torch.arange(run.start, run.stop) for run in tile.runs])
+    rows = torch.arange(tile.rows.start, tile.rows.stop, dtype=torch.int32)
+    cols = torch.cat([torch.arange(run.start, run.stop, dtype=torch.int32) for run in tile.runs])
     sizes = (call.query.size(2), call.key.size(2))
     lengths, query_ids, key_ids, slopes = (
         x if x is None or x.size(0) == 1 else x[tile.batch]
@@ -185,7 +185,8 @@ def _masks(call: Call, tile: Tile):
             mask = None
     distances = None
     if slopes is not None:
-        distances = relative(rows, cols, *sizes, lengths).abs().to(slopes.dtype)
+        # Exact: positions are below 2^24.
+        distances = relative(rows.to(slopes.dtype), cols.to(slopes.dtype), *sizes, lengths).abs_()
         slopes = slopes[:, :, None, None]
     return mask, slopes, distances, seen
 
@@ -204,13 +205,27 @@ def _flash_tiles(call):
     return tiles(call, ROWS, max(1, call.query.size(0))), False
 
 
-def _flash_mask(call, tile, causal):
-    """Return the tile's mask as the kernel takes it: added to the scores; None where there is none."""
-    if causal:
-        return None
+def _flash_mask(call, tile, known):
+    """Return the tile's mask as the kernel takes it: added to the scores; None where there is none.
+
+    `known` keeps masks of a window, which are alike from tile to tile.
+    """
+    first = tile.runs[0]
+    place = (tile.batch.start, tile.rows.start - first.start, tile.rows.stop - first.start, first.stop - first.start)
+    alike = call.options.left >= 0 and call.mask is None and call.query_ids is None
+    if alike and place in known:
+        return known[place]
+    mask = _added(call, tile)
+    if alike:
+        known[place] = mask
+    return mask
+
+
+def _added(call, tile):
+    """Return the sum of all that is added to a tile's scores, -∞ for what is barred, or None."""
     mask, slopes, distances, seen = _masks(call, tile)
     if slopes is not None:
-        bias = -slopes * distances
+        bias = slopes.neg() * distances
         mask = bias if mask is None else bias + mask
     if seen is not None and not seen.all():
         barred = torch.zeros((), dtype=accumulator(call.query)).where(seen, -torch.inf)
@@ -221,10 +236,10 @@ def _flash_mask(call, tile, causal):
 
 def _forward_flash(call, out, lse):
     query, key, value = (_last_contiguous(t) for t in call[:3])
-    parts, causal = _flash_tiles(call)
+    (parts, causal), masks = _flash_tiles(call), {}
     for tile in parts:
         at = (tile.batch, slice(None), tile.rows)
-        mask = _flash_mask(call, tile, causal)
+        mask = None if causal else _flash_mask(call, tile, masks)
         k, v = (_take(t[tile.batch], 2, tile.runs) for t in (key, value))
         part, part_lse = _flash(query[at], k, v, 0.0, causal, attn_mask=mask, scale=call.options.scale)
         empty = None
@@ -244,12 +259,13 @@ def _forward_flash(call, out, lse):
 def _backward_flash(call, out, lse, dout, delta, found):
     query, key, value, dout = (_last_contiguous(t) for t in (*call[:3], dout))
     dq, dk, dv = found[:3]
-    parts, causal = _flash_tiles(call)
+    (parts, causal), masks = _flash_tiles(call), {}
     for tile in parts:
         at = (tile.batch, slice(None), tile.rows)
+        mask = None if causal else _flash_mask(call, tile, masks)
         k, v = (_take(t[tile.batch], 2, tile.runs) for t in (key, value))
         grads = _flash_backward(dout[at], query[at], k, v, out[at], lse[at], 0.0, causal,
-                                attn_mask=_flash_mask(call, tile, causal), scale=call.options.scale)
+                                attn_mask=mask, scale=call.options.scale)
         if dq is not None:
             dq[at] = grads[0]
         for total, part in ((dk, grads[1]), (dv, grads[2])):
