@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "quant.h"
 #include "rnn.h"
 #include "rows.h"
 #ifdef FASTLM_CUDA
@@ -24,6 +25,7 @@ FASTLM_DECLARE_ROWS(avx2)
 #ifdef FASTLM_AVX512
 FASTLM_DECLARE_RNN(avx512)
 FASTLM_DECLARE_ROWS(avx512)
+FASTLM_DECLARE_QUANT(avx512)
 #endif
 }  // namespace fastlm
 
@@ -40,6 +42,9 @@ struct Kernels {
   void (*rnn_backward_f32)(const RnnProblem&, const RnnBackward<float>&);
   void (*rnn_backward_f64)(const RnnProblem&, const RnnBackward<double>&);
   RowKernels rows;
+  // Null where the CPU lacks byte products (VNNI).
+  size_t (*quantized_linear_workspace)(const QuantizedLinear&) = nullptr;
+  void (*quantized_linear)(const QuantizedLinear&) = nullptr;
 };
 
 #define FASTLM_KERNELS(isa) \
@@ -65,6 +70,10 @@ Kernels choose_kernels() {
 #endif
 #ifdef FASTLM_AVX512
   if (most >= 2 && avx512) found = FASTLM_KERNELS(avx512);
+  if (most >= 2 && avx512 && __builtin_cpu_supports("avx512vnni")) {
+    found.quantized_linear_workspace = avx512::quantized_linear_workspace;
+    found.quantized_linear = avx512::quantized_linear;
+  }
 #endif
 #endif
   return found;
@@ -184,6 +193,17 @@ void define_rows(py::module_ m) {
         "Run Softmax: sizes rows, cols, x_row, mask_sizes, mask_strides; addresses of x, mask, y, workspace.");
 }
 
+QuantizedLinear quantized(int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads) {
+  if (kind < 0 || kind > 2 || number < 0 || number > 2 || rows < 1 || in < 1 || out < 1 || threads < 1 ||
+      (kind == 1 && in > 131072) || (kind == 2 && group != 32 && group != 64 && group != 128))
+    throw std::invalid_argument("quantized_linear: sizes out of range");
+  if (!kernels.quantized_linear) throw std::runtime_error("quantized_linear: this CPU has no AVX-512 VNNI");
+  QuantizedLinear p{};
+  p.kind = static_cast<QuantizedWeight>(kind), p.number = static_cast<Number>(number);
+  p.rows = rows, p.in = in, p.out = out, p.group = group, p.threads = threads;
+  return p;
+}
+
 #ifdef FASTLM_CUDA
 // The same calls on a GPU, with the stream last.
 void define_cuda(py::module_ m) {
@@ -258,6 +278,30 @@ PYBIND11_MODULE(_native, m) {
         },
         "Run RnnBackward: addresses of w_hh, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
   define_rows(m);
+
+  m.attr("vnni") = kernels.quantized_linear != nullptr;
+#if defined(__x86_64__)
+  m.attr("amx") = __builtin_cpu_supports("amx-int8") != 0;
+#else
+  m.attr("amx") = false;
+#endif
+  m.def("quantized_linear_workspace",
+        [](int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads) {
+          return kernels.quantized_linear_workspace(quantized(kind, number, rows, in, out, group, threads));
+        },
+        "Return the bytes of workspace that a call needs.");
+  m.def("quantized_linear",
+        [](int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads,
+           const py::tuple& a) {
+          if (a.size() != 6) throw std::invalid_argument("quantized_linear: expected 6 addresses");
+          QuantizedLinear p = quantized(kind, number, rows, in, out, group, threads);
+          const auto at = [&](int i) { return a[i].cast<uintptr_t>(); };
+          p.x = pointer<void>(at(0)), p.weight = pointer<void>(at(1)), p.scale = pointer<float>(at(2));
+          p.bias = pointer<float>(at(3)), p.y = pointer<void>(at(4)), p.workspace = pointer<void>(at(5));
+          py::gil_scoped_release release;
+          kernels.quantized_linear(p);
+        },
+        "Run QuantizedLinear: addresses of x, weight, scale, bias, y, workspace.");
 #ifdef FASTLM_CUDA
   define_cuda(m.def_submodule("cuda", "The kernels for NVIDIA GPUs."));
 #endif

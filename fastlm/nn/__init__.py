@@ -4,10 +4,11 @@ from fastlm.nn.activation import GEGLU, GELU, LogSoftmax, Softmax, SwiGLU
 from fastlm.nn.attention import MultiheadAttention
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.norm import LayerNorm, RMSNorm
+from fastlm.nn.quantized import QuantizedLinear
 from fastlm.nn.recurrent import GRU, LSTM, RNN
 from fastlm.nn.self_attention import KVCache, SelfAttention
 from fastlm.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "KVCache", "LayerNorm",
-           "LinearCrossEntropyLoss", "LogSoftmax", "MultiheadAttention", "RMSNorm", "SelfAttention", "Softmax",
-           "SwiGLU", "TransformerDecoderLayer", "TransformerEncoderLayer"]
+           "LinearCrossEntropyLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear", "RMSNorm",
+           "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer", "TransformerEncoderLayer"]

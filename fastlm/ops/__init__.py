@@ -23,6 +23,8 @@ from fastlm.ops.norm import (
     rms_norm,
     rms_op,
 )
+from fastlm.ops.quantized_linear import op as _quantized_linear
+from fastlm.ops.quantized_linear import quantized_linear
 from fastlm.ops.rnn import op as _rnn
 from fastlm.ops.rnn import rnn
 from fastlm.ops.rotary import op as _rotary_embedding
@@ -37,8 +39,8 @@ from fastlm.ops.varlen_attn import varlen_attn
 # Every op, for tests and benchmarks to iterate.
 ALL = (_softmax, _log_softmax, _masked_softmax, _attention, _varlen_attn, _cross_entropy, _linear_cross_entropy, _lstm,
        _gru, _rnn, rms_op, layer_op, add_rms_op, add_layer_op, gelu_op, swiglu_op, geglu_op, _rotary_embedding,
-       _dropout_add)
+       _dropout_add, _quantized_linear)
 
 __all__ = ["ALL", "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add", "geglu", "gelu", "gru",
-           "layer_norm", "linear_cross_entropy", "log_softmax", "lstm", "masked_softmax", "rms_norm", "rnn",
-           "rotary_embedding", "scaled_dot_product_attention", "softmax", "swiglu", "varlen_attn"]
+           "layer_norm", "linear_cross_entropy", "log_softmax", "lstm", "masked_softmax", "quantized_linear",
+           "rms_norm", "rnn", "rotary_embedding", "scaled_dot_product_attention", "softmax", "swiglu", "varlen_attn"]

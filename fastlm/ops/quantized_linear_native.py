@@ -1,0 +1,56 @@
+"""quantized_linear by the kernels of csrc/quant.h: they read the weight as it is kept, so nothing is ever packed."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.ops.quantized_linear import MODES, differentiable, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACCEPTS = {f"{mode} {name}" for mode in MODES for name in ("one row", "rows", "odd sizes", "one output", "no rows",
+                                                           "outliers", "transposed")}
+ACCEPTS |= {"groups of 32", "groups of 128"}
+
+NUMBERS = {dtype: i for i, dtype in enumerate(DTYPES)}
+MOST_INPUTS = 1 << 17  # 127·127·K must fit in 32 bits
+ROW = "benchmarks/LOG.md 2026-11-23"
+
+
+def cannot(x, weight, scale, bias, mode, group_size):
+    if x.is_cuda:
+        return "no kernel for a GPU"
+    if not _native.vnni:
+        return "this CPU has no AVX-512 VNNI, or FASTLM_MAX_ISA forbids it"
+    if x.dtype not in DTYPES:
+        return f"no kernel for {x.dtype}"
+    if mode == "int8_dynamic" and x.shape[1] > MOST_INPUTS:
+        return f"more than {MOST_INPUTS} inputs would overflow 32 bits"
+    return None
+
+
+def loses(x, weight, scale, bias, mode, group_size):
+    if mode == "int8_dynamic" and _native.amx:
+        return "stock's _int_mm runs on AMX: not yet measured there"
+    if mode == "int8" and x.shape[0] >= 128 and x.dtype is torch.float32:
+        return f"slower than dequantizing and torch's product from 128 rows on: {ROW}"
+    return None
+
+
+def run(*args):
+    return _kernels(args[:4], *args[4:])[0]
+
+
+def forward(tensors, needs, mode, group_size):
+    x, weight, scale, bias = (t if t is None else t.contiguous() for t in tensors)
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    if not (rows and inputs and outputs):
+        return [reference(x, weight, scale, bias, mode, group_size)]
+    bias = None if bias is None else bias.float()
+    sizes = MODES.index(mode), NUMBERS[x.dtype], rows, inputs, outputs, group_size, torch.get_num_threads()
+    workspace = torch.empty(_native.quantized_linear_workspace(*sizes), dtype=torch.uint8)
+    y = torch.empty(rows, outputs, dtype=x.dtype)
+    addresses = (0 if t is None else t.data_ptr() for t in (x, weight, scale, bias, y, workspace))
+    _native.quantized_linear(*sizes, tuple(addresses))
+    return [y]
+
+
+_kernels = differentiable("quantized_linear_native", forward)
