@@ -21,7 +21,7 @@ namespace {
 constexpr int kRows = 8, kPair = 2, kSums = kRows * kPair;
 constexpr int64_t kPairs = 32;            // pairs of weight rows that a block takes: 64 · K bytes stay in L2
 constexpr int64_t kLine = 64;             // bytes of a weight row that one step reads
-constexpr int64_t kCache = 20 << 10;      // of L1, for a chunk of x and of two pairs of weight rows
+constexpr int64_t kCache = 40 << 10;      // of L1, for a chunk of x and of two pairs of weight rows
 
 FASTLM_INLINE __m512 load_number(const void* p, int64_t i, Number number, __mmask16 mask) {
   if (number == Number::f32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + i);

@@ -188,20 +188,22 @@ def forward(tensors, needs, mode, group_size):
 def stock_kernel(x, weight, mode) -> str:
     """Name what stock PyTorch has for a call: "_int_mm", "_weight_int8pack_mm" or "linear" on the dequantized weight.
 
-    On the CPU `_weight_int8pack_mm` in float32 is 30 times slower than in bfloat16, and the other kernels for integers
-    want a packed weight, which would have to be made at each call: benchmarks/LOG.md 2026-11-23.
+    On the CPU `_weight_int8pack_mm` dies in bfloat16 where K is no multiple of 16 and is 12 to 45 times slower in
+    float32. The other kernels for integers want a packed weight, which would have to be made at each call:
+    benchmarks/LOG.md 2026-11-23.
     """
     if mode == "int8_dynamic":
         multiple_of_8 = all(size % 8 == 0 for size in weight.shape)
-        return "_int_mm" if not x.is_cuda or x.shape[0] > 16 and multiple_of_8 else "linear"
-    if mode == "int8" and not x.is_cuda and (x.dtype is torch.bfloat16 and x.shape[0] <= 256 or x.shape[0] == 1):
+        return "_int_mm" if not x.is_cuda or (x.shape[0] > 16 and multiple_of_8) else "linear"
+    most_rows = {torch.bfloat16: 256, torch.float32: 1}.get(x.dtype, 0)  # unscaled sums would overflow float16
+    if mode == "int8" and not x.is_cuda and x.shape[1] % 16 == 0 and x.shape[0] <= most_rows:
         return "_weight_int8pack_mm"
     return "linear"
 
 
 def backward(grads, saved, tensors, needs, mode, group_size):
     """Compute the gradients of x and bias, dequantizing some rows of the weight at a time."""
-    (dy,), (x, weight, scale, bias) = grads, tensors
+    (dy,), (x, weight, scale, _) = grads, tensors
     dx = None
     if needs[0]:
         exact = x.dtype if x.dtype is torch.float64 else torch.float32

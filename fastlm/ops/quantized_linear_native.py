@@ -30,8 +30,8 @@ def cannot(x, weight, scale, bias, mode, group_size):
 def loses(x, weight, scale, bias, mode, group_size):
     if mode == "int8_dynamic" and _native.amx:
         return "stock's _int_mm runs on AMX: not yet measured there"
-    if mode == "int8" and x.shape[0] >= 128 and x.dtype is torch.float32:
-        return f"slower than dequantizing and torch's product from 128 rows on: {ROW}"
+    if mode != "int8_dynamic" and x.shape[0] > 256:
+        return f"its product is slower than torch's, which repays dequantizing above 256 rows: {ROW}"
     return None
 
 

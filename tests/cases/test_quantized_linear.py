@@ -1,0 +1,213 @@
+"""quantized_linear and QuantizedLinear beyond the matrix: the bounds that are documented, values at the edges, use."""
+
+import copy
+import io
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastlm
+from fastlm.nn import QuantizedLinear
+from fastlm.ops import quantized_linear
+from fastlm.ops.quantized_linear import GROUP_SIZES, MODES, dequantize_weight, error_bound, quantize_weight
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FORMATS = [("int8", 64), ("int8_dynamic", 64), *(("int4", g) for g in GROUP_SIZES)]
+formats = pytest.mark.parametrize(("mode", "group_size"), FORMATS)
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture(params=["native", "torch", "reference"] + ["triton"] * INTERPRETED)
+def implementation(request):
+    """Force each implementation that this machine has."""
+    probe = torch.randn(1, 64), *quantize_weight(torch.randn(8, 64)), None, "int8", 64
+    reason = fastlm.ops.quantized_linear.__globals__["op"].implementations[request.param].cannot(*probe)
+    if reason:
+        pytest.skip(reason)
+    with fastlm.backend(request.param):
+        yield request.param
+
+
+def layer(mode, inputs=48, outputs=10, **options):
+    return QuantizedLinear.from_linear(nn.Linear(inputs, outputs, **options), mode, group_size=32)
+
+
+@formats
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outlier", [1, 1000])
+def test_error_stays_within_the_documented_bound(mode, group_size, dtype, outlier, implementation, device):
+    for rows, inputs, outputs in ((1, 512, 64), (7, 333, 31), (16, 64, 5)):
+        weight, x = torch.randn(outputs, inputs, device=device), torch.randn(rows, inputs, device=device)
+        weight[0, 3] *= outlier
+        x[0, 5] *= outlier
+        weight[outputs // 2] = 0
+        x = x.to(dtype)
+        values, scale = quantize_weight(weight, mode=mode, group_size=group_size)
+        y = quantized_linear(x, values, scale, mode=mode, group_size=group_size)
+        bound = error_bound(x, values, scale, mode=mode, group_size=group_size)
+        distance = (y.double() - x.double() @ weight.double().T).abs()
+        assert y.dtype is dtype
+        assert (distance <= bound).all(), (distance / bound).max()
+        assert (distance > bound / 1000).any(), "a bound that nothing comes near proves nothing"
+
+
+@formats
+def test_each_weight_moves_by_half_a_scale_at_most(mode, group_size):
+    weight = torch.randn(9, 100) * torch.logspace(-42, 4, 9, dtype=torch.float64)[:, None].float()
+    values, scale = quantize_weight(weight, mode=mode, group_size=group_size)
+    found = dequantize_weight(values, scale, 100, mode=mode, group_size=group_size, dtype=torch.float64)
+    width = group_size if mode == "int4" else 100
+    for start in range(0, 100, width):
+        half = scale.view(9, -1)[:, start // width].double()[:, None] / 2
+        moved = (found - weight.double())[:, start:start + width].abs()
+        assert (moved <= half * (1 + 1e-5)).all()
+
+
+def test_the_layout_of_int4():
+    weight = torch.tensor([[7., -7, 3, 0, 1]])
+    values, scale = quantize_weight(weight, mode="int4", group_size=32)
+    assert values.tolist() == [[15 | 1 << 4, 11 | 8 << 4, 9 | 8 << 4]]
+    assert scale.tolist() == [[1.0]]
+
+
+@modes
+def test_rows_of_zeros_stay_zero(mode, implementation, device):
+    values, scale = quantize_weight(torch.zeros(6, 40, device=device), mode=mode)
+    assert (quantized_linear(torch.randn(3, 40, device=device), values, scale, mode=mode) == 0).all()
+    values, scale = quantize_weight(torch.randn(6, 40, device=device), mode=mode)
+    assert (quantized_linear(torch.zeros(3, 40, device=device), values, scale, mode=mode) == 0).all()
+
+
+@modes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_spreads(mode, value, implementation, device):
+    values, scale = quantize_weight(torch.randn(6, 40, device=device), mode=mode)
+    x = torch.randn(3, 40, device=device)
+    clean = quantized_linear(x, values, scale, mode=mode)
+    x[1, 7] = value
+    y = quantized_linear(x, values, scale, mode=mode)
+    assert not y[1].isfinite().any()
+    torch.testing.assert_close(y[[0, 2]], clean[[0, 2]])
+    weight = torch.randn(6, 40, device=device)
+    weight[2, 3] = value
+    y = quantized_linear(clean.new_ones(3, 40), *quantize_weight(weight, mode=mode), mode=mode)
+    assert y[:, 2].isnan().all()
+    assert y[:, [0, 1, 3, 4, 5]].isfinite().all()
+
+
+@modes
+def test_the_module_has_the_gradient_of_its_own_weight(mode, implementation, device):
+    ours = layer(mode).to(device)
+    stock = nn.Linear(48, 10, device=device)
+    with torch.no_grad():
+        stock.weight.copy_(dequantize_weight(ours.weight, ours.scale, 48, mode=mode, group_size=32))
+        stock.bias.copy_(ours.bias)
+    x = torch.randn(2, 3, 48, device=device, requires_grad=True)
+    upstream = torch.randn(2, 3, 10, device=device)
+    found = torch.autograd.grad(ours(x), (x, ours.bias), upstream)
+    expected = torch.autograd.grad(stock(x), (x, stock.bias), upstream)
+    torch.testing.assert_close(found, expected)
+    if mode != "int8_dynamic":
+        torch.testing.assert_close(ours(x), stock(x))
+
+
+@modes
+def test_any_leading_shape(mode, implementation, device):
+    ours = layer(mode).to(device)
+    x = torch.randn(4, 3, 48, device=device)
+    rows = ours(x.flatten(0, 1))
+    assert torch.equal(ours(x), rows.view(4, 3, 10))
+    torch.testing.assert_close(ours(x[0, 0]), rows[0])
+    assert ours(x[:0]).shape == (0, 3, 10)
+
+
+@modes
+def test_copies_and_state_dicts_compute_the_same(mode, tmp_path):
+    ours, x = layer(mode), torch.randn(5, 48)
+    expected = ours(x)
+    assert torch.equal(copy.deepcopy(ours)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(x), expected)
+    state = ours.state_dict()
+    assert {name: t.dtype for name, t in state.items()} == {
+        "weight": torch.uint8 if mode == "int4" else torch.int8, "scale": torch.float32, "bias": torch.float32}
+    other = QuantizedLinear(48, 10, mode=mode, group_size=32)
+    other(x)  # what it computed before must not outlive the load
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer))
+    assert torch.equal(other(x), expected)
+    with torch.no_grad():
+        other.weight.data.zero_().add_(136 if mode == "int4" else 0)
+    assert torch.equal(other(x), other.bias.expand(5, 10))
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(state, tmp_path / "layer.safetensors")
+    other.load_state_dict(safetensors.load_file(tmp_path / "layer.safetensors"), assign=True)
+    assert torch.equal(other(x), expected)
+
+
+@modes
+def test_a_change_of_dtype_leaves_the_scales(mode):
+    ours = layer(mode)
+    scale = ours.scale.clone()
+    lowered = ours.to(torch.bfloat16)
+    assert torch.equal(lowered.scale, scale)
+    assert lowered.bias.dtype is torch.bfloat16
+    assert lowered(torch.randn(2, 48, dtype=torch.bfloat16)).dtype is torch.bfloat16
+    assert QuantizedLinear(48, 10, mode=mode, device="meta").to_empty(device="cpu").weight.device.type == "cpu"
+
+
+@modes
+def test_autocast(mode, device):
+    ours, x = layer(mode).to(device), torch.randn(3, 48, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = ours(x)
+    assert torch.equal(y, ours(x.bfloat16()))
+    assert y.dtype is torch.bfloat16
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs inside opaque operators only")
+@modes
+def test_compiled_and_exported(mode):
+    ours, x = layer(mode), torch.randn(4, 48, requires_grad=True)
+    torch._dynamo.reset()
+    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, ours(x))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(ours(x).sum(), x))
+    exported = torch.export.export(ours, (x.detach(),)).module()
+    torch.testing.assert_close(exported(x.detach()), ours(x.detach()))
+
+
+def test_second_order_and_functional_transforms():
+    ours, x = layer("int8"), torch.randn(3, 48)
+    w = dequantize_weight(ours.weight, ours.scale, 48)
+    torch.testing.assert_close(torch.func.grad(lambda x: (ours(x) ** 2).sum())(x), 2 * (x @ w.T + ours.bias) @ w)
+    torch.testing.assert_close(torch.func.vmap(ours)(x), ours(x))
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad((ours(x) ** 2).sum(), x, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(dx.sum(), x)[0], (2 * w.T @ w).sum(0).expand(3, 48))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (dict(input=torch.zeros(2, 9)), RuntimeError, "weight has shape"),
+    (dict(input=torch.zeros(2, 8, dtype=torch.int32)), TypeError, "input must be a float32"),
+    (dict(weight=torch.zeros(4, 8)), TypeError, "weight must be a int8"),
+    (dict(scale=torch.zeros(4, dtype=torch.bfloat16)), TypeError, "scale must be a float32"),
+    (dict(scale=torch.zeros(3)), RuntimeError, r"scale has shape \[3\], expected \[4\]"),
+    (dict(bias=torch.zeros(5)), RuntimeError, r"bias has shape \[5\], expected \[4\]"),
+    (dict(mode="int3"), ValueError, "mode must be one of"),
+    (dict(mode="int4", group_size=48), ValueError, "group_size must be 32, 64 or 128"),
+    (dict(input=None), TypeError, "input must be a"),
+])
+def test_bad_arguments(change, error, message):
+    good = dict(input=torch.zeros(2, 8), weight=torch.zeros(4, 8, dtype=torch.int8), scale=torch.zeros(4))
+    with pytest.raises(error, match=message):
+        quantized_linear(**good | change)
+
+
+def test_only_a_linear_layer_is_quantized():
+    with pytest.raises(TypeError, match=r"must be an nn\.Linear, got Conv1d"):
+        QuantizedLinear.from_linear(nn.Conv1d(2, 2, 1))
