@@ -30,6 +30,7 @@ from fastlm.ops import (  # noqa: E402
     cross_entropy_triton,
     dropout_triton,
     norm_triton,
+    quantized_linear_triton,
     rotary_triton,
     softmax_triton,
 )
@@ -38,7 +39,8 @@ GENERATIONS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin"
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-          torch.int64: "i64", torch.bool: "i1", torch.int8: "i8"}
+          torch.int64: "i64", torch.bool: "i1", torch.int8: "i8",
+          torch.uint8: "u8"}
 
 
 class Resources(NamedTuple):
@@ -175,6 +177,20 @@ def cross_entropy_cases(generation):
             yield Case(f"{label} {kind}", plan, generation)
 
 
+def quantized_linear_cases(generation):
+    for mode, dtype, group_size in (("int8", torch.float32, 64), ("int8", torch.bfloat16, 64),
+                                    ("int8_dynamic", torch.bfloat16, 64), ("int4", torch.float32, 128),
+                                    *(("int4", torch.bfloat16, group_size) for group_size in (32, 64, 128))):
+        int4, dynamic = mode == "int4", mode == "int8_dynamic"
+        y = tensor(16, 4096, dtype=dtype)
+        x = tensor(16, 4096, dtype=torch.int8) if dynamic else y
+        weight = tensor(4096, 2048, dtype=torch.uint8) if int4 else tensor(4096, 4096, dtype=torch.int8)
+        scale = tensor(4096, 4096 // group_size) if int4 else tensor(4096)
+        plan = quantized_linear_triton.plan(x, weight, scale, tensor(16, 1) if dynamic else None, tensor(4096), y,
+                                            mode, group_size)
+        yield Case(f"{mode} {dtype} groups of {group_size}", plan, generation)
+
+
 def attention_cases(generation):
     masks = {kind: tensor(1, 16, 2048, 2048, dtype=kind) for kind in (torch.bool, torch.float32)}
     for dim in (64, 128, 256):
@@ -203,7 +219,8 @@ def attention(generation, label, dim, dtype, causal=False, mask=None, value_dim=
         yield Case(label, plan, generation, 160, deep)
 
 
-KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, attention_cases)
+KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, quantized_linear_cases,
+         attention_cases)
 CASES = [case for generation in GENERATIONS for kind in KINDS for case in kind(generation)]
 
 

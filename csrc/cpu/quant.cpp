@@ -88,7 +88,8 @@ struct Rows {
 };
 
 // Each kind of weight says how a line of x is laid out and how one line of both weight rows is multiplied with MR rows
-// of it. The rows of a tile take turns line by line, so that a tile reads x from one end to the other. `left` counts the values of K from this line on; only the last line is a Tail.
+// of it. The rows of a tile take turns line by line, so that a tile reads x from one end to the other. `left` counts the
+// values of K from this line on; only the last line is a Tail.
 
 struct Int8 {
   using X = float;

@@ -3,6 +3,7 @@
 import torch
 
 import fastlm._native as _native
+from fastlm._native import amx, vnni  # an extension built before these kernels fails here, with a reason
 from fastlm.ops.quantized_linear import MODES, differentiable, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,7 +19,7 @@ ROW = "benchmarks/LOG.md 2026-11-23"
 def cannot(x, weight, scale, bias, mode, group_size):
     if x.is_cuda:
         return "no kernel for a GPU"
-    if not _native.vnni:
+    if not vnni:
         return "this CPU has no AVX-512 VNNI, or FASTLM_MAX_ISA forbids it"
     if x.dtype not in DTYPES:
         return f"no kernel for {x.dtype}"
@@ -28,7 +29,7 @@ def cannot(x, weight, scale, bias, mode, group_size):
 
 
 def loses(x, weight, scale, bias, mode, group_size):
-    if mode == "int8_dynamic" and _native.amx:
+    if mode == "int8_dynamic" and amx:
         return "stock's _int_mm runs on AMX: not yet measured there"
     if mode != "int8_dynamic" and x.shape[0] > 256:
         return f"its product is slower than torch's, which repays dequantizing above 256 rows: {ROW}"

@@ -56,16 +56,19 @@ def forward(tensors, needs, mode, group_size):
 def plan(x, weight, scale, row_scale, bias, y, mode, group_size):
     """Return (kernel, grid, arguments); `row_scale` `[M, 1]` and an int8 x are for "int8_dynamic"."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
-    int4 = mode == "int4"
+    int4, group_bytes = mode == "int4", group_size // 2
+    most = 128 if x.dtype is not torch.float32 else 32 if int4 else 64  # more would spill
     arguments = dict(x=x, weight=weight, scale=scale, row_scale=row_scale, bias=bias, y=y, rows=rows, inputs=inputs,
                      outputs=outputs, row_bytes=weight.shape[1], groups=scale.shape[1] if int4 else 1,
-                     ROWS=MOST_ROWS, COLS=32, BYTES=group_size // 2 if int4 else 128, INT4=int4, num_warps=4)
+                     ROWS=MOST_ROWS, COLS=32, BYTES=min(group_bytes, most) if int4 else most, INT4=int4,
+                     GROUP_BYTES=group_bytes, num_warps=4)
     return kernel, (triton.cdiv(outputs, 32),), arguments
 
 
 @triton.jit
 def kernel(x, weight, scale, row_scale, bias, y, rows, inputs, outputs, row_bytes, groups,
-           ROWS: tl.constexpr, COLS: tl.constexpr, BYTES: tl.constexpr, INT4: tl.constexpr):
+           ROWS: tl.constexpr, COLS: tl.constexpr, BYTES: tl.constexpr, INT4: tl.constexpr,
+           GROUP_BYTES: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     lane = tl.arange(0, BYTES)
@@ -78,7 +81,7 @@ def kernel(x, weight, scale, row_scale, bias, y, rows, inputs, outputs, row_byte
         w = tl.load(weight + byte[:, None], (byte < row_bytes)[:, None] & (col < outputs)[None, :], 0)
         if INT4:
             even = 2 * byte
-            s = tl.load(scale + col.to(tl.int64) * groups + start // BYTES, col < outputs, 0.0)[None, :]
+            s = tl.load(scale + col.to(tl.int64) * groups + start // GROUP_BYTES, col < outputs, 0.0)[None, :]
             low = ((w & 15).to(tl.float32) - 8).to(x.dtype.element_ty)
             high = ((w >> 4).to(tl.float32) - 8).to(x.dtype.element_ty)
             x_low = tl.load(x + even[None, :], (row < rows) & (even < inputs)[None, :], 0.0)
@@ -88,7 +91,7 @@ def kernel(x, weight, scale, row_scale, bias, y, rows, inputs, outputs, row_byte
         else:
             a = tl.load(x + byte[None, :], (row < rows) & (byte < inputs)[None, :], 0)
             if dynamic:
-                acc = tl.dot(a, w, acc)
+                acc = tl.dot(a, w, acc, out_dtype=tl.int32)
             else:  # every integer is exact in 16 bits too
                 acc += tl.dot(a, w.to(x.dtype.element_ty), input_precision="ieee")
     result = acc.to(tl.float32)
