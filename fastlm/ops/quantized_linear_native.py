@@ -13,7 +13,8 @@ ACCEPTS |= {"groups of 32", "groups of 128"}
 
 NUMBERS = {dtype: i for i, dtype in enumerate(DTYPES)}
 MOST_INPUTS = 1 << 17  # 127·127·K must fit in 32 bits
-ROW = "benchmarks/LOG.md 2026-11-23"
+ROW = "benchmarks/LOG.md 2026-11-24"
+MOST_ROWS = {"int8": (256, 128), "int8_dynamic": (16, 64), "int4": (1024, 512)}  # float32, 16 bits
 
 
 def cannot(x, weight, scale, bias, mode, group_size):
@@ -31,8 +32,11 @@ def cannot(x, weight, scale, bias, mode, group_size):
 def loses(x, weight, scale, bias, mode, group_size):
     if mode == "int8_dynamic" and amx:
         return "stock's _int_mm runs on AMX: not yet measured there"
-    if mode != "int8_dynamic" and x.shape[0] > 256:
-        return f"its product is slower than torch's, which repays dequantizing above 256 rows: {ROW}"
+    narrow, rows = x.dtype is not torch.float32, x.shape[0]
+    if mode == "int8_dynamic" and rows == 1 and not narrow:
+        return f"stock's _int_mm is faster at one row of float32: {ROW}"
+    if rows > MOST_ROWS[mode][narrow]:
+        return f"stock is as fast or faster above {MOST_ROWS[mode][narrow]} rows: {ROW}"
     return None
 
 
