@@ -28,7 +28,7 @@ gpu-check:
 	FASTLM_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests/test_ops.py tests/test_nn.py tests/cases --device cuda $(ARGS)
 	$(PYTHON) -m fastlm bench --device cuda --every --full --out $(RESULTS)
-	for suite in norms head attention; do $(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS); done
+	for suite in norms attention; do $(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS); done
 
 extension: $(VENV)/installed
 	@$(RUN) setup.py -q build_ext --inplace
