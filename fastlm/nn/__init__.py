@@ -5,10 +5,10 @@ from fastlm.nn.attention import MultiheadAttention
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.quantized import QuantizedLinear
-from fastlm.nn.recurrent import GRU, LSTM, RNN
+from fastlm.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fastlm.nn.self_attention import KVCache, SelfAttention
 from fastlm.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "KVCache", "LayerNorm",
-           "LinearCrossEntropyLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear", "RMSNorm",
+__all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "GRUCell", "KVCache", "LSTMCell", "LayerNorm",
+           "LinearCrossEntropyLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear", "RMSNorm", "RNNCell",
            "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer", "TransformerEncoderLayer"]
