@@ -32,8 +32,9 @@ gpu-check:
 extension: $(VENV)/installed
 	@$(RUN) setup.py -q build_ext --inplace
 
-# The C++ kernels under the address and undefined-behaviour sanitizers, on the parity matrix; beside the usual build.
-sanitize: $(VENV)/installed
+# The C++ kernels under the address and undefined-behaviour sanitizers, on the parity matrix, beside the usual build;
+# those for AMX by emulation.
+sanitize: extension
 	rm -rf build/sanitize
 	FASTLM_CUDA=0 FASTLM_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		FASTLM_LDFLAGS="-fsanitize=address,undefined" $(RUN) setup.py -q build_ext --build-lib build/sanitize
@@ -41,6 +42,7 @@ sanitize: $(VENV)/installed
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(abspath $(RUN)) -m pytest ../../tests/test_ops.py ../../tests/cases/test_recurrent.py \
 		-k "(error_rule and native) or (recurrent and not compiled and not opcheck)" $(ARGS)
+	$(RUN) -m pytest tests/test_amx_sources.py --deep $(ARGS)
 
 # A virtual environment of our own; no other environment is touched.
 $(VENV)/installed: pyproject.toml Makefile
