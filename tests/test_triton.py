@@ -24,13 +24,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastlm.ops import attention_triton, cross_entropy_triton, softmax_triton  # noqa: E402
+from fastlm.ops import attention_launch_triton, cross_entropy_triton, softmax_triton  # noqa: E402
+from fastlm.ops.attention_common import Options  # noqa: E402
 
 GENERATIONS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin"
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-          torch.int64: "i64", torch.bool: "i1", torch.int8: "i8"}
+          torch.int32: "i32", torch.int64: "i64", torch.bool: "u1", torch.int8: "i8"}
 
 
 class Resources(NamedTuple):
@@ -64,13 +65,14 @@ def resources(plan, generation) -> Resources:
 
 def _specialise(parameter, value):
     """Return (type, divisible by 16), as Triton's launcher specialises an argument."""
-    if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+    special = not parameter.do_not_specialize
+    if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return f"*{DTYPES[value.dtype]}", True
     if isinstance(value, float):
         return "fp32", False
-    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    return "i32" if -(2**31) <= value < 2**31 else "i64", special and value % 16 == 0
 
 
 def _ptxas(ptx, generation):
@@ -141,16 +143,21 @@ def attention_cases(generation):
 
 def attention(generation, label, dim, dtype, causal=False, mask=None, value_dim=None, forward_spills=0, deep=False):
     """Yield the launches of a training step of attention, 2048 tokens long, 4 query heads to a key head."""
-    q, k = tensor(2, 16, 2048, dim, dtype=dtype), tensor(2, 4, 2048, dim, dtype=dtype)
-    v, o = (tensor(2, heads, 2048, value_dim or dim, dtype=dtype) for heads in (4, 16))
-    lse = tensor(2, 16, 2048)
-    inputs = (q, k, v, mask, o, lse, lse)
-    dmask = None if mask is None or mask.dtype is torch.bool else tensor(2, 16, 2048, 2048)
-    forward = attention_triton.plan_forward(q, k, v, mask, o, lse, causal, 0.1)
-    yield Case(label, forward, generation, forward_spills, deep)
-    for plan in (attention_triton.plan_delta(o, o, lse),
-                 attention_triton.plan_keys(*inputs, k, v, causal, 0.1),
-                 attention_triton.plan_queries(*inputs, q, dmask, causal, 0.1)):
+    q, k, v = (tensor(2, heads, 2048, d, dtype=dtype) for heads, d in ((16, dim), (4, dim), (4, value_dim or dim)))
+    call = attention_launch_triton.Call(q, k, v, mask, *[None] * 6, Options(is_causal=causal, scale=0.1))
+    yield from attention_steps(generation, label, call, forward_spills, deep)
+
+
+def attention_steps(generation, label, call, forward_spills=0, deep=False):
+    """Yield the launches of a training step."""
+    out, lse = tensor(*call.query.shape[:3], call.value.size(3), dtype=call.query.dtype), tensor(*call.query.shape[:3])
+    yield Case(label, attention_launch_triton.plan_forward(call, out, lse, lse, 1), generation, forward_spills, deep)
+    plans = [attention_launch_triton.plan_delta(out, out, lse, lse, lse),
+             attention_launch_triton.plan_keys(call, lse, lse, out, call.key, call.value),
+             attention_launch_triton.plan_queries(call, lse, lse, out, call.query)]
+    if call.mask is not None and call.mask.is_floating_point():
+        plans.append(attention_launch_triton.plan_mask(call, lse, lse, out))
+    for plan in plans:
         yield Case(label, plan, generation, 160, deep)
 
 
