@@ -568,7 +568,7 @@ def _mask_slope(row_tile, col_tile, band, queries, keys, scoring, size, lse, del
         r, j = row_tile * M + tl.arange(0, M), col_tile * N + tl.arange(0, N)
         query = _load_query(queries, r, band, size)
         dout, row_lse, row_delta = _load_upstream(queries, r, band, size, lse, delta)
-        found, _, _ = _slope(query, dout, row_lse, row_delta, r, queries, keys, j, band, scoring, size, True)
+        found = _slope(query, dout, row_lse, row_delta, r, queries, keys, j, band, scoring, size, True)[0]
     return found
 
 
