@@ -39,7 +39,6 @@ class Scoring(NamedTuple):
     factor: tl.tensor
     scale: tl.tensor
     cap: tl.tensor
-    seed: tl.tensor
     threshold: tl.tensor
     boost: tl.tensor
     SCALED: tl.constexpr
@@ -61,8 +60,6 @@ class Keys(NamedTuple):
     page_size: tl.tensor
     pages: tl.tensor
     documents: tl.tensor
-    head: tl.tensor
-    b: tl.tensor
 
 
 class Queries(NamedTuple):
@@ -85,6 +82,7 @@ class Queries(NamedTuple):
     mask_d: tl.tensor
     slopes: tl.tensor
     documents: tl.tensor
+    draws: tl.tensor
     row: tl.tensor
     row_h: tl.tensor
     row_s: tl.tensor
@@ -167,14 +165,14 @@ def _load_query(source, r, band, size):
 
 
 @triton.jit
-def _load_upstream(source, r, band, size, lse, delta):
-    """Load, of rows r, the outputs' gradients, the log-sum-exp in base 2 (∞ where nothing is seen), and delta."""
+def _load_upstream(source, r, band, size, lse, delta, factor):
+    """Load, of rows r, the outputs' gradients, the log-sum-exp as a score (∞ where nothing is seen), and delta."""
     i, head = _split(source, r)
     inside = i < band.queries
     at = i.to(tl.int64) * source.do_s + head * source.do_h
     dout = _load(source.do, at, inside, source.do_d, size.DV, size.BLOCK_DV)
     sums = tl.load(lse + _row(source, r), inside, -float("inf"))
-    sums = tl.where(sums == -float("inf"), float("inf"), sums * LOG2_E)
+    sums = tl.where(sums == -float("inf"), float("inf"), sums * (LOG2_E / factor))
     return dout, sums, tl.load(delta + _row(source, r), inside, 0.0)
 
 
@@ -269,26 +267,29 @@ def _dot(a, b, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _kept(seed, threshold, i, head, kv_head, b, j):
-    """Say which weights dropout keeps.
-
-    A weight's bits are those of its query mixed with those of its key (the last step of MurmurHash3): a Philox for each
-    weight would take longer than the products, and whatever the tiles are, these stay the same.
-    """
-    b = b.to(tl.uint32)
-    bits = tl.philox(seed, i.to(tl.uint32), head.to(tl.uint32), b, 0)[0]
-    bits ^= tl.philox(seed, j.to(tl.uint32), kv_head.to(tl.uint32), b, 1)[0]
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
-    bits = bits ^ (bits >> 16)
-    return bits.to(tl.int32, bitcast=True) >= threshold
+def _exp(s, base, scoring):
+    """Return 2^((s - base)·factor); where it need not be EXACT, with the product and the sum in one instruction."""
+    if scoring.EXACT:
+        x = (s - base) * scoring.factor
+    else:
+        x = s * scoring.factor - base * scoring.factor
+    return tl.exp2(x)
 
 
 @triton.jit
-def _dropout(x, i, head, j, keys, scoring):
-    """Return `x`, scaled up, where a weight is kept, else 0."""
-    kept = _kept(scoring.seed, scoring.threshold, i, head, keys.head, keys.b, j)
-    return tl.where(kept, x * scoring.boost, 0.0)
+def _dropout(x, i, head, j, queries, band, scoring):
+    """Return `x`, scaled up, where a weight is kept, else 0.
+
+    A weight's bits are the 64 random ones of its query's row mixed with its key (as MurmurHash3 ends): a Philox for
+    each weight would take longer than the products. `dropped` of attention_launch_triton.py does the same.
+    """
+    row = queries.row + i.to(tl.int64) * queries.row_s + head * queries.row_h
+    bits = tl.load(queries.draws + row, i < band.queries, 0)
+    mixed = (j.to(tl.uint32) * 0x9E3779B9) ^ bits.to(tl.uint32)
+    mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) ^ (bits >> 32).to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
+    mixed = mixed ^ (mixed >> 16)
+    return tl.where(mixed.to(tl.int32, bitcast=True) >= scoring.threshold, x * scoring.boost, 0.0)
 
 
 @triton.jit
@@ -345,21 +346,21 @@ def _scores(s, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr):
 @triton.jit
 def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, start, end, N: tl.constexpr,
             CUT: tl.constexpr):
-    """Add the keys from `start` to `end` to the running output, sum and maximum (in base 2) of a tile of queries."""
+    """Add the keys from `start` to `end` to the running output, sum and maximum of a tile of queries."""
     i, head = _split(queries, r[:, None])
     for begin in range(start, end, N):
         j = begin + tl.arange(0, N)
         key, value = _load_keys(keys, j, band, size, not CUT)
         s = _dot(query, key.T, None, scoring.EXACT)
         s, _ = _scores(s, i, head, j[None, :], queries, keys, band, scoring, CUT)
-        new = tl.maximum(highest, tl.max(s, 1) * scoring.factor)
+        new = tl.maximum(highest, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2(s * scoring.factor - base[:, None])
-        shrink = tl.exp2(highest - base)
+        p = _exp(s, base[:, None], scoring)
+        shrink = _exp(highest, base, scoring)
         total = total * shrink + tl.sum(p, 1)
         highest = new
-        if scoring.seed is not None:
-            p = _dropout(p, i, head, j[None, :], keys, scoring)
+        if queries.draws is not None:
+            p = _dropout(p, i, head, j[None, :], queries, band, scoring)
         acc = _dot(p.to(value.dtype), value, acc * shrink[:, None], scoring.EXACT)
     return acc, total, highest
 
@@ -376,7 +377,7 @@ def _forward(tile, split, splits, rows_in_all, band, queries, keys, scoring, siz
     i, head = _split(queries, r)
     inside = i < band.queries
     if sinks is not None:
-        highest = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        highest = tl.load(sinks + head).to(tl.float32) * (LOG2_E / scoring.factor)
         if split is not None:
             highest = tl.where(split == 0, highest, -float("inf"))
         total = tl.where(highest == -float("inf"), 0.0, 1.0)
@@ -398,7 +399,7 @@ def _forward(tile, split, splits, rows_in_all, band, queries, keys, scoring, siz
     acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, high, end,
                                   N, True)
     total = tl.where(total == 0.0, 1.0, total)  # of rows that see nothing, whose maximum is -∞
-    tl.store(lse + at, (highest + tl.log2(total)) * LN_2, inside)
+    tl.store(lse + at, (highest * scoring.factor + tl.log2(total)) * LN_2, inside)
     acc = acc / total[:, None]
     _store(o, at * size.DV, inside, acc, size.DV, size.BLOCK_DV)
 
@@ -423,7 +424,8 @@ def combine_kernel(parts, part_lse, o, lse, rows_in_all, splits, DV: tl.constexp
     for split in range(0, splits):
         at = split * rows_in_all + row
         share = tl.exp2((tl.load(part_lse + at) - base) * LOG2_E)
-        acc += share * tl.load(parts + at * DV + column, (column < DV) & (share > 0), 0.0)
+        part = tl.load(parts + at * DV + column, column < DV, 0.0)
+        acc += tl.where(share > 0, share * part, 0.0)  # nobody wrote the part of a row of no sequence
         total += share
     total = tl.where(total == 0.0, 1.0, total)
     tl.store(lse + row, highest + tl.log2(total) * LN_2)
@@ -459,19 +461,19 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
     for begin in range(start, end, M):
         r = begin + tl.arange(0, M)
         query = _load_query(queries, r, band, size)
-        dout, row_lse, row_delta = _load_upstream(queries, r, band, size, lse, delta)
+        dout, row_lse, row_delta = _load_upstream(queries, r, band, size, lse, delta, scoring.factor)
         s = _dot(key, query.T, None, scoring.EXACT)
         i, head = _split(queries, r[None, :])
         s, bend = _scores(s, i, head, j, queries, keys, band, scoring, CUT)
-        p = tl.exp2(s * scoring.factor - row_lse[None, :])
+        p = _exp(s, row_lse[None, :], scoring)
         weights = p
-        if scoring.seed is not None:
-            weights = _dropout(p, i, head, j, keys, scoring)
+        if queries.draws is not None:
+            weights = _dropout(p, i, head, j, queries, band, scoring)
         dvalue = _dot(weights.to(dout.dtype), dout, dvalue, scoring.EXACT)
         if DK:
             dp = _dot(value, dout.T, None, scoring.EXACT)
-            if scoring.seed is not None:
-                dp = _dropout(dp, i, head, j, keys, scoring)
+            if queries.draws is not None:
+                dp = _dropout(dp, i, head, j, queries, band, scoring)
             ds = p * (dp - row_delta[None, :]) * bend
             dkey = _dot(ds.to(query.dtype), query, dkey, scoring.EXACT)
     return dkey, dvalue
@@ -516,10 +518,10 @@ def _slope(query, dout, lse, delta, r, queries, keys, j, band, scoring, size, CU
     key, value = _load_keys(keys, j, band, size, not CUT)
     s = _dot(query, key.T, None, scoring.EXACT)
     s, bend = _scores(s, i, head, j[None, :], queries, keys, band, scoring, CUT)
-    p = tl.exp2(s * scoring.factor - lse[:, None])
+    p = _exp(s, lse[:, None], scoring)
     dp = _dot(dout, value.T, None, scoring.EXACT)
-    if scoring.seed is not None:
-        dp = _dropout(dp, i, head, j[None, :], keys, scoring)
+    if queries.draws is not None:
+        dp = _dropout(dp, i, head, j[None, :], queries, band, scoring)
     return p * (dp - delta[:, None]), bend, key
 
 
@@ -543,7 +545,7 @@ def _backward_queries(tile, band, queries, keys, scoring, size, ranges, lse, del
     start, end, low, high = _keys_seen(first, last, band, ranges)
     start, low, high, end = _align(start, end, low, high, N)
     query = _load_query(queries, r, band, size)
-    dout, row_lse, row_delta = _load_upstream(queries, r, band, size, lse, delta)
+    dout, row_lse, row_delta = _load_upstream(queries, r, band, size, lse, delta, scoring.factor)
     dquery = tl.zeros((M, size.BLOCK_D), tl.float32)
     if band.LOWER:
         dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, start, low,
@@ -567,7 +569,7 @@ def _mask_slope(row_tile, col_tile, band, queries, keys, scoring, size, lse, del
     if (col_tile * N < end) & (col_tile * N + N > start):
         r, j = row_tile * M + tl.arange(0, M), col_tile * N + tl.arange(0, N)
         query = _load_query(queries, r, band, size)
-        dout, row_lse, row_delta = _load_upstream(queries, r, band, size, lse, delta)
+        dout, row_lse, row_delta = _load_upstream(queries, r, band, size, lse, delta, scoring.factor)
         found = _slope(query, dout, row_lse, row_delta, r, queries, keys, j, band, scoring, size, True)[0]
     return found
 
@@ -590,13 +592,13 @@ def _tile(tile, col_tile, split, splits, rows_in_all, first_col, col_s, band, qu
 
 
 @triton.jit
-def _compute(tile, col_tile, b, head, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids,
-             cu_q, cu_k, table, ranges, seed, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all, factor, scale,
-             cap, left, right, threshold, boost, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h,
-             v_s, v_d, mask_b, mask_h, mask_s, mask_d, do_b, do_h, do_s, do_d, slopes_b, table_b, row_b, row_h, row_s,
-             col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-             M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr,
-             KIND: tl.constexpr):
+def _compute(tile, col_tile, b, head, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths, query_ids,
+             key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all,
+             factor, scale, cap, left, right, threshold, boost, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
+             k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, do_b, do_h, do_s, do_d, slopes_b, table_b, row_b,
+             row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+             BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr,
+             EXACT: tl.constexpr, KIND: tl.constexpr):
     """Compute a tile of row b of the batch for `group` heads from `head` on; return the mask's gradient if asked for.
 
     Offsets and lengths out of range are clamped: their values are not checked on a GPU.
@@ -622,8 +624,6 @@ def _compute(tile, col_tile, b, head, kv_head, group, split, q, k, v, mask, sink
     if query_ids is not None:
         query_ids += b * Sq
         key_ids += b * Sk
-    if seed is not None:
-        seed = tl.load(seed)
     if do is not None:
         do += b * do_b + first_q * do_s
     lower, upper = _edges(cols - rows, left, right, CAUSAL)
@@ -632,10 +632,9 @@ def _compute(tile, col_tile, b, head, kv_head, group, split, q, k, v, mask, sink
         tile, col_tile, split, splits, rows_in_all, b * col_b + first_k * col_s + kv_head * col_h, col_s,
         Band(rows, cols, cols - rows, lower, upper, left is not None, CAUSAL or right is not None),
         Queries(q + b * q_b + first_q * q_s, q_h, q_s, q_d, do, do_h, do_s, do_d, mask, mask_h, mask_s, mask_d, slopes,
-                query_ids, b * row_b + first_q * row_s, row_h, row_s, head, group),
-        Keys(k + kv_head * k_h, v + kv_head * v_h, k_b, k_s, k_d, v_b, v_s, v_d, table, page_size, pages, key_ids,
-             kv_head, b),
-        Scoring(factor, scale, cap, seed, threshold, boost, SCALED, EXACT), Size(D, DV, BLOCK_D, BLOCK_DV), sinks,
+                query_ids, draws, b * row_b + first_q * row_s, row_h, row_s, head, group),
+        Keys(k + kv_head * k_h, v + kv_head * v_h, k_b, k_s, k_d, v_b, v_s, v_d, table, page_size, pages, key_ids),
+        Scoring(factor, scale, cap, threshold, boost, SCALED, EXACT), Size(D, DV, BLOCK_D, BLOCK_DV), sinks,
         ranges, o, lse, delta, dq, dk, dv, M, N, KIND)
 
 
@@ -645,14 +644,14 @@ def _name(specialization):
 
 @triton.jit(repr=_name, do_not_specialize=[
     "H", "Sq", "Sk", "blocks", "splits", "rows_in_all", "left", "right", "threshold", "pages", "row_b", "row_h",
-    "col_b", "col_h", "slopes_b", "table_b", "mask_b", "mask_h", "mask_heads", "shared_heads", "shared",
+    "col_b", "col_h", "slopes_b", "table_b", "mask_heads", "shared_heads", "shared",
     "column_blocks"])
-def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, cu_q, cu_k, table, ranges, seed, o, lse,
-                     do, delta, dq, dk, dv, dmask, H, group, Sq, Sk, blocks, splits, rows_in_all, factor, scale, cap,
-                     left, right, threshold, boost, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h,
-                     v_s, v_d, mask_b, mask_h, mask_s, mask_d, do_b, do_h, do_s, do_d, slopes_b, table_b, row_b, row_h,
-                     row_s, col_b, col_h, col_s, mask_heads, shared_heads, shared, column_blocks, D: tl.constexpr,
-                     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
+def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o,
+                     lse, do, delta, dq, dk, dv, dmask, H, group, Sq, Sk, blocks, splits, rows_in_all, factor, scale,
+                     cap, left, right, threshold, boost, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b,
+                     v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, do_b, do_h, do_s, do_d, slopes_b, table_b, row_b,
+                     row_h, row_s, col_b, col_h, col_s, mask_heads, shared_heads, shared, column_blocks,
+                     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
                      N: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr,
                      KIND: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
     """Compute one tile of what KIND says.
@@ -670,7 +669,7 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
             b, head = at // mask_heads + t // shared_heads, at % mask_heads + t % shared_heads
             total += _compute(
                 row_tile, col_tile, b, head, head // group, 1, None, q, k, v, mask, sinks, slopes, lengths, query_ids,
-                key_ids, cu_q, cu_k, table, ranges, seed, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all,
+                key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all,
                 factor, scale, cap, left, right, threshold, boost, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
                 k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, do_b, do_h, do_s, do_d, slopes_b, table_b,
                 row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL, SCALED, EXACT, KIND)
@@ -697,18 +696,7 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
             ranges += (b * blocks + tile) * 2
         _compute(
             tile, 0, b, kv_head * group, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths, query_ids,
-            key_ids, cu_q, cu_k, table, ranges, seed, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all,
+            key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all,
             factor, scale, cap, left, right, threshold, boost, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d,
             v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, do_b, do_h, do_s, do_d, slopes_b, table_b, row_b, row_h,
             row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL, SCALED, EXACT, KIND)
-
-
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "threshold"])
-def dropped_kernel(seed, dropped, H, group, Sq, Sk, threshold, M: tl.constexpr):
-    """Write which weights dropout drops, `[B, H, Sq, Sk]`."""
-    at = tl.program_id(0).to(tl.int64)
-    i, head, b = at % Sq, at // Sq % H, at // Sq // H
-    for begin in range(0, Sk, M):
-        j = begin + tl.arange(0, M)
-        kept = _kept(tl.load(seed), threshold, i + j * 0, head, head // group, b, j)
-        tl.store(dropped + at * Sk + j, kept == 0, j < Sk)

@@ -13,7 +13,6 @@ from fastlm.ops.attention_kernels_triton import (
     combine_kernel,
     delta_kernel,
     documents_kernel,
-    dropped_kernel,
 )
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -36,7 +35,7 @@ class Call(NamedTuple):
     lengths: Tensor | None  # [B]
     query_ids: Tensor | None  # [B, Sq]
     key_ids: Tensor | None  # [B, Sk]
-    seed: Tensor | None  # []
+    draws: Tensor | None  # [B, H, Sq]
     options: Options
     cu_q: Tensor | None = None  # [B + 1]
     cu_k: Tensor | None = None  # [B + 1]
@@ -131,15 +130,22 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
     return found
 
 
+def draws(query: Tensor) -> Tensor:
+    """Draw from torch's generator the bits that decide what dropout drops of each row of queries, `[B, H, Sq]`."""
+    return torch.randint(-(2**63), 2**63 - 1, query.shape[:3], device=query.device)
+
+
 def dropped(call: Call) -> Tensor:
-    """Return which weights dropout drops, `[B, H, Sq, Sk]`."""
-    batch, heads, queries, keys = *call.query.shape[:3], call.key.size(2)
-    found = torch.zeros(batch, heads, queries, keys, dtype=torch.bool, device=call.query.device)
-    if keys:
-        _launch((dropped_kernel, (batch * heads * queries,), dict(
-            seed=call.seed, dropped=found, H=heads, group=call.group, Sq=queries, Sk=keys,
-            threshold=_threshold(call.options.dropout_p), M=128)))
-    return found
+    """Return which weights dropout drops, `[B, H, Sq, Sk]`, as the kernels find it."""
+    def low(x):
+        return x & 0xFFFFFFFF
+
+    bits = call.draws[..., None]
+    mixed = low(torch.arange(call.key.size(2), device=bits.device) * 0x9E3779B9) ^ low(bits)
+    mixed = low((mixed ^ (mixed >> 16)) * 0x85EBCA6B) ^ low(bits >> 32)
+    mixed = low((mixed ^ (mixed >> 13)) * 0xC2B2AE35)
+    mixed = mixed ^ (mixed >> 16)
+    return mixed - ((mixed >> 31) << 32) < _threshold(call.options.dropout_p)
 
 
 # --- launches: (kernel, grid, arguments) -----------------------------------------------------------------------
@@ -240,7 +246,7 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
     found = off | {"MASK_ROWS": True, "MASK_COLS": True} | dict(
         q=query, k=key, v=value, mask=mask, sinks=call.sinks, slopes=call.slopes, lengths=call.lengths,
         query_ids=call.query_ids, key_ids=call.key_ids, cu_q=call.cu_q, cu_k=call.cu_k, table=call.table, ranges=ranges,
-        seed=call.seed, H=query.size(1), group=call.group, Sq=query.size(2), Sk=keys, blocks=blocks,
+        draws=call.draws, H=query.size(1), group=call.group, Sq=query.size(2), Sk=keys, blocks=blocks,
         rows_in_all=layout.numel(), factor=LOG2_E if scaled else options.scale * LOG2_E, scale=options.scale,
         cap=options.softcap or None, left=_bound(options.left), right=_bound(options.right), D=query.size(3),
         DV=value.size(3), BLOCK_D=_block(query.size(3)), BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal,
@@ -295,28 +301,35 @@ def _launch(plan):
 # --- sizes of tiles --------------------------------------------------------------------------------------------
 
 # (M, N, warps, stages) for heads up to 64, 128 and 256 wide. Bounded by registers and shared memory, as
-# tests/test_triton.py checks; not yet timed.
+# tests/test_triton.py checks; not yet timed. A call is busy if more is done to scores than to scale and to bar them.
 TILES = {
-    ("forward", True): ((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    ("forward", True): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
     ("forward", False): ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("busy forward", True): ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+    ("busy forward", False): ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     ("keys", True): ((64, 128, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1)),
     ("keys", False): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("busy keys", True): ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+    ("busy keys", False): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("queries", True): ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     ("queries", False): ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
     ("mask", True): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
     ("mask", False): ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-    ("decode", True): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
-    ("decode", False): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    ("few queries", True): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
+    ("few queries", False): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
 }
 
 
 def _tiles(kind, call):
     """Choose rows of queries (M) and of keys (N) in a tile, warps and pipeline stages."""
-    wide = max(_block(call.query.size(3)), _block(call.value.size(3)))
-    if kind == "forward" and call.longest[0] * call.group <= 16:
-        kind = "decode"
     if INTERPRETED:
         return {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1}  # fewer operations than in small tiles
+    wide = max(_block(call.query.size(3)), _block(call.value.size(3)))
+    features = (call.mask, call.slopes, call.query_ids, call.draws, call.options.softcap or None)
+    if kind == "forward" and call.longest[0] * call.group <= 16:
+        kind = "few queries"
+    elif kind in ("forward", "keys") and any(x is not None for x in features):
+        kind = f"busy {kind}"
     M, N, warps, stages = TILES[kind, call.query.element_size() == 2][0 if wide <= 64 else 1 if wide == 128 else 2]
     return {"M": M, "N": N, "num_warps": warps, "num_stages": stages}
 

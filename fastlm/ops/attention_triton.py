@@ -33,9 +33,9 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
 
 
 def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
-    seed = torch.randint(2**62, (), device=query.device) if options.dropout_p else None
+    draws = launch.draws(query) if options.dropout_p else None
     query_ids, key_ids = (None if x is None else x.contiguous() for x in (query_ids, key_ids))
-    tensors = (query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, seed)
+    tensors = (query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, draws)
     out, lse = _attention(tensors, *options)
     return (out, lse) if options.return_lse else out
 
