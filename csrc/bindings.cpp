@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "loss.h"
 #include "quant.h"
 #include "rnn.h"
 #include "rows.h"
@@ -18,13 +19,16 @@ namespace py = pybind11;
 namespace fastlm {
 FASTLM_DECLARE_RNN(generic)
 FASTLM_DECLARE_ROWS(generic)
+FASTLM_DECLARE_LOSS(generic)
 #ifdef FASTLM_AVX2
 FASTLM_DECLARE_RNN(avx2)
 FASTLM_DECLARE_ROWS(avx2)
+FASTLM_DECLARE_LOSS(avx2)
 #endif
 #ifdef FASTLM_AVX512
 FASTLM_DECLARE_RNN(avx512)
 FASTLM_DECLARE_ROWS(avx512)
+FASTLM_DECLARE_LOSS(avx512)
 FASTLM_DECLARE_QUANT(avx512)
 #endif
 }  // namespace fastlm
@@ -32,6 +36,14 @@ FASTLM_DECLARE_QUANT(avx512)
 namespace {
 
 using namespace fastlm;
+
+template <class S>
+struct LossKernels {
+  void (*read)(const LossTile&, const LossRead<S>&);
+  void (*gradient)(const LossTile&, const LossGradient<S>&);
+  void (*divergence_read)(const LossTile&, const DivergenceRead<S>&);
+  void (*divergence_gradient)(const LossTile&, const DivergenceGradient<S>&);
+};
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -42,14 +54,20 @@ struct Kernels {
   void (*rnn_backward_f32)(const RnnProblem&, const RnnBackward<float>&);
   void (*rnn_backward_f64)(const RnnProblem&, const RnnBackward<double>&);
   RowKernels rows;
+  LossKernels<float> loss_f32;
+  LossKernels<double> loss_f64;
+  LossKernels<Bf16> loss_bf16;
   // Null where the CPU lacks byte products (VNNI).
   size_t (*quantized_linear_workspace)(const QuantizedLinear&) = nullptr;
   void (*quantized_linear)(const QuantizedLinear&) = nullptr;
 };
 
+#define FASTLM_LOSS_KERNELS(isa) \
+  {isa::loss_read, isa::loss_gradient, isa::divergence_read, isa::divergence_gradient}
+
 #define FASTLM_KERNELS(isa) \
   Kernels{#isa, isa::rnn_workspace, isa::rnn_forward, isa::rnn_forward, isa::rnn_backward, isa::rnn_backward, \
-          isa::row_kernels()}
+          isa::row_kernels(), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa)}
 
 // The widest set that was built, that this CPU has, and that FASTLM_MAX_ISA allows.
 Kernels choose_kernels() {
@@ -204,6 +222,94 @@ QuantizedLinear quantized(int kind, int number, int64_t rows, int64_t in, int64_
   return p;
 }
 
+// --- losses: an argument of Python is a tuple with the fields of the struct of that name in csrc/loss.h ---
+
+LossTile tile_of(const py::tuple& a) {
+  const LossTile tile{a[0].cast<int64_t>(), a[1].cast<int64_t>(), a[2].cast<int64_t>(), a[3].cast<int>()};
+  if (tile.rows < 0 || tile.cols < 0 || tile.first < 0 || tile.threads < 1)
+    throw std::invalid_argument("loss: sizes out of range");
+  return tile;
+}
+
+template <class P>
+P* at(const py::tuple& a, int i) {
+  return pointer<P>(a[i].cast<uintptr_t>());
+}
+
+template <class S>
+Logits<S> logits_of(const py::tuple& a) {
+  return {at<const S>(a, 0), a[1].cast<int64_t>(), at<const Compute<S>>(a, 2), a[3].cast<double>(),
+          a[4].cast<double>()};
+}
+
+template <class S>
+Targets<S> targets_of(const py::tuple& a) {
+  return {at<const int64_t>(a, 0), at<const Compute<S>>(a, 1), at<const S>(a, 2), a[3].cast<int64_t>(),
+          a[4].cast<double>(), a[5].cast<double>()};
+}
+
+// Calls f(kernels, S()) for the storage of `number` bytes: 2 is bfloat16.
+template <class F>
+void for_storage(int number, const F& f) {
+  if (number == 4) f(kernels.loss_f32, float());
+  else if (number == 8) f(kernels.loss_f64, double());
+  else if (number == 2) f(kernels.loss_bf16, Bf16());
+  else throw std::invalid_argument("loss: numbers have 2, 4 or 8 bytes");
+}
+
+template <class Kernel, class Problem>
+void run_loss(Kernel kernel, const LossTile& tile, const Problem& problem) {
+  py::gil_scoped_release release;
+  kernel(tile, problem);
+}
+
+void define_loss(py::module_& m) {
+  using py::tuple;
+  m.def("loss_read",
+        [](int number, const tuple& tile, const tuple& logits, const tuple& targets, uintptr_t sums, bool entropy) {
+          for_storage(number, [&](const auto& k, auto s) {
+            using S = decltype(s);
+            run_loss(k.read, tile_of(tile),
+                     LossRead<S>{logits_of<S>(logits), targets_of<S>(targets), pointer<Compute<S>>(sums), entropy});
+          });
+        },
+        "Run LossRead.");
+  m.def("loss_gradient",
+        [](int number, const tuple& tile, const tuple& logits, const tuple& targets, uintptr_t rows,
+           uintptr_t gradient, int64_t stride, bool add) {
+          for_storage(number, [&](const auto& k, auto s) {
+            using S = decltype(s);
+            run_loss(k.gradient, tile_of(tile),
+                     LossGradient<S>{logits_of<S>(logits), targets_of<S>(targets), pointer<const Compute<S>>(rows),
+                                     pointer<S>(gradient), stride, add});
+          });
+        },
+        "Run LossGradient.");
+  m.def("divergence_read",
+        [](int number, const tuple& tile, const tuple& student, const tuple& teacher, int kind, double beta,
+           uintptr_t rows, uintptr_t divergence) {
+          for_storage(number, [&](const auto& k, auto s) {
+            using S = decltype(s);
+            run_loss(k.divergence_read, tile_of(tile),
+                     DivergenceRead<S>{logits_of<S>(student), logits_of<S>(teacher), Divergence(kind), beta,
+                                       pointer<const Compute<S>>(rows), pointer<Compute<S>>(divergence)});
+          });
+        },
+        "Run DivergenceRead.");
+  m.def("divergence_gradient",
+        [](int number, const tuple& tile, const tuple& student, const tuple& teacher, int kind, double beta,
+           uintptr_t rows, uintptr_t divergence, uintptr_t factor, uintptr_t gradient, int64_t stride) {
+          for_storage(number, [&](const auto& k, auto s) {
+            using S = decltype(s);
+            run_loss(k.divergence_gradient, tile_of(tile),
+                     DivergenceGradient<S>{logits_of<S>(student), logits_of<S>(teacher), Divergence(kind), beta,
+                                           pointer<const Compute<S>>(rows), pointer<const Compute<S>>(divergence),
+                                           pointer<const Compute<S>>(factor), pointer<S>(gradient), stride});
+          });
+        },
+        "Run DivergenceGradient.");
+}
+
 #ifdef FASTLM_CUDA
 // The same calls on a GPU, with the stream last.
 void define_cuda(py::module_ m) {
@@ -278,6 +384,7 @@ PYBIND11_MODULE(_native, m) {
         },
         "Run RnnBackward: addresses of w_hh, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
   define_rows(m);
+  define_loss(m);
 
   m.attr("vnni") = kernels.quantized_linear != nullptr;
 #if defined(__x86_64__)

@@ -38,12 +38,14 @@ class Differentiable:
             what is kept is no argument of `reference`.
         borrowed: slot -> `source(grads, found) -> Tensor`: gradients that are upstream's or another slot's tensor,
             which no operator may return; `backward` is not asked for them.
+        spends: backward takes one argument more, `spent`: whether nothing will read `saved` again, so that it may
+            write into it and return it. Without that, what forward has made as large as a weight exists twice.
     """
 
     def __init__(self, name: str, *, statics: str = "", outputs: int, forward: Callable, fake: Callable,
                  backward: Callable, reference: Callable | None = None, reads_results: bool = False,
                  keep: Callable | None = None, gradient: Callable | None = None,
-                 borrowed: dict[int, Callable] | None = None):
+                 borrowed: dict[int, Callable] | None = None, spends: bool = False):
         self.name, self.outputs, self.reference, self.gradient = name, outputs, reference, gradient
         self.keep, self.borrowed = keep, borrowed or {}
         self.first_saved = 0 if reads_results else outputs
@@ -52,9 +54,9 @@ class Differentiable:
         def run_forward(tensors, slots, *statics):
             return forward(_unpack(tensors, slots), [s == NEEDED for s in slots], *statics)
 
-        def run_backward(grads, saved, tensors, slots, *statics):
+        def run_backward(grads, saved, tensors, slots, *statics, spent=False):
             unpacked, needs = _unpack(tensors, slots), [s == NEEDED for s in slots]
-            found = backward(list(grads), list(saved), unpacked, needs, *statics)
+            found = backward(list(grads), list(saved), unpacked, needs, *statics, *([spent] if spends else []))
             return [t.new_empty(0) if g is None else g.contiguous()
                     for g, t in zip(found, unpacked, strict=True) if t is not None]
 
@@ -162,9 +164,11 @@ class _Forward(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(kernels, slots, statics, n_grads, n_saved, *tensors):
-        run = kernels.run_backward if plain(tensors) else kernels.backward_op
-        grads, saved = tensors[:n_grads], tensors[n_grads: n_grads + n_saved]
-        return tuple(run(grads, saved, tensors[n_grads + n_saved:], slots, *statics))
+        grads, saved, inputs = tensors[:n_grads], tensors[n_grads: n_grads + n_saved], tensors[n_grads + n_saved:]
+        if not plain(tensors):  # the compiler's operators must not return what they are given
+            return tuple(kernels.backward_op(grads, saved, inputs, slots, *statics))
+        spent = not torch._C._autograd._get_current_graph_task_keep_graph()
+        return tuple(kernels.run_backward(grads, saved, inputs, slots, *statics, spent=spent))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -240,11 +244,11 @@ def _define(name, schema, run, fake):
 
 def _labelled(label, run):
     """Let the profiler see a kernel that is called without the dispatcher."""
-    def labelled(*args):
+    def labelled(*args, **options):
         if not torch.autograd._profiler_enabled():
-            return run(*args)
+            return run(*args, **options)
         with torch.profiler.record_function(label):
-            return run(*args)
+            return run(*args, **options)
     return labelled
 
 

@@ -5,11 +5,13 @@ from fastlm.ops.attention import op as _attention
 from fastlm.ops.attention import scaled_dot_product_attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.cross_entropy import op as _cross_entropy
+from fastlm.ops.distillation import linear_distillation
+from fastlm.ops.distillation import op as _distillation
 from fastlm.ops.dropout import dropout_add
 from fastlm.ops.dropout import op as _dropout_add
 from fastlm.ops.gru import gru
 from fastlm.ops.gru import op as _gru
-from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy, shift_targets
 from fastlm.ops.linear_cross_entropy import op as _linear_cross_entropy
 from fastlm.ops.lstm import lstm
 from fastlm.ops.lstm import op as _lstm
@@ -37,10 +39,11 @@ from fastlm.ops.varlen_attn import op as _varlen_attn
 from fastlm.ops.varlen_attn import varlen_attn
 
 # Every op, for tests and benchmarks to iterate.
-ALL = (_softmax, _log_softmax, _masked_softmax, _attention, _varlen_attn, _cross_entropy, _linear_cross_entropy, _lstm,
-       _gru, _rnn, rms_op, layer_op, add_rms_op, add_layer_op, gelu_op, swiglu_op, geglu_op, _rotary_embedding,
-       _dropout_add, _quantized_linear)
+ALL = (_softmax, _log_softmax, _masked_softmax, _attention, _varlen_attn, _cross_entropy, _linear_cross_entropy,
+       _distillation, _lstm, _gru, _rnn, rms_op, layer_op, add_rms_op, add_layer_op, gelu_op, swiglu_op, geglu_op,
+       _rotary_embedding, _dropout_add, _quantized_linear)
 
 __all__ = ["ALL", "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add", "geglu", "gelu", "gru",
-           "layer_norm", "linear_cross_entropy", "log_softmax", "lstm", "masked_softmax", "quantized_linear",
-           "rms_norm", "rnn", "rotary_embedding", "scaled_dot_product_attention", "softmax", "swiglu", "varlen_attn"]
+           "layer_norm", "linear_cross_entropy", "linear_distillation", "log_softmax", "lstm", "masked_softmax",
+           "quantized_linear", "rms_norm", "rnn", "rotary_embedding", "scaled_dot_product_attention", "shift_targets",
+           "softmax", "swiglu", "varlen_attn"]

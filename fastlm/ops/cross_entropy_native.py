@@ -1,0 +1,121 @@
+"""Cross entropy by csrc/loss.h: forward reads the logits once, backward reads them once and writes a gradient once."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.autograd import Differentiable
+from fastlm.ops.cross_entropy import reference
+from fastlm.ops.loss_kernels import Logits, LossKernels, Targets, new_sums
+
+ACCEPTS = {"1 classes", "127 classes", "128 classes", "129 classes", "many classes", "none", "sum", "ignored",
+           "ignored, none", "ignore class 3", "all ignored", "class weights", "everything, none", "everything, sum",
+           "everything, mean", "smoothing of one", "outliers", "no rows", "no rows, none", "images",
+           "classes last in memory", "every other column", "probabilities"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+LEAST = 1 << 16  # logits
+
+_kernels = LossKernels(_native)
+
+
+def cannot(input, target, weight, ignore_index, reduction, label_smoothing):
+    if input.is_cuda:
+        return "runs on the CPU"
+    if input.dtype not in DTYPES:
+        return f"no kernel for {input.dtype}"
+    if target.is_floating_point() and target.requires_grad:
+        return "the target needs a gradient"
+    if input.size(1) == 0:
+        return "there are no classes"
+    return None
+
+
+def loses(input, *rest):
+    if _native.isa not in MEASURED:
+        return f"not yet measured with {_native.isa}"
+    if input.numel() < LEAST:
+        return f"no faster than torch below {LEAST} logits: benchmarks/LOG.md 2026-11-24"
+    if input.dim() > 2 and input.stride(1) != 1:
+        return "classes are not side by side in memory: torch reads them where they are"
+    return None
+
+
+def run(input, target, weight, ignore_index, reduction, label_smoothing):
+    logits = _rows(input)
+    weight = None if weight is None else weight.detach()
+    shape = input.shape[:1] + input.shape[2:]
+    target = _rows(target.detach().to(input.dtype)) if target.is_floating_point() else target.reshape(-1)
+    loss = _cross_entropy((logits, target, weight), ignore_index, reduction, label_smoothing)[0]
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+def _rows(x):
+    x = x.movedim(1, -1)
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def forward(tensors, needs, ignore_index, reduction, smoothing):
+    logits, target, weight = tensors
+    call = _Rows(logits, target, weight, ignore_index, smoothing)
+    sums = new_sums(len(logits), call.dtype, logits.device)
+    _kernels.read(call.logits, call.targets, sums)
+    highest, total, _, picked, weighted, mass = sums.unbind(1)
+    log_total = total.log()
+    loss = call.hits * (log_total - (picked - highest))
+    if call.spreads:
+        loss = loss + (mass * (highest + log_total) - weighted)
+    loss = torch.where(call.kept, loss, 0)
+    counted = call.counts.sum() if reduction == "mean" else loss.new_ones(())
+    result = loss if reduction == "none" else loss.sum() / counted
+    return [result.to(logits.dtype), *([sums, counted] if needs[0] else [])]
+
+
+def backward(grads, saved, tensors, needs, ignore_index, reduction, smoothing):
+    logits, target, weight = tensors
+    d_logits = None
+    if needs[0]:
+        sums, counted = saved
+        call = _Rows(logits, target, weight, ignore_index, smoothing)
+        scale = torch.where(call.kept, grads[0].to(call.dtype) / counted, 0)
+        up = (call.hits + sums[:, 5]) * scale
+        rows = torch.stack((sums[:, 0], sums[:, 1], up, scale, call.hits * scale), 1)
+        d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        _kernels.gradient((call.logits, call.targets), rows, d_logits)
+    return [d_logits, *(torch.zeros_like(t) if need else None for t, need in zip(tensors[1:], needs[1:], strict=True))]
+
+
+class _Rows:
+    """What forward and backward both need of rows of logits and their targets."""
+
+    def __init__(self, logits, target, weight, ignore_index, smoothing):
+        self.dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        soft, index, kept = None, None, torch.ones(len(logits), dtype=torch.bool)
+        if target.is_floating_point():
+            soft = target if target.stride(1) == 1 else target.contiguous()
+            self.counts, self.hits = kept.to(self.dtype), torch.zeros(len(logits), dtype=self.dtype)
+        else:
+            index, kept = target.contiguous(), target != ignore_index
+            self.counts = kept.to(self.dtype) if weight is None else (
+                weight.to(self.dtype)[index.where(kept, 0)] * kept)
+            self.hits = (1 - smoothing) * self.counts
+        self.kept, even = kept, smoothing / logits.shape[1]
+        self.spreads = soft is not None or even > 0
+        weight = weight.to(self.dtype).contiguous() if weight is not None and self.spreads else None
+        self.logits = Logits(logits if logits.stride(1) == 1 else logits.contiguous())
+        self.targets = Targets(index, 0, weight, soft, 1 - smoothing, even)
+
+
+def _reference(tensors, ignore_index, reduction, smoothing):
+    return (reference(*tensors, ignore_index, reduction, smoothing),)
+
+
+def _fake(tensors, needs, ignore_index, reduction, smoothing):
+    logits, *_ = tensors
+    dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    loss = logits.new_empty(logits.shape[:1] if reduction == "none" else ())
+    saved = [logits.new_empty((logits.shape[0], 6), dtype=dtype), logits.new_empty((), dtype=dtype)]
+    return [loss, *saved] if needs[0] else [loss]
+
+
+_cross_entropy = Differentiable("cross_entropy_native", statics="int ignore_index, str reduction, float smoothing",
+                                outputs=1, forward=forward, fake=_fake, backward=backward, reference=_reference)

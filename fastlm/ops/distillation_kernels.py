@@ -1,0 +1,138 @@
+"""linear_distillation block by block: a block of the student's logits and one of the teacher's exist at a time.
+
+With reduction "mean" or "sum" the gradients are made in the forward pass and scaled in backward; with "none" backward
+computes the blocks again.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastlm.autograd import Differentiable
+from fastlm.ops.distillation import reference, scatter_topk
+from fastlm.ops.head import Head, block_rows, scaled
+from fastlm.ops.linear_cross_entropy import accumulator
+from fastlm.ops.loss_kernels import Logits, Targets, new_sums
+
+STATICS = ("str divergence, float beta, float temperature, float hard_weight, int ignore_index, str reduction, "
+           "bool single")
+
+
+class Sweep:
+    """linear_distillation by kernels for a block of logits.
+
+    Args:
+        name: of the operators.
+        kernels: like `loss_kernels.LossKernels`.
+        products: `products(x)` returns the dtype of logits and products for hidden states like x.
+    """
+
+    def __init__(self, name: str, kernels, products: Callable[[Tensor], torch.dtype]):
+        self.kernels, self.products = kernels, products
+        self.function = Differentiable(name, statics=STATICS, outputs=1, forward=self.forward, fake=self.fake,
+                                       backward=self.backward, reference=self.reference, spends=True)
+
+    def run(self, *args):
+        tensors, options = args[:10], args[10:]
+        single = torch.is_autocast_enabled(args[0].device.type) and args[0].dtype is not torch.float64
+        return self.function([*tensors[:3], *(t if t is None else t.detach() for t in tensors[3:])], *options,
+                             single)[0]
+
+    def forward(self, tensors, needs, divergence, beta, temperature, hard_weight, ignore_index, reduction, single):
+        x, target = tensors[0], tensors[9]
+        sums = accumulator(x.dtype)
+        now = needs[:3] if reduction != "none" else [False] * 3
+        kept = x.new_ones(x.shape[0], dtype=torch.bool) if target is None else target != ignore_index
+        total = kept.sum().to(sums) if reduction == "mean" else kept.new_ones((), dtype=sums)
+        early = self.products(x) is sums  # 16-bit gradients of logits are not scaled down to where they underflow
+        scale = torch.where(kept, 1 / total if early else 1.0, 0)
+        losses, grads = self.sweep(tensors, kept, scale, now, divergence, beta, temperature, hard_weight)
+        loss = losses if reduction == "none" else losses.sum() / total
+        late = [torch.ones_like(total) if early else 1 / total] if any(now) else []
+        return [loss.to(sums if single else x.dtype), *grads, *late]
+
+    def fake(self, tensors, needs, divergence, beta, temperature, hard_weight, ignore_index, reduction, single):
+        x, sums = tensors[0], accumulator(tensors[0].dtype)
+        loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=sums if single else x.dtype)
+        now = [t.new_empty(t.shape, dtype=sums) for t, need in zip(tensors[:3], needs, strict=False)
+               if reduction != "none" and need]
+        return [loss, *now, *([x.new_empty((), dtype=sums)] if now else [])]
+
+    def backward(self, grads, saved, tensors, needs, divergence, beta, temperature, hard_weight, ignore_index,
+                 reduction, single, spent):
+        x, target = tensors[0], tensors[9]
+        upstream = grads[0].to(accumulator(x.dtype))
+        if reduction == "none":
+            kept = torch.ones_like(upstream, dtype=torch.bool) if target is None else target != ignore_index
+            _, found = self.sweep(tensors, kept, torch.where(kept, upstream, 0), needs[:3], divergence, beta,
+                                  temperature, hard_weight)
+            found = [g.to(x.dtype) for g in found]
+        else:
+            *found, late = saved
+            found = [scaled(g, upstream * late, x.dtype, spent) for g in found]
+        found = iter(found)
+        return [None if not need else next(found) if i < 3 else torch.zeros_like(tensors[i])
+                for i, need in enumerate(needs)]
+
+    def reference(self, tensors, divergence, beta, temperature, hard_weight, ignore_index, reduction, single):
+        loss = reference(*tensors, divergence, beta, temperature, hard_weight, ignore_index, reduction)
+        return (loss.to(accumulator(loss.dtype)) if single else loss,)
+
+    def sweep(self, tensors, kept, scale, needs, divergence, beta, temperature, hard_weight):
+        """Return each row's loss, and the gradients of Σ scale·loss for the student's tensors that need one."""
+        x, weight, bias, _, _, teacher_bias, *_, target = tensors
+        dtype = self.products(x)
+        head = Head(x, weight, dtype, needs)
+        biases = [None if b is None else b.to(head.sums).contiguous() for b in (bias, teacher_bias)]
+        rows = block_rows(head.rows, 2 * head.classes, dtype, x.is_cuda)
+        buffers = torch.empty(2, rows, head.classes, dtype=dtype, device=x.device)
+        teach = _teacher(tensors, dtype)
+        losses = torch.empty(head.rows, dtype=head.sums, device=x.device)
+        soft_weight = (1 - hard_weight) * temperature**2
+        if divergence == "jsd" and beta in (0, 1):  # the mixture is one of the two
+            soft_weight = 0.0
+        # What β stands for makes the three divergences one formula of their two sums.
+        beta = {"forward_kl": 1.0, "reverse_kl": 0.0}.get(divergence, beta)
+        for start in range(0, head.rows, max(rows, 1)):
+            part = slice(start, min(start + rows, head.rows))
+            z = head.logits(part, buffers[0])
+            student = Logits(z, biases[0], 0.0, 1 / temperature)
+            teacher = Logits(teach(part, buffers[1]), biases[1], 0.0, 1 / temperature)
+            rows_of, sums = self._read(student, teacher, head.sums)
+            value = new_sums(len(z), head.sums, x.device)[:, 4:].contiguous()
+            self.kernels.divergence_read(student, teacher, divergence, beta, rows_of, value)
+            loss = soft_weight * (beta * value[:, 0] + (1 - beta) * value[:, 1])
+            if hard_weight:
+                sums = new_sums(len(z), head.sums, x.device)
+                hard = self.kernels.read(Logits(z, biases[0]), Targets(target[part]), sums)
+                loss = loss + hard_weight * (sums[:, 1].log() - (sums[:, 3] - sums[:, 0]))
+            losses[part] = torch.where(kept[part], loss, 0)
+            if any(needs):
+                gradient = teacher.z  # written over
+                self.kernels.divergence_gradient(student, teacher, divergence, beta, rows_of, value,
+                                                 scale[part] * (soft_weight / temperature), gradient)
+                if hard_weight:
+                    up = hard_weight * scale[part]
+                    factors = torch.stack((sums[:, 0], sums[:, 1], up, torch.zeros_like(up), up), 1)
+                    self.kernels.gradient(hard, factors, gradient, add=True)
+                head.pull(part, gradient)
+        return losses, head.gradients()
+
+    def _read(self, student, teacher, dtype):
+        found = []
+        for logits in (student, teacher):
+            sums = new_sums(len(logits.z), dtype, logits.z.device)
+            self.kernels.read(logits, Targets(), sums)
+            found += [sums[:, 0], sums[:, 1].log()]
+        return torch.stack(found, 1), sums
+
+
+def _teacher(tensors, dtype):
+    """Return a function that writes the teacher's logits of some rows, without bias, into a buffer."""
+    _, _, _, teacher, weight, _, logits, topk, indices, _ = tensors
+    if teacher is not None:
+        return Head(teacher, weight, dtype).logits
+    if logits is not None:
+        return lambda part, out: out[: part.stop - part.start].copy_(logits[part])
+    return lambda part, out: scatter_topk(topk[part], indices[part], out[: part.stop - part.start])

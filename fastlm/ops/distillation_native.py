@@ -1,0 +1,39 @@
+"""Distillation with the losses of csrc/loss.h; 16-bit inputs are multiplied in float32."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.ops.distillation import DIVERGENCES
+from fastlm.ops.distillation_kernels import Sweep
+from fastlm.ops.loss_kernels import LossKernels
+
+ACCEPTS = {*DIVERGENCES, *(f"{d}, {form}" for d in DIVERGENCES for form in ("temperature", "hard", "logits, none")),
+           "jsd of 0.0", "jsd of 0.1", "jsd of 1.0", "top-k", "top-k, jsd", "sum", "hard only", "all ignored",
+           "several blocks", "one class", "one row", "no rows", "outliers"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+
+
+def cannot(student, weight, *rest):
+    if student.is_cuda:
+        return "runs on the CPU"
+    if weight.shape[0] == 0:
+        return "there are no classes"
+    return None
+
+
+def loses(student, *rest):
+    if _native.isa not in MEASURED:
+        return f"not yet measured with {_native.isa}"
+    if student.dtype is torch.bfloat16 and _native.bf16_arithmetic:
+        return "not yet measured on a CPU with bfloat16 arithmetic"
+    return None
+
+
+def _products(x):
+    fast = x.dtype is torch.bfloat16 and _native.bf16_arithmetic
+    return x.dtype if fast or x.dtype is torch.float64 else torch.float32
+
+
+_sweep = Sweep("distillation_native", LossKernels(_native), _products)
+run = _sweep.run

@@ -1,0 +1,100 @@
+"""A language model's head: products of hidden states `[N, H]` with W `[V, H]`, and their gradients, in blocks of rows.
+
+Of the logits `[N, V]`, its largest tensor by far, only one block exists at a time.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.linear_cross_entropy import accumulator
+
+# Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
+# and each block reads and writes the whole gradient of W. benchmarks/LOG.md 2026-11-23.
+BLOCK_BYTES = 104 << 20
+MIN_ROWS = 256
+GPU_ROWS = 2048
+
+TILE = 8192  # classes whose weights are converted at a time, where products need another dtype
+
+
+def block_rows(rows: int, classes: int, dtype: torch.dtype, cuda: bool) -> int:
+    """Return how many rows a block has: few enough to save memory, and blocks as even as can be."""
+    if cuda:
+        most = GPU_ROWS
+    else:
+        most = max(MIN_ROWS, BLOCK_BYTES // (dtype.itemsize * max(classes, 1)))
+    blocks = -(-rows // most)
+    if blocks == 1 and rows > MIN_ROWS:
+        blocks = 2
+    return -(-rows // max(blocks, 1))
+
+
+class Head:
+    """The products of x `[N, H]` and W `[V, H]`, and what flows back through them.
+
+    Args:
+        x, weight: their dtype may be lower than `dtype`, which the products are computed in.
+        needs: whether the gradients of x, W and the bias `[V]` are wanted; they are accumulated in float32 or float64.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, needs=(False, False, False)):
+        self.x, self.weight, self.dtype, self.needs = x, weight, dtype, needs
+        (self.rows, self.hidden), self.classes = x.shape, weight.shape[0]
+        self.sums = accumulator(dtype)
+        self.first = True
+        self.d_x, self.d_weight, self.d_bias = (
+            torch.empty(shape, dtype=self.sums, device=x.device) if need and self.rows else
+            torch.zeros(shape, dtype=self.sums, device=x.device) if need else None
+            for need, shape in zip(needs, ((self.rows, self.hidden), (self.classes, self.hidden), (self.classes,)),
+                                   strict=True))
+
+    def tiles(self):
+        """Yield (slice of the classes, their weights in the products' dtype)."""
+        if self.weight.dtype is self.dtype:
+            yield slice(0, self.classes), self.weight
+            return
+        buffer = torch.empty(min(TILE, self.classes), self.hidden, dtype=self.dtype, device=self.weight.device)
+        for start in range(0, self.classes, TILE):
+            part = slice(start, min(start + TILE, self.classes))
+            yield part, buffer[: part.stop - start].copy_(self.weight[part])
+
+    def logits(self, part: slice, out: Tensor) -> Tensor:
+        """Write the logits of the rows in `part`, without bias, into the first rows of `out` and return those."""
+        x, out = self.x[part].to(self.dtype), out[: part.stop - part.start]
+        for columns, weight in self.tiles():
+            torch.mm(x, weight.t(), out=out[:, columns])
+        return out
+
+    def pull(self, part: slice, gradient: Tensor) -> None:
+        """Add what the gradient of the logits of the rows in `part` sends back."""
+        x, first = self.x[part].to(self.dtype), self.first
+        self.first = False
+        if self.d_x is not None:
+            for columns, weight in self.tiles():
+                _add_product(self.d_x[part], gradient[:, columns], weight, columns.start == 0)
+        if self.d_weight is not None:
+            _add_product(self.d_weight, gradient.t(), x, first)
+        if self.d_bias is not None:
+            total = gradient.sum(0, dtype=self.sums)
+            self.d_bias.copy_(total) if first else self.d_bias.add_(total)
+
+    def gradients(self) -> list[Tensor]:
+        """Return those of the gradients of x, W and the bias that are wanted."""
+        return [d for d in (self.d_x, self.d_weight, self.d_bias) if d is not None]
+
+
+def _add_product(out, a, b, first):
+    """out = a·b, plus out but for the first time; a and b may have 16 bits and out 32."""
+    if out.dtype is a.dtype:
+        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
+    elif out.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out) if first else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a @ b) if first else out.add_(a @ b)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, spent: bool) -> Tensor:
+    """Return factor·gradient in `dtype`, in place where nothing else reads the gradient (`spent`)."""
+    if spent and not factor.is_cuda and factor == 1:  # on CUDA the host must not wait for a value
+        return gradient.to(dtype)
+    return (gradient.mul_(factor) if spent else gradient * factor).to(dtype)

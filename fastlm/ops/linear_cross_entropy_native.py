@@ -1,0 +1,41 @@
+"""Linear cross-entropy with the losses of csrc/loss.h; 16-bit inputs are multiplied in float32."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.ops.linear_cross_entropy_kernels import Sweep, refuses
+from fastlm.ops.loss_kernels import LossKernels
+
+ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
+           "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",
+           "several blocks", "one class", "one row", "no rows", "outliers", "probabilities", "probabilities, none",
+           "strided input"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+
+
+def cannot(input, *rest):
+    if input.is_cuda:
+        return "runs on the CPU"
+    return refuses(input, *rest)
+
+
+def loses(input, linear_weight, *rest):
+    group = rest[-1]
+    if group:
+        return None
+    if _native.isa not in MEASURED:
+        return f"not yet measured with {_native.isa}"
+    if input.dtype is torch.bfloat16 and _native.bf16_arithmetic:
+        return "not yet measured on a CPU with bfloat16 arithmetic"
+    return None
+
+
+def _products(x):
+    # A CPU without bfloat16 arithmetic multiplies in float32 four times as fast.
+    fast = x.dtype is torch.bfloat16 and _native.bf16_arithmetic
+    return x.dtype if fast or x.dtype is torch.float64 else torch.float32
+
+
+_sweep = Sweep("linear_cross_entropy_native", LossKernels(_native), _products)
+run = _sweep.run
