@@ -2,7 +2,7 @@
 
 from fastlm.nn.activation import GEGLU, GELU, LogSoftmax, Softmax, SwiGLU
 from fastlm.nn.attention import MultiheadAttention
-from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDistillationLoss
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.quantized import QuantizedLinear
 from fastlm.nn.recurrent import GRU, LSTM, RNN
@@ -10,5 +10,5 @@ from fastlm.nn.self_attention import KVCache, SelfAttention
 from fastlm.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "KVCache", "LayerNorm",
-           "LinearCrossEntropyLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear", "RMSNorm",
-           "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer", "TransformerEncoderLayer"]
+           "LinearCrossEntropyLoss", "LinearDistillationLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear",
+           "RMSNorm", "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer", "TransformerEncoderLayer"]

@@ -11,7 +11,7 @@ from fastlm.ops.dropout import dropout_add
 from fastlm.ops.dropout import op as _dropout_add
 from fastlm.ops.gru import gru
 from fastlm.ops.gru import op as _gru
-from fastlm.ops.linear_cross_entropy import linear_cross_entropy, shift_targets
+from fastlm.ops.linear_cross_entropy import Auxiliary, linear_cross_entropy, shift_targets
 from fastlm.ops.linear_cross_entropy import op as _linear_cross_entropy
 from fastlm.ops.lstm import lstm
 from fastlm.ops.lstm import op as _lstm
@@ -43,7 +43,7 @@ ALL = (_softmax, _log_softmax, _masked_softmax, _attention, _varlen_attn, _cross
        _distillation, _lstm, _gru, _rnn, rms_op, layer_op, add_rms_op, add_layer_op, gelu_op, swiglu_op, geglu_op,
        _rotary_embedding, _dropout_add, _quantized_linear)
 
-__all__ = ["ALL", "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add", "geglu", "gelu", "gru",
+__all__ = ["ALL", "Auxiliary", "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add", "geglu", "gelu", "gru",
            "layer_norm", "linear_cross_entropy", "linear_distillation", "log_softmax", "lstm", "masked_softmax",
            "quantized_linear", "rms_norm", "rnn", "rotary_embedding", "scaled_dot_product_attention", "shift_targets",
            "softmax", "swiglu", "varlen_attn"]

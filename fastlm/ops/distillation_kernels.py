@@ -12,8 +12,7 @@ from torch import Tensor
 from fastlm.autograd import Differentiable
 from fastlm.ops.distillation import reference, scatter_topk
 from fastlm.ops.head import Head, block_rows, scaled
-from fastlm.ops.linear_cross_entropy import accumulator
-from fastlm.ops.loss_kernels import Logits, Targets, new_sums
+from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
 
 STATICS = ("str divergence, float beta, float temperature, float hard_weight, int ignore_index, str reduction, "
            "bool single")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample
+from fastlm.ops.loss_kernels import accumulator
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -207,11 +208,6 @@ def counts_of(target, weight, ignore_index, dtype):
     if weight is None:
         return kept.to(dtype)
     return weight.to(dtype)[target.long().where(kept, 0)] * kept
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64 for itself, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def reference(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastlm.autograd import Differentiable
 from fastlm.ops.head import Head, block_rows, scaled
-from fastlm.ops.linear_cross_entropy import accumulator, counts_of, reference
-from fastlm.ops.loss_kernels import Logits, Targets, new_sums
+from fastlm.ops.linear_cross_entropy import counts_of, reference
+from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
 
 
 def refuses(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,

@@ -41,6 +41,11 @@ class Targets(NamedTuple):
     even: float = 0.0
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums are kept in: float64 for itself, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def new_sums(rows: int, dtype: torch.dtype, device) -> Tensor:
     """Return what `read` brings up to date, `[R, 6]`, with t the targets without the hit: the highest u,
     Σ exp(u - highest), Σ exp(u - highest)·(u - highest), u of the target, Σ t·u, and Σ t."""

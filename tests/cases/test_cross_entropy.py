@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 import fastlm
 from fastlm.ops import cross_entropy
+from fastlm.ops.cross_entropy import op
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLEMENTATIONS = ["torch", "reference"] + ["triton"] * INTERPRETED
+NATIVE = ["native"] * (op.implementations["native"].run is not None)
+IMPLEMENTATIONS = ["torch", "reference", *NATIVE] + ["triton"] * INTERPRETED
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
