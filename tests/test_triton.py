@@ -29,11 +29,13 @@ from fastlm.ops import (  # noqa: E402
     attention_triton,
     cross_entropy_triton,
     dropout_triton,
+    linear_cross_entropy_triton,
     norm_triton,
     quantized_linear_triton,
     rotary_triton,
     softmax_triton,
 )
+from fastlm.ops.loss_kernels import Logits, Targets  # noqa: E402
 
 GENERATIONS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -191,6 +193,20 @@ def quantized_linear_cases(generation):
         yield Case(f"{mode} {dtype} groups of {group_size}", plan, generation)
 
 
+def linear_cross_entropy_cases(generation):
+    rows, classes = 512, 128256
+    for dtype, capped, even in ((torch.bfloat16, 0.0, 0.0), (torch.float32, 0.0, 0.0), (torch.bfloat16, 30.0, 1e-6)):
+        z = tensor(rows, classes, dtype=dtype)
+        bias = tensor(classes) if capped else None
+        logits = Logits(z, bias, capped)
+        targets = Targets(tensor(rows, dtype=torch.int64), 0, tensor(classes) if even else None, None, 1.0, even)
+        label = f"{rows}x{classes} {dtype} {capped} {even}"
+        read = linear_cross_entropy_triton.plan_read(logits, targets, tensor(rows, 6), bool(capped))
+        yield Case(label, read, generation, spills=8)
+        yield Case(label, linear_cross_entropy_triton.plan_gradient(logits, targets, tensor(rows, 5), z), generation,
+                   spills=8)
+
+
 def attention_cases(generation):
     masks = {kind: tensor(1, 16, 2048, 2048, dtype=kind) for kind in (torch.bool, torch.float32)}
     for dim in (64, 128, 256):
@@ -219,8 +235,8 @@ def attention(generation, label, dim, dtype, causal=False, mask=None, value_dim=
         yield Case(label, plan, generation, 160, deep)
 
 
-KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, quantized_linear_cases,
-         attention_cases)
+KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, linear_cross_entropy_cases,
+         quantized_linear_cases, attention_cases)
 CASES = [case for generation in GENERATIONS for kind in KINDS for case in kind(generation)]
 
 

@@ -212,11 +212,11 @@ class Blocks:
 
 
 def check_targets(target, classes, ignore_index):
-    """Raise where a class index is out of range; on CUDA reading it would wait for the device."""
-    if target.is_cuda:
-        return
+    """Raise where a class index is out of range; on CUDA, where reading it would wait, the device asserts it."""
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if bad.any():
+    if target.is_cuda:
+        torch._assert_async(~bad.any(), "linear_cross_entropy: target out of range")
+    elif bad.any():
         raise IndexError(f"linear_cross_entropy: target {target[bad][0].item()} is out of bounds for {classes} classes")
 
 

@@ -1,10 +1,9 @@
-"""The language model's head and its losses: linear_cross_entropy, cross_entropy and distillation at the sizes of models.
+"""The language model's head and its losses: linear_cross_entropy, cross_entropy, distillation at the sizes of models.
 
 Time is compared with the best of eager PyTorch and, for linear_cross_entropy, its own chunked function.
 """
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,8 +31,8 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
             # A float32 gradient of a 16-bit W is what float32 accumulation costs, and does not count.
             allowance = 4 * v * h if dtype.itemsize < 4 else 0
             goal = Goal(ratio=1 / time, memory=memory, share=0.8 if gpu else None, allowance=allowance)
-            yield _case("linear_cross_entropy", f"{n}x{h}x{v}", dtype, functools.partial(_linear, n, h, v, dtype, device),
-                        {"training": goal})
+            build = functools.partial(_linear, n, h, v, dtype, device)
+            yield _case("linear_cross_entropy", f"{n}x{h}x{v}", dtype, build, {"training": goal})
     for dtype in dtypes or ((torch.bfloat16, torch.float32) if gpu else (torch.float32, torch.bfloat16)):
         goals = dict(training=Goal(share=0.8)) if gpu else dict.fromkeys(("forward", "training"), Goal(ratio=0.95))
         for n, v in GPU_ROWS if gpu else CPU_ROWS:
@@ -85,7 +84,7 @@ def _rows(n, v, dtype, device) -> Subject:
 def _distillation(dtype, device) -> Subject:
     torch.manual_seed(0)
     op = OPS["distillation"]
-    args = next(itertools.islice(op.samples("bench", dtype, device), 1)).args
+    args = next(op.samples("bench", dtype, device)).args
     student = 2 * args[0].numel() * args[1].shape[0]
     return op_subject(op, args, training_floor=lambda: measure.floor(op, args) + 2 * student / measure.peaks(
         device, dtype)[0])

@@ -1,0 +1,180 @@
+"""Linear cross-entropy on a GPU: the library's products a block of rows at a time, and two Triton kernels between them.
+
+One reads a block of logits once, one reads it again and overwrites it with its gradient; a program takes a row, in
+pieces, so that the classes may be any number. The host never waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlm.ops.linear_cross_entropy_kernels import Sweep, refuses
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
+           "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",
+           "several blocks", "one class", "one row", "no rows", "outliers", "probabilities", "probabilities, none",
+           "strided input"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+PIECE = 8192
+
+
+def cannot(input, *rest):
+    if not (input.is_cuda or INTERPRETED):
+        return "needs a GPU"
+    if input.dtype not in DTYPES:
+        return f"no kernel for {input.dtype}"
+    return refuses(input, *rest)
+
+
+def loses(input, *rest):
+    if rest[-1] and input.is_cuda:  # classes that ranks share: stock has nothing for them
+        return None
+    return "not yet run on a GPU" if input.is_cuda else "interpreted"
+
+
+def plan_read(logits, targets, sums, entropy):
+    """Return (kernel, grid, arguments) of `read` in loss_kernels.py."""
+    return read_kernel, (len(logits.z),), dict(sums=sums, ENTROPY=entropy) | _shared(logits, targets)
+
+
+def plan_gradient(logits, targets, rows, out):
+    """Return (kernel, grid, arguments) of `gradient` in loss_kernels.py."""
+    arguments = dict(rows=rows, out=out, out_row=out.stride(0))
+    return gradient_kernel, (len(logits.z),), arguments | _shared(logits, targets)
+
+
+def _shared(logits, targets):
+    classes = logits.z.shape[1]
+    piece = min(triton.next_power_of_2(classes), PIECE)
+    soft = targets.soft
+    return dict(z=logits.z, z_row=logits.z.stride(0), bias=logits.bias, softcap=float(logits.softcap or 1.0),
+                target=targets.index, first=targets.first, weight=targets.weight, soft=soft,
+                soft_row=0 if soft is None else soft.stride(0), share=float(targets.share), even=float(targets.even),
+                classes=classes, CAPPED=logits.softcap > 0, SPREAD=soft is not None or targets.even > 0, PIECE=piece,
+                num_warps=min(max(piece // 512, 4), 16), sanitize_overflow=False)
+
+
+def _launch(plan):
+    kernel, grid, arguments = plan
+    if grid[0]:
+        with torch.cuda.device_of(arguments["z"]):
+            kernel[grid](**arguments)
+
+
+class Kernels:
+    """`read` and `gradient` of `loss_kernels.LossKernels`, in Triton."""
+
+    def read(self, logits, targets, sums, entropy=False):
+        _launch(plan_read(logits, targets, sums, entropy))
+        return logits, targets
+
+    def gradient(self, state, rows, out):
+        _launch(plan_gradient(*state, rows, out))
+
+
+@triton.jit
+def _tanh(x):
+    t = tl.exp(-2 * tl.abs(x))
+    y = (1 - t) / (1 + t)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _load(z, bias, col, classes, softcap, CAPPED: tl.constexpr):
+    """Return logits, -∞ beyond the last class, and what their softcap multiplies gradients with."""
+    inside = col < classes
+    u = tl.load(z + col, inside, 0.0).to(tl.float32)
+    slope = tl.full(u.shape, 1.0, tl.float32)
+    if bias is not None:
+        u += tl.load(bias + col, inside, 0.0)
+    if CAPPED:
+        bounded = _tanh(u / softcap)
+        slope = 1 - bounded * bounded
+        u = bounded * softcap
+    return tl.where(inside, u, -float("inf")), slope
+
+
+@triton.jit
+def _spread(weight, soft, col, classes, share, even):
+    """Return weight · (share · soft + even), 0 beyond the last class."""
+    inside = col < classes
+    t = tl.where(inside, even, 0.0)
+    if soft is not None:
+        t += share * tl.load(soft + col, inside, 0.0).to(tl.float32)
+    if weight is not None:
+        t *= tl.load(weight + col, inside, 0.0)
+    return t
+
+
+@triton.jit
+def read_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, share, even, sums, classes,
+                CAPPED: tl.constexpr, SPREAD: tl.constexpr, ENTROPY: tl.constexpr, PIECE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z += row * z_row
+    if soft is not None:
+        soft += row * soft_row
+    y = tl.full((), -1, tl.int64)
+    if target is not None:
+        y = tl.load(target + row) - first
+    top = tl.full((), -float("inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    moment = tl.zeros((), tl.float32)
+    picked = tl.zeros((), tl.float32)
+    weighted = tl.zeros((), tl.float32)
+    mass = tl.zeros((), tl.float32)
+    for start in range(0, classes, PIECE):
+        col = (start + tl.arange(0, PIECE)).to(tl.int64)
+        u, _ = _load(z, bias, col, classes, softcap, CAPPED)
+        new = tl.maximum(top, tl.max(u, 0))
+        base = tl.where(new == -float("inf"), 0.0, new)
+        shrink = tl.exp(top - base)
+        e = tl.exp(u - base)
+        if ENTROPY:
+            kept = tl.where(shrink > 0, shrink * (moment + (top - base) * total), 0.0)
+            moment = kept + tl.sum(tl.where(e > 0, e * (u - base), 0.0), 0)
+        total = total * shrink + tl.sum(e, 0)
+        top = new
+        picked += tl.sum(tl.where(col == y, u, 0.0), 0)
+        if SPREAD:
+            t = _spread(weight, soft, col, classes, share, even)
+            weighted += tl.sum(tl.where(t == 0, 0.0, t * u), 0)
+            mass += tl.sum(t, 0)
+    sums += row * 6
+    tl.store(sums, top)
+    tl.store(sums + 1, total)
+    tl.store(sums + 2, moment)
+    tl.store(sums + 3, picked)
+    tl.store(sums + 4, weighted)
+    tl.store(sums + 5, mass)
+
+
+@triton.jit
+def gradient_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, share, even, rows, out, out_row,
+                    classes, CAPPED: tl.constexpr, SPREAD: tl.constexpr, PIECE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z += row * z_row
+    out += row * out_row
+    if soft is not None:
+        soft += row * soft_row
+    y = tl.full((), -1, tl.int64)
+    if target is not None:
+        y = tl.load(target + row) - first
+    rows += row * 5
+    top, total = tl.load(rows), tl.load(rows + 1)
+    up, down, hit = tl.load(rows + 2), tl.load(rows + 3), tl.load(rows + 4)
+    counts = (up != 0) | (down != 0) | (hit != 0)
+    for start in range(0, classes, PIECE):
+        col = (start + tl.arange(0, PIECE)).to(tl.int64)
+        u, slope = _load(z, bias, col, classes, softcap, CAPPED)
+        g = tl.exp(u - top) * (up / total) - tl.where(col == y, hit, 0.0)
+        if SPREAD:
+            g -= down * _spread(weight, soft, col, classes, share, even)
+        g = tl.where(counts, g * slope, 0.0)
+        tl.store(out + col, g.to(out.dtype.element_ty), col < classes)
+
+
+_sweep = Sweep("linear_cross_entropy_triton", Kernels(), lambda x: x.dtype)
+run = _sweep.run
