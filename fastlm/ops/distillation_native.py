@@ -25,8 +25,8 @@ def cannot(student, weight, *rest):
 def loses(student, *rest):
     if _native.isa not in MEASURED:
         return f"not yet measured with {_native.isa}"
-    if student.dtype is torch.bfloat16 and _native.bf16_arithmetic:
-        return "not yet measured on a CPU with bfloat16 arithmetic"
+    if student.dtype in (torch.bfloat16, torch.float16):
+        return "not yet measured in 16 bits"
     return None
 
 
