@@ -62,7 +62,7 @@ def test_doctor_reports_a_failed_build(monkeypatch):
 def test_rows_tell_what_ran_and_how_well(result):
     assert {row["mode"] for row in result["rows"]} == {"forward", "training"}
     for row in result["rows"]:
-        assert row["ran"] == "blocked"
+        assert row["ran"] in ("native", "blocked")
         assert row["within_rule"]
         assert row["seconds"] > 0
         assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
@@ -83,8 +83,9 @@ def test_a_stock_row_claims_nothing():
 
 def test_a_kernel_with_wrong_numbers_is_reported(monkeypatch):
     op = next(op for op in ALL if op.name == "linear_cross_entropy")
-    real = op.implementations["blocked"]
-    monkeypatch.setitem(op.implementations, "blocked", real._replace(run=lambda *a: real.run(*a) * 1.001))
+    for name in ("native", "blocked"):
+        real = op.implementations[name]
+        monkeypatch.setitem(op.implementations, name, real._replace(run=lambda *a, real=real: real.run(*a) * 1.001))
     case = next(c for c in load("ops", "cpu") if c.name == op.name)
     row = next(iter(bench.measure_case(case, "cpu", 0.01)))
     assert not row.within_rule
@@ -182,10 +183,12 @@ def test_profile_compares_three_variants(tmp_path):
         return torch.autograd.grad(fastlm.ops.linear_cross_entropy(x, weight, target), (x, weight))
     found = fastlm.profile(step, trace=tmp_path / "trace.json")
     assert set(found.seconds) == {"fastlm", "stock", "reference"}
-    assert found.calls[0].ran == "blocked"
+    assert found.calls[0].ran in ("native", "blocked")
     assert found.flops >= 3 * 2 * 64 * 32 * 500
-    assert {"fastlm::linear_cross_entropy", "fastlm::linear_cross_entropy_backward", "aten::mm"} <= {
-        o.name for o in found.operators["fastlm"]}
+    names = {o.name for o in found.operators["fastlm"]}
+    assert "aten::mm" in names
+    assert any(name.startswith("fastlm::linear_cross_entropy") for name in names)
+    assert any(name.startswith("fastlm::linear_cross_entropy") and name.endswith("_backward") for name in names)
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert "GEMM peak" in str(found)
 
