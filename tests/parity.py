@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import warnings
 
 import pytest
@@ -12,6 +13,13 @@ import fastlm
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CELLS = ("RNN", "GRU", "LSTM")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def skip_misinterpreted(dtype):
+    """Skip what Triton's interpreter computes wrongly without a word."""
+    if INTERPRETED and dtype is torch.bfloat16:
+        pytest.skip("the interpreter computes bf16 dot products wrongly (triton issue 11584)")
 
 
 def pair(name, *args, device="cpu", dtype=torch.float32, stock=None, **options):

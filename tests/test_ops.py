@@ -1,7 +1,6 @@
 """Every op × implementation × sample × dtype: numbers, refusals, memory, and how autograd and the compiler see it."""
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ import torch
 import fastlm
 from fastlm import measure
 from fastlm.ops import ALL
+from tests.parity import INTERPRETED, skip_misinterpreted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def matrix():
@@ -34,10 +33,9 @@ def args_of(op, dtype, index, device):
 def test_error_rule(op, name, dtype, index, device, poisoned):
     sample = args_of(op, dtype, index, device)
     reason = op.implementations[name].cannot(*sample.args)
-    if INTERPRETED and dtype is torch.bfloat16:
-        reason = "the interpreter computes bf16 dot products wrongly (triton issue 11584)"
     if reason:
         pytest.skip(reason)
+    skip_misinterpreted(dtype)
     for error in measure.errors(op, name, sample.args):
         assert error.ok, error
 

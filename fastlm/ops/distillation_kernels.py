@@ -48,7 +48,7 @@ class Sweep:
         scale = torch.where(kept, 1 / total if early else 1.0, 0)
         losses, grads = self.sweep(tensors, kept, scale, now, divergence, beta, temperature, hard_weight)
         loss = losses if reduction == "none" else losses.sum() / total
-        late = [torch.ones_like(total) if early else 1 / total] if any(now) else []
+        late = [torch.ones_like(total) if early else torch.where(total > 0, 1 / total, 0)] if any(now) else []
         return [loss.to(sums if single else x.dtype), *grads, *late]
 
     def fake(self, tensors, needs, divergence, beta, temperature, hard_weight, ignore_index, reduction, single):

@@ -9,7 +9,7 @@ from fastlm.ops.loss_kernels import LossKernels
 
 ACCEPTS = {*DIVERGENCES, *(f"{d}, {form}" for d in DIVERGENCES for form in ("temperature", "hard", "logits, none")),
            "jsd of 0.0", "jsd of 0.1", "jsd of 1.0", "top-k", "top-k, jsd", "sum", "hard only", "all ignored",
-           "several blocks", "one class", "one row", "no rows", "outliers"}
+           "several blocks", "many classes", "one class", "one row", "no rows", "outliers"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 

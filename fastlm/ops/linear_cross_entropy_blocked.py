@@ -2,14 +2,10 @@
 
 import torch
 
-from fastlm.ops.linear_cross_entropy_kernels import Sweep
+from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep
 from fastlm.ops.linear_cross_entropy_kernels import refuses as cannot
 from fastlm.ops.loss_kernels import PlainKernels
 
-ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
-           "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",
-           "several blocks", "one class", "one row", "no rows", "outliers", "probabilities", "probabilities, none",
-           "strided input"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

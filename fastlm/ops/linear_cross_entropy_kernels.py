@@ -15,6 +15,11 @@ from fastlm.ops.head import Head, block_rows, scaled
 from fastlm.ops.linear_cross_entropy import counts_of, reference
 from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
 
+ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
+           "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",
+           "several blocks", "many classes", "one class", "one row", "no rows", "outliers", "probabilities",
+           "probabilities, none", "strided input"}
+
 
 def refuses(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,
             *more) -> str | None:
@@ -70,7 +75,8 @@ class Sweep:
         early = sweep.dtype is sweep.sums
         losses, grads = sweep.run(1 / total if early else torch.ones_like(total), now)
         loss = losses if reduction == "none" else losses.sum() / total
-        late = [torch.ones_like(total) if early else 1 / total] if any(now) else []
+        # Where every target is ignored the gradients are zero, not zero times infinity.
+        late = [torch.ones_like(total) if early else torch.where(sweep.kept.any(), 1 / total, 0)] if any(now) else []
         return [loss.to(sweep.sums if single else x.dtype), *sweep.aux, *grads, *late]
 
     def fake(self, tensors, needs, reduction, ignore_index, smoothing, z_loss, softcap, aux, single, group):

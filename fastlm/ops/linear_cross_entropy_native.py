@@ -3,13 +3,9 @@
 import torch
 
 import fastlm._native as _native
-from fastlm.ops.linear_cross_entropy_kernels import Sweep, refuses
+from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
 from fastlm.ops.loss_kernels import LossKernels
 
-ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
-           "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",
-           "several blocks", "one class", "one row", "no rows", "outliers", "probabilities", "probabilities, none",
-           "strided input"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 
@@ -41,3 +37,5 @@ def _products(x):
 
 _sweep = Sweep("linear_cross_entropy_native", LossKernels(_native), _products)
 run = _sweep.run
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]

@@ -8,14 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlm.ops.linear_cross_entropy_kernels import Sweep, refuses
+from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
-           "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",
-           "several blocks", "one class", "one row", "no rows", "outliers", "probabilities", "probabilities, none",
-           "strided input"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PIECE = 8192
@@ -178,3 +174,5 @@ def gradient_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_r
 
 _sweep = Sweep("linear_cross_entropy_triton", Kernels(), lambda x: x.dtype)
 run = _sweep.run
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
