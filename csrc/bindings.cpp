@@ -18,15 +18,18 @@ namespace py = pybind11;
 
 namespace fastlm {
 FASTLM_DECLARE_RNN(generic)
+FASTLM_DECLARE_RNN_DIRECT(generic)
 FASTLM_DECLARE_ROWS(generic)
 FASTLM_DECLARE_LOSS(generic)
 #ifdef FASTLM_AVX2
 FASTLM_DECLARE_RNN(avx2)
+FASTLM_DECLARE_RNN_DIRECT(avx2)
 FASTLM_DECLARE_ROWS(avx2)
 FASTLM_DECLARE_LOSS(avx2)
 #endif
 #ifdef FASTLM_AVX512
 FASTLM_DECLARE_RNN(avx512)
+FASTLM_DECLARE_RNN_DIRECT(avx512)
 FASTLM_DECLARE_ROWS(avx512)
 FASTLM_DECLARE_LOSS(avx512)
 FASTLM_DECLARE_QUANT(avx512)
@@ -53,6 +56,8 @@ struct Kernels {
   void (*rnn_forward_f64)(const RnnProblem&, const RnnForward<double>&);
   void (*rnn_backward_f32)(const RnnProblem&, const RnnBackward<float>&);
   void (*rnn_backward_f64)(const RnnProblem&, const RnnBackward<double>&);
+  void (*rnn_direct_f32)(const RnnProblem&, const RnnDirect<float>&);
+  void (*rnn_direct_f64)(const RnnProblem&, const RnnDirect<double>&);
   RowKernels rows;
   LossKernels<float> loss_f32;
   LossKernels<double> loss_f64;
@@ -67,7 +72,8 @@ struct Kernels {
 
 #define FASTLM_KERNELS(isa) \
   Kernels{#isa, isa::rnn_workspace, isa::rnn_forward, isa::rnn_forward, isa::rnn_backward, isa::rnn_backward, \
-          isa::row_kernels(), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa)}
+          isa::rnn_direct, isa::rnn_direct, isa::row_kernels(), \
+          FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa)}
 
 // The widest set that was built, that this CPU has, and that FASTLM_MAX_ISA allows.
 Kernels choose_kernels() {
@@ -131,6 +137,17 @@ void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld
   const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
   const RnnBackward<T> call{at(0), at(1), at(2), at(3), at(4),  at(5),  at(6),
                             at(7), at(8), at(9), ld,    at(10), at(11), at(12)};
+  py::gil_scoped_release release;
+  kernel(p, call);
+}
+
+template <class T, class Kernel>
+void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, const py::tuple& a, bool train) {
+  if (a.size() != 12) throw std::invalid_argument("rnn_direct: expected 12 addresses");
+  if (weights < 0 || weights > 3 || inputs < 1) throw std::invalid_argument("rnn_direct: sizes out of range");
+  const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
+  const RnnDirect<T> call{static_cast<Number>(weights), inputs, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
+                          at(8), at(9), at(10), at(11), train};
   py::gil_scoped_release release;
   kernel(p, call);
 }
@@ -383,6 +400,15 @@ PYBIND11_MODULE(_native, m) {
             backward<double>(kernels.rnn_backward_f64, p, addresses, ld);
         },
         "Run RnnBackward: addresses of w_hh, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
+  m.def("rnn_direct",
+        [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses, int weights, int64_t inputs) {
+          const RnnProblem p = problem(sizes);
+          if (number == 4)
+            direct<float>(kernels.rnn_direct_f32, p, weights, inputs, addresses, train);
+          else
+            direct<double>(kernels.rnn_direct_f64, p, weights, inputs, addresses, train);
+        },
+        "Run RnnDirect: addresses of x, w_ih, w_hh, b_ih, b_hh, h0, c0, gates, y, c, hn, cn.");
   define_rows(m);
   define_loss(m);
 

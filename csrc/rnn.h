@@ -69,6 +69,31 @@ struct RnnBackward {
   void* workspace;
 };
 
+// The forward pass for few rows, on the CPU: the input projection is made inside and no weight is copied or packed.
+enum class Number : int { f32, f64, bf16, f16 };
+
+template <class T>
+struct RnnDirect {
+  Number weights;          // how w_ih and w_hh are stored: as T, or in 16 bits where T is float
+  int64_t inputs;          // I ≥ 1
+  const T* x;              // [N, I]
+  const void* w_ih;        // [G·H, I]
+  const void* w_hh;        // [G·H, H]
+  const T *b_ih, *b_hh;    // [G·H]; null: zero
+  const T *h0, *c0;        // [B, H]; c0, c and cn are LSTM's
+  T* gates;                // [N, 4·H] out, as RnnForward leaves them when `train`, else undefined; not used by Elman
+  T* y;                    // [N, H] out
+  T* c;                    // [N, H] out when `train`, else not used
+  T *hn, *cn;              // [B, H] out
+  bool train;              // keep what the backward pass needs
+};
+
+#define FASTLM_DECLARE_RNN_DIRECT(isa)                                     \
+  namespace isa {                                                          \
+  void rnn_direct(const RnnProblem&, const RnnDirect<float>&);             \
+  void rnn_direct(const RnnProblem&, const RnnDirect<double>&);            \
+  }
+
 #define FASTLM_DECLARE_RNN(isa)                                            \
   namespace isa {                                                          \
   size_t rnn_workspace(const RnnProblem&, bool backward, size_t number);   \

@@ -67,6 +67,7 @@ class Differentiable:
             present = [s for s in slots if s != ABSENT]
             return [t.new_empty(t.shape if s == NEEDED else (0,)) for t, s in zip(tensors, present, strict=True)]
 
+        self.run_alone = _labelled(f"fastlm::{name}", lambda tensors, *s: forward(tensors, (False,) * len(tensors), *s))
         self.run_forward = _labelled(f"fastlm::{name}", run_forward)
         self.run_backward = _labelled(f"fastlm::{name}_backward", run_backward)
         self.forward_op = _define(name, f"(Tensor[] tensors, int[] slots{statics}) -> Tensor[]",
@@ -86,7 +87,10 @@ class Differentiable:
             return self.forward_op(present, slots, *statics)[: self.outputs]
         if transformed():
             return _apply(_Forward, self, _slots(tensors, True, assume=True), statics, *present)[: self.outputs]
-        slots = _slots(tensors, torch.is_grad_enabled())
+        grad_enabled = torch.is_grad_enabled()
+        if not grad_enabled and plain(present):  # the shortest way: a stream calls for every token
+            return self.run_alone(tensors, *statics)[: self.outputs]
+        slots = _slots(tensors, grad_enabled)
         if NEEDED in slots:
             return _apply(_Forward, self, slots, statics, *present)[: self.outputs]
         forward = self.run_forward if plain(present) else self.forward_op

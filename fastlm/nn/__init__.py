@@ -5,10 +5,11 @@ from fastlm.nn.attention import MultiheadAttention
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDistillationLoss
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.quantized import QuantizedLinear
-from fastlm.nn.recurrent import GRU, LSTM, RNN
+from fastlm.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fastlm.nn.self_attention import KVCache, SelfAttention
 from fastlm.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "KVCache", "LayerNorm",
+__all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "GRUCell", "KVCache", "LSTMCell", "LayerNorm",
            "LinearCrossEntropyLoss", "LinearDistillationLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear",
-           "RMSNorm", "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer", "TransformerEncoderLayer"]
+           "RMSNorm", "RNNCell", "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer",
+           "TransformerEncoderLayer"]

@@ -4,6 +4,7 @@ They are plain modules: torch refuses to compile nn.RNN, nn.LSTM, nn.GRU and eve
 is cached between calls, so parametrised, pruned, swapped and shared weights are simply read.
 """
 
+import functools
 import math
 import numbers
 import warnings
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
+from fastlm.autograd import autocasts
 
 
 class _Recurrent(nn.Module):
@@ -245,6 +247,81 @@ class LSTM(_Recurrent):
 
     def _run(self, *args):
         return ops.lstm(*args)
+
+
+class _Cell:
+    """One step of a layer: what our cells add to torch.nn's, whose parameters, arguments and representation they keep.
+
+    It runs as a sequence of one step, through the op of the layer.
+    """
+
+    _pair = False  # whether the state is (h, c)
+
+    def _advance(self, run, input, states):
+        """Return the states after `input`; `states` is None for zeros.
+
+        Raises:
+            ValueError: `input` or a state is neither 1-D nor 2-D.
+            RuntimeError: their shapes, dtypes or devices do not fit.
+        """
+        name, batch = type(self).__name__, input.shape[:-1]
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: input has {input.dim()} dimensions, expected 1 or 2")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(f"{name}: input has {input.size(-1)} features, expected {self.input_size}")
+        shape = (*batch, self.hidden_size)
+        if states is None:
+            states = [torch.zeros(shape, dtype=input.dtype, device=input.device)] * (2 if self._pair else 1)
+        for i, state in enumerate(states):
+            what = f"hx[{i}]" if self._pair else "hx"
+            if state.dim() not in (1, 2):
+                raise ValueError(f"{name}: {what} has {state.dim()} dimensions, expected 1 or 2")
+            if state.shape != shape:
+                raise RuntimeError(f"{name}: {what} has shape {list(state.shape)}, expected {list(shape)}")
+        grow = (None,) * (3 - input.dim())
+        states = [state[grow] for state in states]
+        weights = [self.weight_ih, self.weight_hh, *([self.bias_ih, self.bias_hh] if self.bias else [])]
+        _, *states = run(input[grow], states if self._pair else states[0], weights, self.bias, 1, 0.0, self.training,
+                         False, False)
+        return [state.view(shape) for state in states]
+
+
+class RNNCell(_Cell, nn.RNNCell):
+    """Apply one step of an Elman network, with the arguments of `torch.nn.RNNCell`."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"RNNCell: nonlinearity must be 'tanh' or 'relu', got {self.nonlinearity!r}")
+        if autocasts(input.device.type):  # whose dtypes inside a cell are stock's own affair
+            return super().forward(input, hx)
+        run = functools.partial(ops.rnn, nonlinearity=self.nonlinearity)
+        return self._advance(run, input, None if hx is None else [hx])[0]
+
+
+class GRUCell(_Cell, nn.GRUCell):
+    """Apply one step of a gated recurrent unit, with the arguments of `torch.nn.GRUCell`."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
+        if autocasts(input.device.type):
+            return super().forward(input, hx)
+        return self._advance(ops.gru, input, None if hx is None else [hx])[0]
+
+
+class LSTMCell(_Cell, nn.LSTMCell):
+    """Apply one step of long short-term memory, with the arguments of `torch.nn.LSTMCell`."""
+
+    _pair = True
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return (h, c), [B, H] each, after `input` [B, input_size]; without B for unbatched input."""
+        if autocasts(input.device.type):
+            return super().forward(input, hx)
+        if hx is not None and len(hx) != 2:
+            raise RuntimeError(f"LSTMCell: hx must be a pair (h, c), got {len(hx)} of {type(hx).__name__}")
+        h, c = self._advance(ops.lstm, input, None if hx is None else [hx[0], hx[1]])
+        return h, c
 
 
 def _check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size):

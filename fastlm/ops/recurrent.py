@@ -36,43 +36,47 @@ def canonical(name: str, gates: int, states: int, args: tuple, kwargs: dict) -> 
     """
     packed = "batch_sizes" in kwargs or "data" in kwargs or (len(args) > 3 and isinstance(args[3], list | tuple))
     names = PACKED if packed else DENSE
-    values = dict(zip(names, args, strict=False)) | kwargs
-    if len(args) > len(names) or set(values) != set(names) or len(args) + len(kwargs) != len(names):
-        raise TypeError(f"{name}: expected the arguments ({', '.join(names)}), "
-                        f"got {len(args)} positional and {sorted(kwargs)}")
+    if kwargs or len(args) != len(names):
+        values = dict(zip(names, args, strict=False)) | kwargs
+        if len(args) > len(names) or set(values) != set(names) or len(args) + len(kwargs) != len(names):
+            raise TypeError(f"{name}: expected the arguments ({', '.join(names)}), "
+                            f"got {len(args)} positional and {sorted(kwargs)}")
+        args = [values[n] for n in names]
     if packed:
-        data, batch_sizes, hx, params, *options = (values[n] for n in names)
+        data, batch_sizes, hx, params, *options = args
         options.append(False)
     else:
-        data, hx, params, *options = (values[n] for n in names)
+        data, hx, params, *options = args
         batch_sizes = None
     hx = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
-    tensors = {"input": data, **{f"hx[{i}]": h for i, h in enumerate(hx)},
-               **{f"params[{i}]": p for i, p in enumerate(params)}}
-    _check_tensors(name, tensors)
+    _check_tensors(name, data, hx, params)
     if len(hx) != states:
         raise RuntimeError(f"{name}: hx has {len(hx)} tensors, expected {states}")
-    _check_sizes(name, gates, data, batch_sizes, hx, params, options)
+    _check_sizes(name, gates, data, batch_sizes, hx, params, *options)
     return data, batch_sizes, hx, list(params), *options
 
 
-def _check_tensors(name, tensors):
-    data = tensors["input"]
-    for label, t in tensors.items():
+def _check_tensors(name, data, hx, params):
+    tensors, states = (data, *hx, *params), len(hx)
+
+    def label(i):
+        return "input" if i == 0 else f"hx[{i - 1}]" if i <= states else f"params[{i - 1 - states}]"
+
+    for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {label} must be a Tensor, got {type(t).__name__}")
-    if not data.is_floating_point():
-        raise RuntimeError(f"{name}: input must be floating point, got {data.dtype}")
-    mixed = autocasts(data.device.type)
-    for label, t in tensors.items():
-        if t.dtype is not data.dtype and not (mixed and t.is_floating_point()):
-            raise RuntimeError(f"{name}: {label} has dtype {t.dtype}, input has {data.dtype}")
-        if t.device != data.device:
-            raise RuntimeError(f"{name}: {label} is on {t.device}, input is on {data.device}")
+            raise TypeError(f"{name}: {label(i)} must be a Tensor, got {type(t).__name__}")
+    dtype, device = data.dtype, data.device
+    if not dtype.is_floating_point:
+        raise RuntimeError(f"{name}: input must be floating point, got {dtype}")
+    for i, t in enumerate(tensors):
+        if t.dtype is not dtype and not (t.is_floating_point() and autocasts(device.type)):
+            raise RuntimeError(f"{name}: {label(i)} has dtype {t.dtype}, input has {dtype}")
+        if t.device != device:
+            raise RuntimeError(f"{name}: {label(i)} is on {t.device}, input is on {device}")
 
 
-def _check_sizes(name, gates, data, batch_sizes, hx, params, options):
-    has_biases, num_layers, dropout, _, bidirectional, _ = options
+def _check_sizes(name, gates, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+                 batch_first):
     if not 0 <= dropout <= 1:
         raise RuntimeError(f"{name}: dropout is {dropout}, expected a probability")
     dims = 3 if batch_sizes is None else 2
@@ -85,25 +89,23 @@ def _check_sizes(name, gates, data, batch_sizes, hx, params, options):
     if cells < 1 or len(params) != per * cells or per not in (least, least + 1) or (per > least and gates != 4):
         raise RuntimeError(f"{name}: params has {len(params)} tensors, expected {least} for each of {cells} "
                            "layers and directions")
-    batch = _batch(name, data, batch_sizes, hx, options[-1])
-    hidden = params[1].shape[0] // gates
+    batch = _batch(name, data, batch_sizes, hx, batch_first)
+    hidden = params[1].shape[0] // gates if params[1].dim() else 0
+    rows, wide = gates * hidden, data.shape[-1]
     out = params[per - 1].shape[0] if per > least else hidden
     for i, h in enumerate(hx):
-        _expect(name, f"hx[{i}]", h, [cells, batch, out if i == 0 else hidden])
-    wide = data.shape[-1]
+        if h.shape != (cells, batch, hidden if i else out):
+            _refuse(name, f"hx[{i}]", h, [cells, batch, hidden if i else out])
     for k in range(cells):
-        if k >= directions:
-            wide = directions * out
-        shapes = [[gates * hidden, wide], [gates * hidden, out]]
-        shapes += [[gates * hidden]] * 2 if has_biases else []
-        shapes += [[out, hidden]] if per > least else []
-        for i, shape in enumerate(shapes):
-            _expect(name, f"params[{k * per + i}]", params[k * per + i], shape)
+        shapes = [(rows, wide if k < directions else directions * out), (rows, out)]
+        shapes += [(rows,)] * (least - 2) + [(out, hidden)] * (per - least)
+        for i, shape in enumerate(shapes, k * per):
+            if params[i].shape != shape:
+                _refuse(name, f"params[{i}]", params[i], list(shape))
 
 
-def _expect(name, label, tensor, shape):
-    if list(tensor.shape) != shape:
-        raise RuntimeError(f"{name}: {label} has shape {list(tensor.shape)}, expected {shape}")
+def _refuse(name, label, tensor, shape):
+    raise RuntimeError(f"{name}: {label} has shape {list(tensor.shape)}, expected {shape}")
 
 
 def _batch(name, data, batch_sizes, hx, batch_first):
@@ -143,7 +145,7 @@ def stack(layer: Callable, data, batch_sizes, hx, params, has_biases, num_layers
     per = len(params) // num_layers
     last = []
     for i in range(num_layers):
-        states = tuple(h[i * directions: (i + 1) * directions] for h in hx)
+        states = hx if num_layers == 1 else tuple(h[i * directions: (i + 1) * directions] for h in hx)
         x, *final = layer(x, batch_sizes, states, params[i * per: (i + 1) * per])
         last.append(final)
         if dropout and train and i < num_layers - 1:
@@ -155,7 +157,7 @@ def stack(layer: Callable, data, batch_sizes, hx, params, has_biases, num_layers
 def directions(one: Callable, has_biases: bool, bidirectional: bool) -> Callable:
     """Make a layer of `one(x, batch_sizes, states, weights, reverse) -> (output, *last states)`.
 
-    `weights` is (w_ih, w_hh, b_ih, b_hh, w_hr), None where there is none.
+    Its states are [1, B, H] each; `weights` is (w_ih, w_hh, b_ih, b_hh, w_hr), None where there is none.
     """
     def layer(x, batch_sizes, hx, params):
         count = 2 if bidirectional else 1
@@ -165,9 +167,12 @@ def directions(one: Callable, has_biases: bool, bidirectional: bool) -> Callable
             w_ih, w_hh, *rest = params[d * per: (d + 1) * per]
             b_ih, b_hh = rest[:2] if has_biases else (None, None)
             w_hr = rest[-1] if per in (3, 5) else None
-            found.append(one(x, batch_sizes, [h[d] for h in hx], (w_ih, w_hh, b_ih, b_hh, w_hr), d == 1))
+            states = [h[d: d + 1] for h in hx] if bidirectional else hx
+            found.append(one(x, batch_sizes, states, (w_ih, w_hh, b_ih, b_hh, w_hr), d == 1))
+        if not bidirectional:
+            return found[0]
         outputs, *last = zip(*found, strict=True)
-        return torch.cat(outputs, -1) if bidirectional else outputs[0], *(torch.stack(s) for s in last)
+        return torch.cat(outputs, -1), *(torch.cat(s) for s in last)
     return layer
 
 
@@ -187,10 +192,10 @@ def scan(step: Callable, x: Tensor, batch_sizes: Tensor | None, states: Sequence
         step: `step(projected, states, w_hh, b_hh, w_hr) -> states`, where the first state is the output.
         x: [T, B, I], or the packed rows [N, I], longest sequence first.
         batch_sizes: [T] sequences alive at each step, None for all of them.
-        states: each [B, H].
+        states: each [1, B, H].
 
     Returns:
-        The output [T, B, H] or [N, H], then the last state of each sequence, [B, H] each.
+        The output [T, B, H] or [N, H], then the last state of each sequence, [1, B, H] each.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     projected = F.linear(x, w_ih, b_ih)
@@ -198,7 +203,7 @@ def scan(step: Callable, x: Tensor, batch_sizes: Tensor | None, states: Sequence
         steps = list(projected)
     else:
         steps = projected.split([int(n) for n in batch_sizes])
-    outputs = []
+    outputs, states = [], [s[0] for s in states]
     for now in reversed(steps) if reverse else steps:
         alive = now.shape[0]
         found = step(now, [s[:alive] for s in states], w_hh, b_hh, w_hr)
@@ -207,13 +212,14 @@ def scan(step: Callable, x: Tensor, batch_sizes: Tensor | None, states: Sequence
         states = [torch.cat([new, old[alive:]]) for new, old in zip(found, states, strict=True)]
     if reverse:
         outputs.reverse()
-    return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)), *states
+    return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)), *(s[None] for s in states)
 
 
 # --- stock -----------------------------------------------------------------------------------------------------
 
 
 STOCK = {"lstm": torch.lstm, "gru": torch.gru, "tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
+STOCK_CELLS = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 
 
 def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
@@ -236,6 +242,13 @@ def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, drop
 def _call_stock(cell, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
                 batch_first):
     state = hx if cell == "lstm" else hx[0]
+    cells = 1 if batch_sizes is None and data.shape[1 if batch_first else 0] == 1 else 0
+    if cells == len(hx[0]) and len(params) in (2, 4) and not autocasts(data.device.type):
+        # One step of one layer: oneDNN would pack the weights first, for up to ten times as long as the step takes.
+        h = [s[0] for s in hx]
+        last = STOCK_CELLS[cell](data[:, 0] if batch_first else data[0], h if cell == "lstm" else h[0], *params)
+        last = last if cell == "lstm" else (last,)
+        return torch.stack([last[0]], 1 if batch_first else 0), *(s[None] for s in last)
     if batch_sizes is None:
         return STOCK[cell](data, state, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
     return STOCK[cell](data, batch_sizes, state, params, has_biases, num_layers, dropout, train, bidirectional)

@@ -15,6 +15,7 @@ from fastlm.dispatch import build_report
 from fastlm.ops import recurrent
 
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
+NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
@@ -97,14 +98,28 @@ class Layers:
         """Run the network; 16-bit inputs are computed in float32 and rounded at the end."""
         compute = torch.float64 if data.dtype is torch.float64 else torch.float32
         result = self.result_dtype(data, batch_sizes, hx)
+        # A step reads every weight once: to convert them first would cost more than the step itself.
+        in_place = batch_sizes is None and not torch.is_grad_enabled() and self.few(data, None, hx, options[-1])
 
         def one(x, batch_sizes, states, weights, reverse):
-            tensors = [x, batch_sizes, *states, *weights[:4]]
-            return self.kernels([t if t is batch_sizes or t is None else t.to(compute) for t in tensors], reverse)
+            w_ih, w_hh, b_ih, b_hh, _ = weights
+            if not (in_place and w_ih.dtype is w_hh.dtype is data.dtype):
+                w_ih, w_hh = cast((w_ih, w_hh), compute)
+            x, b_ih, b_hh, *states = cast((x, b_ih, b_hh, *states), compute)
+            return self.kernels([x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh], reverse)
 
-        layer = recurrent.directions(one, has_biases, options[3])
-        found = recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options)
-        return tuple(t.to(result) for t in found)
+        num_layers, _, _, bidirectional, batch_first = options
+        if num_layers == 1 and not bidirectional and not batch_first:  # there is nothing to stack
+            weights = [*params[:2], *(params[2:] if has_biases else (None, None)), None]
+            return cast(one(data, batch_sizes, hx, weights, False), result)
+        layer = recurrent.directions(one, has_biases, bidirectional)
+        return cast(recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options), result)
+
+    def few(self, x, batch_sizes, hx, batch_first=False) -> bool:
+        """Tell whether there is so little to compute that packed weights would not pay for their packing."""
+        steps = batch_sizes.numel() if batch_sizes is not None else x.shape[1 if batch_first else 0]
+        batch = hx[0].shape[1]
+        return not x.is_cuda and x.shape[-1] > 0 and (steps == 1 or batch * steps <= 16)
 
     def result_dtype(self, data, batch_sizes, hx) -> torch.dtype:
         """Return what stock returns: under autocast the dense LSTM and the RNN lower it, the others keep hx's."""
@@ -122,6 +137,8 @@ class Layers:
 
     def forward(self, tensors, needs, reverse):
         x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = tensors
+        if self.few(x, batch_sizes, states):
+            return self.direct(tensors, any(needs), reverse)
         train, hidden, wide = any(needs), w_hh.shape[1], w_hh.shape[0]
         rows, w_hh, states = x.reshape(-1, x.shape[-1]), w_hh.contiguous(), [s.contiguous() for s in states]
         bias, b_hn = self.biases(b_ih, b_hh)
@@ -145,6 +162,21 @@ class Layers:
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
         return [y.view(*x.shape[:-1], hidden), *last, *saved]
 
+    def direct(self, tensors, train, reverse):
+        """Do what `forward` does without packing, copying or converting a weight matrix."""
+        x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = (t if t is None else t.contiguous() for t in tensors)
+        hidden, rows = w_hh.shape[1], x.shape[:-1].numel()
+        y = x.new_empty(*x.shape[:-1], hidden)
+        gates = None if self.gates == 1 else x.new_empty(rows, 4 * hidden)
+        c = x.new_empty(rows, hidden) if train and self.cell == "lstm" else None
+        last = [x.new_empty(s.shape) for s in states]
+        buffers = self.addresses((x, b_ih, b_hh, *pair(states), gates, y, c, *pair(last)))
+        weights = self.addresses((w_ih, w_hh))
+        problem = self.problem(x, batch_sizes, states[0], reverse)
+        self.call("rnn_direct", y, problem, (0, problem[2]), train, buffers[:1] + weights + buffers[1:],
+                  NUMBERS[w_hh.dtype], x.shape[-1])
+        return [y, *last, *(t for t in (gates, c) if train and t is not None)]
+
     def fake(self, tensors, needs, reverse):
         x, _, *states, _, w_hh, _, _ = tensors
         hidden, rows = w_hh.shape[1], x.shape[:-1].numel()
@@ -165,7 +197,7 @@ class Layers:
         w_in = w_ih.roll(turn, 0) if need_x and turn else w_ih
         problem = self.problem(x, batch_sizes, states[0], reverse)
         blocks, most = self.blocks(y, batch_sizes, problem, not reverse)
-        before = states_before(y, states[0], batch_sizes, reverse) if need_u else None
+        before = states_before(y, states[0][0], batch_sizes, reverse) if need_u else None
         columns = self.columns(hidden)
         d_all = y.new_empty(most, padded(columns, y.element_size()))
         d_states = [torch.empty_like(s) for s in states]
@@ -220,7 +252,7 @@ class Layers:
     # --- what crosses into C++ ---
 
     def problem(self, x, batch_sizes, h0, reverse):
-        batch, hidden = h0.shape
+        _, batch, hidden = h0.shape
         steps, sizes = x.shape[0], 0
         if batch_sizes is not None:
             recurrent.check_batch_sizes(self.cell, batch_sizes, x.shape[0])
@@ -249,12 +281,17 @@ class Layers:
 
         The caller keeps `buffers` until the kernel is done: an address alone keeps no memory.
         """
-        like = buffers[0]
+        dtype, device = buffers[0].dtype, buffers[0].device
         for t in buffers:
-            if t is not None and (t.dtype is not like.dtype or t.device != like.device or not t.is_contiguous()):
-                raise RuntimeError(f"{self.cell}: a kernel needs contiguous {like.dtype} on {like.device}, got "
-                                   f"{t.dtype} of strides {t.stride()} on {t.device}")
-        return tuple(0 if t is None else t.data_ptr() for t in buffers)
+            if t is not None and (t.dtype is not dtype or not t.is_contiguous() or t.device != device):
+                raise RuntimeError(f"{self.cell}: a kernel needs contiguous {dtype} on {device}, got {t.dtype} of "
+                                   f"strides {t.stride()} on {t.device}")
+        return tuple([0 if t is None else t.data_ptr() for t in buffers])
+
+
+def cast(tensors, dtype):
+    """Return the tensors, which may be None, as `dtype`; `Tensor.to` alone takes a microsecond to see nothing to do."""
+    return tuple([t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors])
 
 
 def pair(states):

@@ -376,3 +376,139 @@ def test_fork_after_use_is_no_worse_than_stock():
     assert len(stock) == len(ours) == 4, (stock, ours)
     for a, b in zip(stock, ours, strict=True):
         assert b == a or b.endswith("ran"), (stock, ours)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------
+
+CELL_OPTIONS = [("bias", False), ("nonlinearity", "relu"), ("hx", True), ("unbatched", True), ("frozen", True)]
+STEPS = [f"{cell}Cell" for cell in CELLS]
+
+
+def cell_case(cell, options, device, dtype, inputs=4, hidden=6, batch=3):
+    """Return (stock, ours, call, leaves)."""
+    options = dict(options)
+    with_hx, unbatched, frozen = (options.pop(k, None) for k in ("hx", "unbatched", "frozen"))
+    theirs, ours = pair(cell, inputs, hidden, device=device, dtype=dtype, **options)
+    for module in (theirs, ours):
+        module.weight_ih.requires_grad_(not frozen)
+    batch = () if unbatched else (batch,)
+    leaves = [leaf(*batch, inputs, device=device, dtype=dtype)]
+    if with_hx:
+        leaves += [leaf(*batch, hidden, device=device, dtype=dtype) for _ in range(2 if cell == "LSTMCell" else 1)]
+    return theirs, ours, lambda m, x, *hx: m(x, None if not hx else hx if cell == "LSTMCell" else hx[0]), leaves
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize(("cell", "options"), [
+    pytest.param(cell, *case.values, id=f"{cell}-{case.id}") for cell in STEPS
+    for case in combinations([o for o in CELL_OPTIONS if o[0] != "nonlinearity" or cell == "RNNCell"])])
+def test_cell(cell, options, dtype, device):
+    hold(*cell_case(cell, options, device, dtype))
+
+
+@pytest.mark.parametrize("cell", STEPS)
+@pytest.mark.parametrize(("inputs", "hidden", "batch"), [
+    (1, 1, 1), (5, 7, 0), (33, 130, 13), (70, 65, 1), (9, 650, 2)])
+def test_cell_sizes(cell, inputs, hidden, batch, device):
+    theirs, ours, call, leaves = cell_case(cell, {"hx": True}, device, torch.float32, inputs, hidden, batch)
+    hold(theirs, ours, call, leaves)
+    with torch.no_grad():  # the step that stores nothing
+        for a, b in zip(tensors(call(ours, *leaves)), tensors(call(theirs, *leaves)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_cell_is_stock_s(cell):
+    """The same seed gives the same parameters; both print alike, and ours is an instance of stock's."""
+    made = []
+    for module in (nn, fastlm.nn):
+        torch.manual_seed(5)
+        made.append(getattr(module, cell)(4, 6, bias=cell != "GRUCell"))
+    theirs, ours = made
+    assert repr(theirs) == repr(ours)
+    assert isinstance(ours, type(theirs))
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+    copied = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(tensors(copied(torch.ones(1, 4)))[0], tensors(ours(torch.ones(1, 4)))[0])
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_cell_second_order(cell, device):
+    _, ours, call, leaves = cell_case(cell, {"hx": True}, device, torch.float64)
+    assert torch.autograd.gradgradcheck(lambda *leaves: tensors(call(ours, *leaves)), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+@pytest.mark.parametrize("cell", STEPS)
+def test_cell_compiled(cell, implementation, device):
+    torch._dynamo.reset()
+    _, ours, call, leaves = cell_case(cell, {"hx": True}, device, torch.float32)
+    with fastlm.backend(implementation):
+        expected = run(ours, call, leaves)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        for a, b in zip(run(compiled, call, leaves), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_cell_autocast(cell):
+    theirs, ours, call, leaves = cell_case(cell, {"hx": True}, "cpu", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(tensors(call(ours, *leaves)), tensors(call(theirs, *leaves)), strict=True):
+            assert a.dtype is b.dtype
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_cell_bad_inputs(cell):
+    theirs, ours = pair(cell, 4, 6)
+    x, h = torch.randn(3, 4), torch.randn(3, 6)
+    state = (lambda h: (h, h)) if cell == "LSTMCell" else (lambda h: h)
+    bad = {"features": (x[:, :3], None), "three dimensions": (x[None], None), "no dimension": (x[0, 0], None),
+           "batch of hx": (x, state(h[:2])), "width of hx": (x, state(h[:, :5])), "dtype of hx": (x, state(h.double())),
+           "dtype": (x.double(), None), "three dimensions of hx": (x, state(h[None])), "unbatched hx": (x, state(h[0])),
+           "integers": (x.long(), None)}
+    for what, (x, hx) in bad.items():
+        with pytest.raises(Exception) as stock:
+            theirs(x, hx)
+        with pytest.raises(stock.type) as caught:
+            ours(x, hx)
+        assert ("hx" if "hx" in what else "input") in str(caught.value), (what, caught.value)
+
+
+# --- streaming -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_stream(cell, options, dtype, device):
+    """Token by token without gradients, the state handed on, each call gives what stock's gives in float64."""
+    theirs, ours = pair(cell, 33, 47, device=device, dtype=dtype, **options)
+    exact = copy.deepcopy(theirs).double()
+    state, stock, judge = None, None, None
+    with torch.no_grad():
+        for x in torch.randn(4, 1, 2, 33, device=device).to(dtype):
+            (a, state), (b, stock), (e, judge) = ours(x, state), theirs(x, stock), exact(x.double(), judge)
+            for found, near, true in zip(tensors((a, state)), tensors((b, stock)), tensors((e, judge)), strict=True):
+                assert (found.shape, found.dtype) == (near.shape, near.dtype)
+                bound = 2 * (near.double() - true).abs().max() + 4 * torch.finfo(dtype).eps * true.abs().max()
+                assert (found.double() - true).abs().max() <= bound
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_stream_of_awkward_tensors(cell):
+    """Expanded, transposed and strided inputs, states and weights; a NaN stays in its own sequence."""
+    theirs, ours = pair(cell, 6, 10)
+    for module in (theirs, ours):
+        module.weight_hh_l0 = nn.Parameter(theirs.weight_hh_l0.detach().t().contiguous().t())
+    inputs = {"expanded": torch.randn(6).expand(1, 3, 6), "transposed": torch.randn(6, 3, 1).permute(2, 1, 0),
+              "strided": torch.randn(1, 3, 12)[..., ::2], "not a number": torch.randn(1, 3, 6)}
+    inputs["not a number"][0, 1, 2] = torch.nan
+    h = torch.randn(10, 3, 1).permute(2, 1, 0)
+    for what, x in inputs.items():
+        with torch.no_grad():
+            found, stock = (tensors(m(x, (h, h) if cell == "LSTM" else h)) for m in (ours, theirs))
+        for a, b in zip(found, stock, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, msg=lambda m, what=what: f"{what}: {m}")

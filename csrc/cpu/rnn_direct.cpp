@@ -1,0 +1,286 @@
+// The recurrent layer for few rows: one step of a stream, a cell, a short sequence. One call makes both products and
+// reads the weights where they lie, because to pack them takes longer than to use them: what bounds it is bandwidth.
+
+#include "../rnn.h"
+
+#include <type_traits>
+#include <utility>
+
+#include "simd.h"
+#include "team.h"
+
+namespace fastlm {
+
+FASTLM_DECLARE_RNN_DIRECT(FASTLM_ISA)
+
+namespace FASTLM_ISA {
+namespace {
+
+// --- weights as they are stored -----------------------------------------------------------------------------------
+
+struct Bf16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+
+FASTLM_INLINE Vector<float> widen(const float* p) { return load(p); }
+FASTLM_INLINE Vector<double> widen(const double* p) { return load(p); }
+
+FASTLM_INLINE Simd<float>::Bits widen_bits(const void* p) {
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half half;
+  std::memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, Simd<float>::Bits);
+}
+
+FASTLM_INLINE Vector<float> widen(const Bf16* p) { return (Vector<float>)(widen_bits(p) << 16); }
+
+FASTLM_INLINE Vector<float> widen(const F16* p) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  using Bits = Simd<float>::Bits;
+  const Bits half = widen_bits(p), magnitude = (half & 0x7fff) << 13;
+  const Bits finite = (Bits)((Vector<float>)magnitude * 0x1p112f);  // the two formats differ in the exponent's bias
+  const Bits special = (Bits)(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return (Vector<float>)(finite | special | (half & 0x8000) << 16);
+#endif
+}
+
+// The last `count` of a row's `depth` numbers in the last lanes, zeros in the others.
+template <class T, class W>
+FASTLM_INLINE Vector<T> row_end(const W* row, int64_t depth, int count) {
+  constexpr int lanes = kLanes<T>;
+  if (depth < lanes) {
+    W end[lanes] = {};
+    std::memcpy(end + lanes - count, row, count * sizeof(W));
+    return widen(end);
+  }
+  using Bits = typename Simd<T>::Bits;
+  Bits lane;
+  for (int i = 0; i < lanes; ++i) lane[i] = i;
+  const Bits keep = (Bits)(lane >= Bits{} + static_cast<unsigned>(lanes - count));
+  return (Vector<T>)((Bits)widen(row + depth - lanes) & keep);
+}
+
+// --- products -----------------------------------------------------------------------------------------------------
+
+// Sums of neighbouring lanes: those of a, then those of b.
+template <class V, class Bits, size_t... I>
+FASTLM_INLINE V add_pairs(const V& a, const V& b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+  return __builtin_shuffle(a, b, Bits{(2 * I)...}) + __builtin_shuffle(a, b, Bits{(2 * I + 1)...});
+#endif
+}
+
+// out[i] = the sum of v[i]'s lanes; n ≤ lanes is a power of two
+template <class T, int n>
+FASTLM_INLINE void sums(Vector<T>* v, T* out) {
+  constexpr int lanes = kLanes<T>;
+  const auto pair = [](const Vector<T>& a, const Vector<T>& b) {
+    return add_pairs<Vector<T>, typename Simd<T>::Bits>(a, b, std::make_index_sequence<lanes>());
+  };
+#pragma GCC unroll 4
+  for (int left = n / 2; left > 0; left /= 2)
+#pragma GCC unroll 8
+    for (int j = 0; j < left; ++j) v[j] = pair(v[2 * j], v[2 * j + 1]);
+#pragma GCC unroll 4
+  for (int folded = n; folded < lanes; folded *= 2) v[0] = pair(v[0], v[0]);
+  store(out, v[0], n);
+}
+
+// acc[m][r] += w[r] · x[m] lane by lane, for R rows of w [·, depth] and M of x [·, depth]. A row is too short a stream
+// for the hardware to run ahead of: each is fetched 512 bytes ahead (benchmarks/LOG.md, 2026-11-24).
+template <class T, class W, int R, int M>
+FASTLM_INLINE void accumulate(const W* w, const T* x, int64_t depth, Vector<T> (&acc)[M][R]) {
+  constexpr int lanes = kLanes<T>;
+  int64_t k = 0;
+  for (; k + lanes <= depth; k += lanes) {
+    Vector<T> v[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) v[m] = load(x + m * depth + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(w + r * depth + k + 512 / sizeof(W));
+      const Vector<T> a = widen(w + r * depth + k);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][r] += a * v[m];
+    }
+  }
+  if (k == depth) return;
+  const int rest = static_cast<int>(depth - k);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const Vector<T> a = row_end<T>(w + r * depth, depth, rest);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) acc[m][r] += a * row_end<T>(x + m * depth, depth, rest);
+  }
+}
+
+// Rows g·H + u + i of a weight matrix, one for each gate g < G and each of the `count` units from u on.
+template <class W>
+struct Units {
+  const W* w;
+  int64_t hidden, depth, u;
+  int gates, count;
+
+  const W* row(int g, int i) const { return w + (g * hidden + u + i) * depth; }
+};
+
+// out[m·stride + g·spread + i] = row (g, i) · x[m], for `rows` rows of x [·, depth], which are M at most
+template <class T, class W, int M>
+void multiply(int rows, const Units<W>& units, const T* x, T* out, int64_t stride, int64_t spread) {
+  if constexpr (M > 1)
+    if (rows < M) return multiply<T, W, M - 1>(rows, units, x, out, stride, spread);
+  constexpr int most = 8 * M > kAccumulators ? 4 : 8, together = most < kLanes<T> ? most : kLanes<T>;
+  const auto tile = [&](auto size, int g, int i) {
+    constexpr int R = decltype(size)::value;
+    Vector<T> acc[M][R] = {};
+    accumulate<T, W, R, M>(units.row(g, i), x, units.depth, acc);
+    for (int m = 0; m < M; ++m) sums<T, R>(acc[m], out + m * stride + g * spread + i);
+  };
+  for (int g = 0; g < units.gates; ++g) {
+    int i = 0;
+    for (; i + together <= units.count; i += together) tile(std::integral_constant<int, together>(), g, i);
+    for (; i < units.count; ++i) tile(std::integral_constant<int, 1>(), g, i);
+  }
+}
+
+constexpr int kMostRows = kAccumulators / 4;
+
+// Calls f(first, count) for rows begin..end, kMostRows at most at a time.
+template <class F>
+void for_rows(int64_t begin, int64_t end, const F& f) {
+  const int64_t blocks = (end - begin + kMostRows - 1) / kMostRows;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = begin + (end - begin) * i / blocks;
+    f(first, static_cast<int>(begin + (end - begin) * (i + 1) / blocks - first));
+  }
+}
+
+// --- gates --------------------------------------------------------------------------------------------------------
+
+constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+
+// Turn the products with x, which lie in `gates` or y, and with h, s [G, lanes], of one sequence and `n` units from u
+// on into its next state.
+template <class T, Cell cell>
+void gates(const RnnProblem& p, const RnnDirect<T>& a, int64_t row, int64_t b, int64_t u, int n, const T* s,
+           const T* h_before, const T* c_before, bool ends) {
+  constexpr int lanes = kLanes<T>;
+  using V = Vector<T>;
+  const int64_t H = p.hidden;
+  T* const x = cell == Cell::lstm || cell == Cell::gru ? a.gates + row * 4 * H + u : a.y + row * H + u;
+  const auto bias = [&](const T* from, int g) { return from ? load(from + g * H + u, n) : V{}; };
+  const auto of_x = [&](int g) { return load(x + g * H, n) + bias(a.b_ih, g); };
+  const auto of_h = [&](int g) { return load(s + g * lanes) + bias(a.b_hh, g); };
+  // x knows no bounds as h does: it comes last, lest its size costs the others their digits.
+  const auto both = [&](int g) { return load(x + g * H, n) + (of_h(g) + bias(a.b_ih, g)); };
+  const auto keep = [&](const V& first, const V& second, const V& third, const V& fourth) {
+    if (!a.train) return;
+    store(x, first, n);
+    store(x + H, second, n);
+    store(x + 2 * H, third, n);
+    store(x + 3 * H, fourth, n);
+  };
+  V h;
+  if constexpr (cell == Cell::lstm) {
+    V i = both(0), f = both(1), g = both(2), o = both(3), c;
+    lstm_forward<Math<T>>(i, f, g, o, load(c_before + b * H + u, n), c, h);
+    store(a.cn + b * H + u, c, n);
+    keep(i, f, g, o);
+    if (a.train) store(a.c + row * H + u, c, n);
+  } else if constexpr (cell == Cell::gru) {
+    V r = both(0), z = both(1), g = of_x(2), hn = of_h(2);
+    gru_forward<Math<T>>(r, z, g, hn, load(h_before + b * H + u, n), h);
+    keep(r, z, g, hn);
+  } else if constexpr (cell == Cell::tanh) {
+    h = Math<T>::tanh(both(0));
+  } else {
+    h = both(0);
+    h = h < 0 ? V{} : h;
+  }
+  store(a.y + row * H + u, h, n);
+  if (ends) store(a.hn + b * H + u, h, n);
+}
+
+// --- the layer ----------------------------------------------------------------------------------------------------
+
+template <class T, class W, Cell cell>
+void direct(const RnnProblem& p, const RnnDirect<T>& a) {
+  constexpr int G = gates_of(cell), lanes = kLanes<T>, width = G * lanes;
+  constexpr bool elman = G == 1;
+  const int64_t H = p.hidden, I = a.inputs, vectors = (H + lanes - 1) / lanes;
+  const auto rows_at = [&](int64_t i) {  // of the i-th step in reading order; none before the first and after the last
+    if (i < 0 || i >= p.steps) return int64_t(0);
+    return p.batch_sizes ? p.batch_sizes[p.reverse ? p.steps - 1 - i : i] : p.batch;
+  };
+  int64_t all = 0;
+  for (int64_t i = 0; i < p.steps; ++i) all += rows_at(i);
+  const int64_t worthwhile = 1 + all * G * H * (H + I) / 65536, team = p.threads < vectors ? p.threads : vectors;
+  parallel(int(team < worthwhile ? team : worthwhile), [&](Member& me) {
+    const auto for_units = [&](const auto& f) {
+      for (int64_t u = me.begin(vectors) * lanes; u < me.end(vectors) * lanes; u += lanes)
+        f(u, H - u < lanes ? int(H - u) : lanes);
+    };
+    for_units([&](int64_t u, int n) {
+      const Units<W> units{static_cast<const W*>(a.w_ih), H, I, u, G, n};
+      for_rows(0, all, [&](int64_t row, int count) {
+        T* const out = elman ? a.y + row * H + u : a.gates + row * 4 * H + u;
+        multiply<T, W, kMostRows>(count, units, a.x + row * I, out, elman ? H : 4 * H, H);
+      });
+    });
+    T products[kMostRows * width];
+    int64_t row = p.reverse ? all - rows_at(0) : 0;
+    const T* y_before = nullptr;
+    for (int64_t i = 0; i < p.steps; ++i) {
+      const int64_t rows = rows_at(i), earlier = rows_at(i - 1), later = rows_at(i + 1);
+      const int64_t known = rows < earlier ? rows : earlier;
+      for_units([&](int64_t u, int n) {
+        const Units<W> units{static_cast<const W*>(a.w_hh), H, H, u, G, n};
+        const auto advance = [&](const T* h_before, const T* c_before) {
+          return [&, h_before, c_before](int64_t b, int count) {
+            multiply<T, W, kMostRows>(count, units, h_before + b * H, products, width, lanes);
+            for (int m = 0; m < count; ++m)
+              gates<T, cell>(p, a, row + b + m, b + m, u, n, products + m * width, h_before, c_before,
+                             b + m >= later);
+          };
+        };
+        for_rows(0, known, advance(y_before, a.cn));
+        for_rows(known, rows, advance(a.h0, a.c0));  // sequences that begin here
+      });
+      if (i + 1 < p.steps) me.meet();
+      y_before = a.y + row * H;
+      row += p.reverse ? -later : rows;
+    }
+  });
+}
+
+template <class T, class W>
+void direct_cell(const RnnProblem& p, const RnnDirect<T>& a) {
+  switch (p.cell) {
+    case Cell::lstm: return direct<T, W, Cell::lstm>(p, a);
+    case Cell::gru: return direct<T, W, Cell::gru>(p, a);
+    case Cell::tanh: return direct<T, W, Cell::tanh>(p, a);
+    case Cell::relu: return direct<T, W, Cell::relu>(p, a);
+  }
+}
+
+}  // namespace
+
+void rnn_direct(const RnnProblem& p, const RnnDirect<float>& a) {
+  if (p.batch == 0) return;
+  switch (a.weights) {
+    case Number::f32: return direct_cell<float, float>(p, a);
+    case Number::bf16: return direct_cell<float, Bf16>(p, a);
+    case Number::f16: return direct_cell<float, F16>(p, a);
+    case Number::f64: return;
+  }
+}
+
+void rnn_direct(const RnnProblem& p, const RnnDirect<double>& a) {
+  if (p.batch > 0) direct_cell<double, double>(p, a);
+}
+
+}  // namespace FASTLM_ISA
+}  // namespace fastlm
