@@ -23,6 +23,7 @@ ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-23"
+STEP = "benchmarks/LOG.md 2026-11-24"
 
 
 def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *options) -> str | None:
@@ -39,12 +40,17 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
         return "not yet measured on a CPU with bfloat16 arithmetic"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[0].shape[1:]
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
+    if steps == 1 and not trains:
+        least = 256 if cell == "lstm" else 512
+        return f"slower than torch's cell for one step below {least} hidden units: {STEP}" if hidden < least else None
+    if steps == 1:
+        return "one step with gradients: not yet measured against torch's cells"
     if cell != "lstm" or batch_sizes is not None or data.dtype not in (torch.float32, torch.bfloat16):
         least = 32 if cell in ("tanh", "relu") else 16
         return f"slower than torch below {least} steps: {ROW}" if steps < least else None
     if hidden < 256:
         return f"slower than torch's oneDNN below 256 hidden units: {ROW}"
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
     if trains or data.dtype is torch.bfloat16:
         return None
     if batch == 1:

@@ -26,6 +26,8 @@ def _apply(module, x):
 MODULES = (
     *((cell, "2 layers, both ways, T64 B16 H256", (64, 16, 256), (256, 256, 2), dict(bidirectional=True), _first)
       for cell in ("LSTM", "GRU", "RNN")),
+    *((f"{cell}Cell", "B16 H512", (16, 512), (512, 512), {}, _first if cell == "LSTM" else _apply)
+      for cell in ("LSTM", "GRU", "RNN")),
     ("MultiheadAttention", "B4 T256 E256", (4, 256, 256), (256, 4), dict(batch_first=True), _attend),
     ("TransformerEncoderLayer", "B4 T256 E256", (4, 256, 256), (256, 4, 1024),
      dict(dropout=0.0, batch_first=True, norm_first=True), _apply),
