@@ -343,6 +343,9 @@ TEST_SHAPES = {
     "dropout in evaluation": {"layers": 2, "dropout": 0.3, "train": False},
     "no sequences": {"batch": 0},
     "outliers": {"scale": 30.0, "hidden": 19},
+    "few rows": {"steps": 2, "hidden": 70, "inputs": 21},
+    "few packed rows": {"lengths": (3, 3, 2, 1), "hidden": 67, "bidirectional": True},
+    "one step of many": {"steps": 1, "batch": 15, "hidden": 64, "bias": False, "layers": 2},
 }
 PROJECTED = {
     "projection": {"proj": 5},

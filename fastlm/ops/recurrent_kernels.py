@@ -124,8 +124,8 @@ class Layers:
     def few(self, x, batch_sizes, hx, batch_first=False) -> bool:
         """Tell whether there is so little to compute that packed weights would not pay for their packing."""
         steps = batch_sizes.numel() if batch_sizes is not None else x.shape[1 if batch_first else 0]
-        batch = hx[0].shape[1]
-        return not x.is_cuda and x.shape[-1] > 0 and (steps == 1 or batch * steps <= 16)
+        _, batch, hidden = hx[0].shape
+        return not x.is_cuda and x.shape[-1] > 0 and hidden >= 64 and (steps == 1 or batch * steps <= 16)
 
     def result_dtype(self, data, batch_sizes, hx) -> torch.dtype:
         """Return what stock returns: under autocast the dense LSTM and the RNN lower it, the others keep hx's."""
