@@ -146,7 +146,7 @@ void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, con
   if (a.size() != 12) throw std::invalid_argument("rnn_direct: expected 12 addresses");
   if (weights < 0 || weights > 3 || inputs < 1) throw std::invalid_argument("rnn_direct: sizes out of range");
   const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
-  const RnnDirect<T> call{static_cast<Number>(weights), inputs, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
+  const RnnDirect<T> call{static_cast<Stored>(weights), inputs, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
                           at(8), at(9), at(10), at(11), train};
   py::gil_scoped_release release;
   kernel(p, call);

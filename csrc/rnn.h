@@ -70,11 +70,11 @@ struct RnnBackward {
 };
 
 // The forward pass for few rows, on the CPU: the input projection is made inside and no weight is copied or packed.
-enum class Number : int { f32, f64, bf16, f16 };
+enum class Stored : int { f32, f64, bf16, f16 };
 
 template <class T>
 struct RnnDirect {
-  Number weights;          // how w_ih and w_hh are stored: as T, or in 16 bits where T is float
+  Stored weights;          // how w_ih and w_hh are stored: as T, or in 16 bits where T is float
   int64_t inputs;          // I ≥ 1
   const T* x;              // [N, I]
   const void* w_ih;        // [G·H, I]

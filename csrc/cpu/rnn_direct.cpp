@@ -271,10 +271,10 @@ void direct_cell(const RnnProblem& p, const RnnDirect<T>& a) {
 void rnn_direct(const RnnProblem& p, const RnnDirect<float>& a) {
   if (p.batch == 0) return;
   switch (a.weights) {
-    case Number::f32: return direct_cell<float, float>(p, a);
-    case Number::bf16: return direct_cell<float, Bf16>(p, a);
-    case Number::f16: return direct_cell<float, F16>(p, a);
-    case Number::f64: return;
+    case Stored::f32: return direct_cell<float, float>(p, a);
+    case Stored::bf16: return direct_cell<float, Bf16>(p, a);
+    case Stored::f16: return direct_cell<float, F16>(p, a);
+    case Stored::f64: return;
   }
 }
 
