@@ -19,7 +19,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512}
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFASTLM_TILES"]
+INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, "amx": AMX}
+TILED = {"rnn"}  # sources that use AMX; all others run their AVX-512 code there
 CUDA_TARGETS = ["80", "90a", "100a"]
 
 
@@ -143,7 +145,8 @@ class NinjaBuild(build_ext):
             compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", ["-O1", *defines, *include])
             for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
                 for name, flags in sets.items():
-                    compile_object("cxx", source, f"{source.stem}_{name}.o", [f"-DFASTLM_ISA={name}", *flags])
+                    if name != "amx" or source.stem in TILED:
+                        compile_object("cxx", source, f"{source.stem}_{name}.o", [f"-DFASTLM_ISA={name}", *flags])
             if nvcc:
                 for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                     compile_object("nvcc", source, f"{source.stem}_cuda.o", [])

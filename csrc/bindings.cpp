@@ -2,9 +2,18 @@
 
 #include <pybind11/pybind11.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "loss.h"
 #include "quant.h"
@@ -34,6 +43,9 @@ FASTLM_DECLARE_ROWS(avx512)
 FASTLM_DECLARE_LOSS(avx512)
 FASTLM_DECLARE_QUANT(avx512)
 #endif
+#ifdef FASTLM_AMX
+FASTLM_DECLARE_RNN_TILES(amx)
+#endif
 }  // namespace fastlm
 
 namespace {
@@ -48,16 +60,23 @@ struct LossKernels {
   void (*divergence_gradient)(const LossTile&, const DivergenceGradient<S>&);
 };
 
+// The recurrent layer's kernels for one type of number.
+template <class T>
+struct RecurrentKernels {
+  using Number = T;
+  size_t (*workspace)(const RnnProblem&, bool, size_t);
+  void (*forward)(const RnnProblem&, const RnnForward<T>&);
+  void (*backward)(const RnnProblem&, const RnnBackward<T>&);
+  void (*direct)(const RnnProblem&, const RnnDirect<T>&) = nullptr;  // not by tiles
+};
+
 // The kernels of one instruction set.
 struct Kernels {
-  const char* name;
-  size_t (*rnn_workspace)(const RnnProblem&, bool, size_t);
-  void (*rnn_forward_f32)(const RnnProblem&, const RnnForward<float>&);
-  void (*rnn_forward_f64)(const RnnProblem&, const RnnForward<double>&);
-  void (*rnn_backward_f32)(const RnnProblem&, const RnnBackward<float>&);
-  void (*rnn_backward_f64)(const RnnProblem&, const RnnBackward<double>&);
-  void (*rnn_direct_f32)(const RnnProblem&, const RnnDirect<float>&);
-  void (*rnn_direct_f64)(const RnnProblem&, const RnnDirect<double>&);
+  const char* name;  // of the instruction set; AMX adds the two that are null without
+  RecurrentKernels<float> rnn_f32;
+  RecurrentKernels<double> rnn_f64;
+  RecurrentKernels<Bf16> rnn_bf16;      // null without AMX
+  RecurrentKernels<float> rnn_reduced;  // at less than the highest precision; null without AMX
   RowKernels rows;
   LossKernels<float> loss_f32;
   LossKernels<double> loss_f64;
@@ -70,19 +89,54 @@ struct Kernels {
 #define FASTLM_LOSS_KERNELS(isa) \
   {isa::loss_read, isa::loss_gradient, isa::divergence_read, isa::divergence_gradient}
 
+#define FASTLM_RNN_KERNELS(isa, direct) \
+  {isa::rnn_workspace, isa::rnn_forward, isa::rnn_backward, direct}
+
 #define FASTLM_KERNELS(isa) \
-  Kernels{#isa, isa::rnn_workspace, isa::rnn_forward, isa::rnn_forward, isa::rnn_backward, isa::rnn_backward, \
-          isa::rnn_direct, isa::rnn_direct, isa::row_kernels(), \
+  Kernels{#isa, FASTLM_RNN_KERNELS(isa, isa::rnn_direct), FASTLM_RNN_KERNELS(isa, isa::rnn_direct), {}, {}, \
+          isa::row_kernels(), \
           FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa)}
+
+// Features newer than the names that all compilers know for __builtin_cpu_supports: Intel SDM, CPUID leaf 7.
+struct Features {
+  bool avx512_bf16 = false, avx512_fp16 = false, amx = false;
+
+  Features() {
+#if defined(__x86_64__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+      avx512_fp16 = d >> 23 & 1;
+      amx = (d >> 22 & 1) && (d >> 24 & 1);  // bfloat16 and the tiles themselves
+    }
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512_bf16 = a >> 5 & 1;
+#endif
+  }
+};
+
+#ifdef FASTLM_AMX
+// Linux gives a process the tile registers only if it asks: Documentation/arch/x86/xstate.rst.
+bool tiles_granted() {
+#if defined(FASTLM_EMULATED_TILES)  // tests/amx_emulation
+  return true;
+#elif defined(__linux__) && defined(__x86_64__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  const Features cpu;
+  return cpu.amx && cpu.avx512_bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // The widest set that was built, that this CPU has, and that FASTLM_MAX_ISA allows.
 Kernels choose_kernels() {
-  const char* names[] = {"generic", "avx2", "avx512"};
+  const char* names[] = {"generic", "avx2", "avx512", "amx"};
   const char* cap = std::getenv("FASTLM_MAX_ISA");
-  int most = 2;
+  int most = 3;
   if (cap && *cap) {
     for (most = 0; std::string(names[most]) != cap; ++most)
-      if (most == 2) throw std::runtime_error("FASTLM_MAX_ISA must be generic, avx2 or avx512, got " + std::string(cap));
+      if (most == 3)
+        throw std::runtime_error("FASTLM_MAX_ISA must be generic, avx2, avx512 or amx, got " + std::string(cap));
   }
   Kernels found = FASTLM_KERNELS(generic);
 #if defined(__x86_64__)
@@ -99,25 +153,51 @@ Kernels choose_kernels() {
     found.quantized_linear = avx512::quantized_linear;
   }
 #endif
+#ifdef FASTLM_AMX
+  if (most >= 3 && avx512 && tiles_granted()) {  // beside the kernels of AVX-512
+    found.rnn_bf16 = FASTLM_RNN_KERNELS(amx, nullptr);
+    found.rnn_reduced = FASTLM_RNN_KERNELS(amx, nullptr);
+  }
+#endif
 #endif
   return found;
 }
 
 Kernels kernels;
 
+// Calls f with the kernels for numbers of so many bytes.
+template <class F>
+auto with_kernels(const RnnProblem& p, size_t number, const F& f) {
+  const bool reduced = p.precision != Precision::highest && p.batch > 1 && kernels.rnn_reduced.forward;
+  if (number == sizeof(double)) return f(kernels.rnn_f64);
+  if (number == sizeof(float)) return f(reduced ? kernels.rnn_reduced : kernels.rnn_f32);
+  if (!kernels.rnn_bf16.forward) throw std::invalid_argument("rnn: kernels for 16 bits need AMX");
+  return f(kernels.rnn_bf16);
+}
+
 template <class P>
 P* pointer(uintptr_t address) {
   return reinterpret_cast<P*>(address);
 }
 
-// From (cell, reverse, steps, batch, hidden, batch_sizes, threads, first, last).
+// One of the addresses that Python passes, as a pointer to whatever is wanted.
+struct Address {
+  uintptr_t value;
+  template <class P>
+  operator P*() const {
+    return pointer<P>(value);
+  }
+};
+
+// From (cell, reverse, steps, batch, hidden, batch_sizes, threads, precision, first, last).
 RnnProblem problem(const py::tuple& p) {
-  if (p.size() != 9) throw std::invalid_argument("rnn: expected 9 numbers");
+  if (p.size() != 10) throw std::invalid_argument("rnn: expected 10 numbers");
   const auto at = [&](int i) { return p[i].cast<int64_t>(); };
   const RnnProblem found{static_cast<Cell>(at(0)), at(1) != 0, at(2), at(3), at(4),
-                         pointer<const int64_t>(p[5].cast<uintptr_t>()), static_cast<int>(at(6)), at(7), at(8)};
-  if (at(0) < 0 || at(0) > 3 || found.steps < 1 || found.batch < 0 || found.hidden < 1 || found.threads < 1 ||
-      found.first < 0 || found.first >= found.last || found.last > found.steps)
+                         pointer<const int64_t>(p[5].cast<uintptr_t>()), static_cast<int>(at(6)),
+                         static_cast<Precision>(at(7)), at(8), at(9)};
+  if (at(0) < 0 || at(0) > 3 || at(7) < 0 || at(7) > 2 || found.steps < 1 || found.batch < 0 || found.hidden < 1 ||
+      found.threads < 1 || found.first < 0 || found.first >= found.last || found.last > found.steps)
     throw std::invalid_argument("rnn: sizes out of range");
   return found;
 }
@@ -125,7 +205,7 @@ RnnProblem problem(const py::tuple& p) {
 template <class T, class Kernel>
 void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, bool train) {
   if (a.size() != 10) throw std::invalid_argument("rnn_forward: expected 10 addresses");
-  const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
+  const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
   const RnnForward<T> call{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), train, at(9)};
   py::gil_scoped_release release;
   kernel(p, call);
@@ -134,7 +214,7 @@ void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, bool train)
 template <class T, class Kernel>
 void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld) {
   if (a.size() != 13) throw std::invalid_argument("rnn_backward: expected 13 addresses");
-  const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
+  const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
   const RnnBackward<T> call{at(0), at(1), at(2), at(3), at(4),  at(5),  at(6),
                             at(7), at(8), at(9), ld,    at(10), at(11), at(12)};
   py::gil_scoped_release release;
@@ -371,42 +451,39 @@ PYBIND11_MODULE(_native, m) {
   kernels = choose_kernels();
   m.doc() = "Kernels in C++ and CUDA; see csrc/*.h for what each pointer means.";
   m.attr("isa") = kernels.name;
-#if defined(__x86_64__)
-  m.attr("bf16_arithmetic") = __builtin_cpu_supports("avx512bf16") != 0;
-#else
-  m.attr("bf16_arithmetic") = false;
-#endif
+  m.attr("tiles") = kernels.rnn_bf16.forward != nullptr;
+  m.attr("bf16_arithmetic") = Features().avx512_bf16;
+  m.attr("fp16_arithmetic") = Features().avx512_fp16;
 
   m.def("rnn_workspace",
         [](const py::tuple& sizes, bool backward, size_t number) {
-          return kernels.rnn_workspace(problem(sizes), backward, number);
+          const RnnProblem p = problem(sizes);
+          return with_kernels(p, number, [&](const auto& k) { return k.workspace(p, backward, number); });
         },
         "Return the bytes of workspace that a call needs.");
   m.def("rnn_forward",
         [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses) {
           const RnnProblem p = problem(sizes);
-          if (number == 4)
-            forward<float>(kernels.rnn_forward_f32, p, addresses, train);
-          else
-            forward<double>(kernels.rnn_forward_f64, p, addresses, train);
+          with_kernels(p, number, [&](const auto& k) {
+            forward<typename std::decay_t<decltype(k)>::Number>(k.forward, p, addresses, train);
+          });
         },
         "Run RnnForward: addresses of w_hh, b_hn, gates, h0, c0, y, c, hn, cn, workspace.");
   m.def("rnn_backward",
         [](const py::tuple& sizes, size_t number, int64_t ld, const py::tuple& addresses) {
           const RnnProblem p = problem(sizes);
-          if (number == 4)
-            backward<float>(kernels.rnn_backward_f32, p, addresses, ld);
-          else
-            backward<double>(kernels.rnn_backward_f64, p, addresses, ld);
+          with_kernels(p, number, [&](const auto& k) {
+            backward<typename std::decay_t<decltype(k)>::Number>(k.backward, p, addresses, ld);
+          });
         },
         "Run RnnBackward: addresses of w_hh, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
   m.def("rnn_direct",
         [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses, int weights, int64_t inputs) {
           const RnnProblem p = problem(sizes);
           if (number == 4)
-            direct<float>(kernels.rnn_direct_f32, p, weights, inputs, addresses, train);
+            direct<float>(kernels.rnn_f32.direct, p, weights, inputs, addresses, train);
           else
-            direct<double>(kernels.rnn_direct_f64, p, weights, inputs, addresses, train);
+            direct<double>(kernels.rnn_f64.direct, p, weights, inputs, addresses, train);
         },
         "Run RnnDirect: addresses of x, w_ih, w_hh, b_ih, b_hh, h0, c0, gates, y, c, hn, cn.");
   define_rows(m);

@@ -9,11 +9,9 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace fastlm {
+#include "numbers.h"
 
-struct Bf16 {
-  uint16_t bits;
-};
+namespace fastlm {
 
 template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;

@@ -13,7 +13,24 @@
 
 #include <cstdint>
 
+#include "numbers.h"
+
 namespace fastlm {
+
+// What carries a state from step to step.
+template <class T>
+struct StateOf {
+  using type = T;
+};
+template <>
+struct StateOf<Bf16> {
+  using type = float;
+};
+template <class T>
+using State = typename StateOf<T>::type;
+
+// How float32 numbers may be multiplied: as they are, as sums of two of bfloat16 each, or rounded to one.
+enum class Precision : int { highest, high, medium };
 
 enum class Cell : int { lstm, gru, tanh, relu };
 
@@ -25,6 +42,7 @@ struct RnnProblem {
   int64_t hidden;              // H ≥ 1
   const int64_t* batch_sizes;  // [T], at most B, never rising, at least 1; null: B at each step
   int threads;                 // CPU: use at most so many
+  Precision precision;         // used where the CPU has tiles and numbers are float32
   int64_t first, last;         // this call visits the steps first ≤ t < last; calls follow each other in reading order,
                                // or against it in the backward pass, with the same workspace
 };
@@ -34,38 +52,38 @@ struct RnnProblem {
 
 template <class T>
 struct RnnForward {
-  const T* w_hh;  // [G·H, H]
-  const T* b_hn;  // [H] b_hh of gate n, GRU only; null: zero. All other biases are in `gates` already.
-  T* gates;       // [R, S·H] of this block; in: W_ih x + b in the first G·H columns of each row. S = 4 for LSTM, 1 for Elman,
-                  // 3 for GRU, 4 for GRU when `train`. Out when `train`: LSTM i f g o, GRU r z n and U_n h + b_hn,
-                  // after activation. Elman: may be the block's part of y.
-  const T* h0;    // [B, H]
-  const T* c0;    // [B, H] LSTM only
-  T* y;           // [N, H] out: h at each step
-  T* c;           // [N, H] out: cell states, LSTM when `train`, else null
-  T* hn;          // [B, H] out: last h of each sequence
-  T* cn;          // [B, H] out: last c of each sequence, LSTM only
-  bool train;     // keep what the backward pass needs
+  const T* w_hh;       // [G·H, H]
+  const T* b_hn;       // [H] b_hh of gate n, GRU only; null: zero. All other biases are in `gates` already.
+  T* gates;            // [R, S·H] of this block; in: W_ih x + b in the first G·H columns of each row. S = 4 for LSTM,
+                       // 1 for Elman, 3 for GRU, 4 for GRU when `train`. Out when `train`: LSTM i f g o, GRU r z n and
+                       // U_n h + b_hn, after activation. Elman: may be the block's part of y.
+  const State<T>* h0;  // [B, H]
+  const State<T>* c0;  // [B, H] LSTM only
+  T* y;                // [N, H] out: h at each step
+  State<T>* c;         // [N, H] out: cell states, LSTM when `train`, else null
+  State<T>* hn;        // [B, H] out: last h of each sequence; between the calls of a pass, the one before the block
+  State<T>* cn;        // [B, H] out: last c of each sequence, likewise, LSTM only
+  bool train;          // keep what the backward pass needs
   void* workspace;
 };
 
 template <class T>
 struct RnnBackward {
-  const T* w_hh;   // [G·H, H]
-  const T* gates;  // [R, 4·H] of this block as the forward pass left them; Elman: null
-  const T* y;      // [N, H]
-  const T* c;      // [N, H] LSTM only
-  const T* h0;     // [B, H]
-  const T* c0;     // [B, H] LSTM only
-  const T* dy;     // [N, H] gradient of y
-  const T* dhn;    // [B, H] gradient of hn
-  const T* dcn;    // [B, H] gradient of cn, LSTM only
-  T* dgates;       // [R, S·H] out: gradients before activation. LSTM S = 4: i f g o. Elman S = 1.
-                   // GRU S = 4: n r z and U_n h + b_hn: columns 0..3H are of W_ih x (n r z),
-                   // columns H..4H are of U h (r z n).
-  int64_t ld;      // numbers from one row of dgates to the next, at least S·H
-  T* dh0;          // [B, H] out; between the calls of a pass, the gradient of the state before the block
-  T* dc0;          // [B, H] out, likewise, LSTM only
+  const T* w_hh;        // [G·H, H]
+  const T* gates;       // [R, 4·H] of this block as the forward pass left them; Elman: null
+  const T* y;           // [N, H]
+  const State<T>* c;    // [N, H] LSTM only
+  const State<T>* h0;   // [B, H]
+  const State<T>* c0;   // [B, H] LSTM only
+  const T* dy;          // [N, H] gradient of y
+  const State<T>* dhn;  // [B, H] gradient of hn
+  const State<T>* dcn;  // [B, H] gradient of cn, LSTM only
+  T* dgates;            // [R, S·H] out: gradients before activation. LSTM S = 4: i f g o. Elman S = 1.
+                        // GRU S = 4: n r z and U_n h + b_hn: columns 0..3H are of W_ih x (n r z),
+                        // columns H..4H are of U h (r z n).
+  int64_t ld;           // numbers from one row of dgates to the next, at least S·H
+  State<T>* dh0;        // [B, H] out; between the calls of a pass, the gradient of the state before the block
+  State<T>* dc0;        // [B, H] out, likewise, LSTM only
   void* workspace;
 };
 
@@ -94,13 +112,23 @@ struct RnnDirect {
   void rnn_direct(const RnnProblem&, const RnnDirect<double>&);            \
   }
 
-#define FASTLM_DECLARE_RNN(isa)                                            \
-  namespace isa {                                                          \
-  size_t rnn_workspace(const RnnProblem&, bool backward, size_t number);   \
-  void rnn_forward(const RnnProblem&, const RnnForward<float>&);           \
-  void rnn_forward(const RnnProblem&, const RnnForward<double>&);          \
-  void rnn_backward(const RnnProblem&, const RnnBackward<float>&);         \
-  void rnn_backward(const RnnProblem&, const RnnBackward<double>&);        \
+#define FASTLM_DECLARE_RNN_OF(T)                             \
+  void rnn_forward(const RnnProblem&, const RnnForward<T>&); \
+  void rnn_backward(const RnnProblem&, const RnnBackward<T>&);
+
+#define FASTLM_DECLARE_RNN(isa)                                          \
+  namespace isa {                                                        \
+  size_t rnn_workspace(const RnnProblem&, bool backward, size_t number); \
+  FASTLM_DECLARE_RNN_OF(float)                                           \
+  FASTLM_DECLARE_RNN_OF(double)                                          \
+  }
+
+// The same by tiles: bfloat16, and float32 at less than the highest precision.
+#define FASTLM_DECLARE_RNN_TILES(isa)                                    \
+  namespace isa {                                                        \
+  size_t rnn_workspace(const RnnProblem&, bool backward, size_t number); \
+  FASTLM_DECLARE_RNN_OF(Bf16)                                        \
+  FASTLM_DECLARE_RNN_OF(float)                                           \
   }
 
 }  // namespace fastlm

@@ -7,6 +7,9 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
+// Vectors side by side in a panel of weights: as many units as fit with all their gates, so 1 for LSTM and GRU.
+constexpr int kPanel = 4;
+
 constexpr int64_t kChunkBytes = 32768;  // of a panel, to stay in the L1 cache
 
 // out [MR, NV vectors] (+)= x [MR, depth] · panel [depth, NV vectors]; meanwhile `depth` cache lines from `ahead` on
@@ -146,6 +149,47 @@ void add_rows(const T* w, int64_t width, int rows, bool back, const T* d, T* out
     }
   }
 }
+
+// How a time step multiplies its operand, [B, depth] numbers of T, by W_hh: see rnn.cpp. A panel of it is packed for
+// the gates of `count` vectors of units (forward: one vector a gate) or for the units themselves (backward).
+template <class T>
+struct VectorProduct {
+  using Number = T;   // of the tensors
+  using Operand = T;  // of the operand and the panels
+  using Gate = T;     // of the gates that the forward pass keeps, as large as a Number
+  static constexpr bool kInPlace = true;  // gradients of gates are an operand as they are, and one sequence needs
+                                          // no packed matrix: dot_rows and add_rows
+  static constexpr int units(int gates) { return kPanel / gates; }  // vectors of units in a forward panel
+
+  int64_t depth;
+  int64_t ld;  // between rows of the operand
+
+  VectorProduct(const RnnProblem&, int64_t depth) : depth(depth), ld((depth + 31) / 32 * 32 + 16) {
+    if (ld * sizeof(T) % 4096 == 0) ld += 16;  // rows a page apart share cache sets
+  }
+  int64_t panel_numbers() const { return kLanes<T> * depth; }  // for each vector
+
+  // Numbers `at`.. of a row of the operand.
+  void put(T* row, int64_t at, const Vector<T>& x, int n) const { store(row + at, x, n); }
+  void pad(T*) const {}
+
+  template <int G, int count>
+  void pack_gates(const T* w, int64_t hidden, int64_t u, T* panel) const {
+    if constexpr (G == 1)
+      pack_rows<T, count>(w, kLanes<T>, kLanes<T>, hidden, hidden, u, panel);
+    else
+      pack_rows<T, G>(w, hidden, 0, hidden, hidden, u, panel);
+  }
+  template <int count>
+  void pack_units(const T* w, int64_t hidden, int64_t u, int64_t n, T* panel) const {
+    pack_columns<T, count>(w, hidden, depth, u, n, panel);
+  }
+  template <int count, class Fetch>
+  void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* next, T* out,
+                const Fetch& fetch) const {
+    fastlm::FASTLM_ISA::multiply<T, count>(x, ldx, rows, panel, next, depth, out, fetch);
+  }
+};
 
 }  // namespace
 }  // namespace FASTLM_ISA

@@ -1,5 +1,7 @@
 // The recurrent layer on the CPU. One parallel region runs over time; each thread owns a range of hidden units and
 // the panels of W_hh that make them, and all meet once a step.
+//
+// P is how a step is multiplied by W_hh, by vectors or by tiles: see gemm.h and amx.h.
 
 #include <type_traits>
 
@@ -8,9 +10,17 @@
 #include "gemm.h"
 #include "team.h"
 
+#ifdef FASTLM_TILES
+#include "amx.h"
+#endif
+
 namespace fastlm {
 
+#ifdef FASTLM_TILES
+FASTLM_DECLARE_RNN_TILES(FASTLM_ISA)
+#else
 FASTLM_DECLARE_RNN(FASTLM_ISA)
+#endif
 
 namespace FASTLM_ISA {
 namespace {
@@ -20,8 +30,11 @@ constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell
 // Columns of dgates, and of gates where they are kept, in units of H.
 constexpr int kept_of(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }
 
-// Vectors side by side in a panel of weights: as many units as fit with all their gates, so 1 for LSTM and GRU.
-constexpr int kPanel = 4;
+// One sequence needs no packed matrix where vectors multiply.
+template <class P>
+bool is_alone(const RnnProblem& p) {
+  return P::kInPlace && p.batch == 1;
+}
 
 // The block's steps in the order of reading, or against it, with the first row of each step among all and in the block.
 struct Walk {
@@ -45,33 +58,45 @@ struct Walk {
   }
   // True where this step is the first of the pass.
   bool begins() const { return t == (down ? p.steps - 1 : 0); }
-  // True where sequence b is read no further after this step.
-  bool ends(int64_t b) const { return p.reverse ? t == 0 : t + 1 == p.steps || b >= rows_at(t + 1); }
-  // Row b of a state one step earlier in reading; `initial` before the first.
-  template <class T>
-  const T* before(const T* states, const T* initial, int64_t b) const {
-    if (!p.reverse && t > 0) return states + (row - rows_at(t - 1) + b) * p.hidden;
-    if (p.reverse && t + 1 < p.steps && b < rows_at(t + 1)) return states + (row + rows() + b) * p.hidden;
-    return initial + b * p.hidden;
+  // Units from u on of sequence b's state one step earlier in reading; of `initial` before the first.
+  template <class T, class S>
+  Vector<S> before(const T* states, const S* initial, int64_t b, int64_t u, int n) const {
+    if (!p.reverse && t > 0) return load(states + (row - rows_at(t - 1) + b) * p.hidden + u, n);
+    if (p.reverse && t + 1 < p.steps && b < rows_at(t + 1))
+      return load(states + (row + rows() + b) * p.hidden + u, n);
+    return load(initial + b * p.hidden + u, n);
   }
 };
 
-// Where things lie in the workspace, in numbers, each part on its own cache lines.
-struct Layout {
-  int64_t ld;  // of the operand that all threads read in the forward pass
-  int64_t panels, operand, scratch, partial, total;
+// What lies where in the workspace, each part on its own cache lines.
+template <class P>
+class Workspace {
+  using Operand = typename P::Operand;
+  using S = State<typename P::Number>;
+  char* const base;
+  const int threads;
+  int64_t of_panels, of_operand, of_scratch, of_partial;
 
-  Layout(const RnnProblem& p, bool backward, int size) {
-    const int gates = gates_of(p.cell), lanes = kVectorBytes / size;
-    const int64_t vectors = (p.hidden + lanes - 1) / lanes;
-    const auto lines = [](int64_t n) { return (n + 31) / 32 * 32; };
-    ld = lines(p.hidden) + 16;
-    if (ld * size % 4096 == 0) ld += 16;  // rows a page apart share cache sets
-    panels = p.batch > 1 ? lines(vectors * lanes * gates * p.hidden) : 0;
-    operand = backward ? 0 : lines(p.batch * ld);
-    scratch = lines(p.batch * kPanel * lanes);
-    partial = p.batch == 1 && backward ? lines(p.hidden) : 0;
-    total = panels + 2 * operand + p.threads * (scratch + 2 * partial);
+ public:
+  Workspace(const RnnProblem& p, bool backward, void* memory) : base(static_cast<char*>(memory)), threads(p.threads) {
+    const int gates = gates_of(p.cell), wide = gates * P::units(gates), lanes = kLanes<S>;
+    const int64_t vectors = (p.hidden + lanes - 1) / lanes * (backward ? 1 : gates);
+    const P product(p, backward ? gates * p.hidden : p.hidden);
+    const auto lines = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
+    of_panels = is_alone<P>(p) ? 0 : lines(vectors * product.panel_numbers() * sizeof(Operand));
+    of_operand = backward && P::kInPlace ? 0 : lines(p.batch * product.ld * sizeof(Operand));
+    of_scratch = lines(p.batch * (wide > kPanel ? wide : kPanel) * lanes * sizeof(S));
+    of_partial = backward && is_alone<P>(p) ? lines(p.hidden * sizeof(S)) : 0;
+  }
+  size_t bytes() const { return of_panels + 2 * of_operand + threads * (of_scratch + 2 * of_partial); }
+  Operand* panels() const { return reinterpret_cast<Operand*>(base); }
+  // What all threads multiply, for steps in turn.
+  Operand* operand(int turn) const { return reinterpret_cast<Operand*>(base + of_panels + turn * of_operand); }
+  // Of one thread: the products of a panel, and its share of a sum, for steps in turn.
+  S* scratch(int i) const { return reinterpret_cast<S*>(base + of_panels + 2 * of_operand + i * of_scratch); }
+  S* partial(int turn, int i) const {
+    return reinterpret_cast<S*>(base + of_panels + 2 * of_operand + threads * of_scratch +
+                                (turn * threads + i) * of_partial);
   }
 };
 
@@ -112,25 +137,31 @@ int lanes_left(int64_t hidden, int64_t u) {
 // --- forward ------------------------------------------------------------------------------------------------------
 
 // Turn the products of one sequence and one vector of units, s [G vectors], into its next state.
-template <class T, Cell cell>
-void forward_gates(const RnnProblem& p, const RnnForward<T>& a, const Walk& at, int64_t b, int64_t u, int n,
-                   const T* s, T* operand) {
-  constexpr int lanes = kLanes<T>;
-  using V = Vector<T>;
+template <class P, Cell cell>
+Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnForward<typename P::Number>& a,
+                                                const Walk& at, int64_t b, int64_t u, int n,
+                                                const State<typename P::Number>* s) {
+  using T = typename P::Number;
+  using S = State<T>;
+  using V = Vector<S>;
+  using Gate = typename P::Gate;
+  constexpr int lanes = kLanes<S>;
   const int64_t H = p.hidden, row = at.row + b, block_row = at.row_in_block + b;
+  S* const running = a.hn + b * H + u;
   V h;
   if constexpr (cell == Cell::lstm) {
     T* x = a.gates + block_row * 4 * H + u;
     V i = load(x, n) + load(s), f = load(x + H, n) + load(s + lanes);
     V g = load(x + 2 * H, n) + load(s + 2 * lanes), o = load(x + 3 * H, n) + load(s + 3 * lanes), c;
-    T* running = a.cn + b * H + u;
-    lstm_forward<Math<T>>(i, f, g, o, load(running, n), c, h);
-    store(running, c, n);
+    S* const running_c = a.cn + b * H + u;
+    lstm_forward<Math<S>>(i, f, g, o, load(running_c, n), c, h);
+    store(running_c, c, n);
     if (a.train) {
-      store(x, i, n);
-      store(x + H, f, n);
-      store(x + 2 * H, g, n);
-      store(x + 3 * H, o, n);
+      Gate* const kept = reinterpret_cast<Gate*>(x);
+      store(kept, i, n);
+      store(kept + H, f, n);
+      store(kept + 2 * H, g, n);
+      store(kept + 3 * H, o, n);
       store(a.c + row * H + u, c, n);
     }
   } else if constexpr (cell == Cell::gru) {
@@ -138,95 +169,90 @@ void forward_gates(const RnnProblem& p, const RnnForward<T>& a, const Walk& at, 
     V r = load(x, n) + load(s), z = load(x + H, n) + load(s + lanes), g = load(x + 2 * H, n);
     V hn = load(s + 2 * lanes);
     if (a.b_hn) hn += load(a.b_hn + u, n);
-    gru_forward<Math<T>>(r, z, g, hn, load(at.before(a.y, a.h0, b) + u, n), h);
+    gru_forward<Math<S>>(r, z, g, hn, load(running, n), h);
     if (a.train) {
-      store(x, r, n);
-      store(x + H, z, n);
-      store(x + 2 * H, g, n);
+      Gate* const kept = reinterpret_cast<Gate*>(x);
+      store(kept, r, n);
+      store(kept + H, z, n);
+      store(kept + 2 * H, g, n);
       store(x + 3 * H, hn, n);
     }
   } else {
     h = load(a.gates + block_row * H + u, n) + load(s);
     if constexpr (cell == Cell::tanh)
-      h = Math<T>::tanh(h);
+      h = Math<S>::tanh(h);
     else
       h = h < 0 ? V{} : h;
   }
   store(a.y + row * H + u, h, n);
-  store(operand + u, h, n);
-  if (at.ends(b)) store(a.hn + b * H + u, h, n);
+  store(running, h, n);
+  return h;
 }
 
-// The panel of `count` vectors of units from u on; its W_hh rows of all gates side by side.
-template <class T, Cell cell, int count>
-void forward_pack(const RnnProblem& p, const T* w, int64_t u, T* panel) {
-  constexpr int G = gates_of(cell);
-  if constexpr (G == 1)
-    pack_rows<T, count>(w, kLanes<T>, kLanes<T>, p.hidden, p.hidden, u, panel);
-  else
-    pack_rows<T, G>(w, p.hidden, 0, p.hidden, p.hidden, u, panel);
-}
-
-template <class T, Cell cell, int count>
-void forward_units(const RnnProblem& p, const RnnForward<T>& a, const Walk& at, int64_t u, const T* panel,
-                   const T* next, const T* in, T* out, int64_t ld, T* scratch) {
-  constexpr int G = gates_of(cell), lanes = kLanes<T>, width = G * count * lanes;
-  if (p.batch == 1) {
-    for (int g = 0; g < G; ++g) {
-      const int64_t left = p.hidden - u, n = left < count * lanes ? left : count * lanes;
-      dot_rows(a.w_hh + (g * p.hidden + u) * p.hidden, p.hidden, int(n), in, scratch + g * lanes);
-    }
-  } else {
-    multiply<T, G * count>(in, ld, at.rows(), panel, next, p.hidden, scratch, [&](int64_t i, int64_t n) {
-      const int64_t columns = (G == 3 && a.train ? 4 : G) * p.hidden;
-      for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b) {
-        for (int g = 0; g < G; ++g) prefetch(a.gates + (at.row_in_block + b) * columns + g * p.hidden + u, count);
-        prefetch_to_write(out + b * ld + u, count);
-        prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count);
-        if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count);
+template <class P, Cell cell, int count>
+void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a, P& product, const Walk& at, int64_t u,
+                   const typename P::Operand* panel, const typename P::Operand* next, const typename P::Operand* in,
+                   typename P::Operand* out, State<typename P::Number>* scratch) {
+  constexpr int G = gates_of(cell), lanes = kLanes<State<typename P::Number>>, width = G * count * lanes;
+  if constexpr (P::kInPlace) {
+    if (p.batch == 1)
+      for (int g = 0; g < G; ++g) {
+        const int64_t left = p.hidden - u, n = left < count * lanes ? left : count * lanes;
+        dot_rows(a.w_hh + (g * p.hidden + u) * p.hidden, p.hidden, int(n), in, scratch + g * lanes);
       }
-    });
   }
+  const auto fetch = [&](int64_t i, int64_t n) {
+    const int64_t columns = (G == 3 && a.train ? 4 : G) * p.hidden;
+    for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b) {
+      for (int g = 0; g < G; ++g) prefetch(a.gates + (at.row_in_block + b) * columns + g * p.hidden + u, count);
+      prefetch_to_write(out + b * product.ld + u, count);
+      prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count);
+      if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count);
+    }
+  };
+  if (!is_alone<P>(p)) product.template multiply<G * count>(in, product.ld, at.rows(), panel, next, scratch, fetch);
   for (int64_t b = 0; b < at.rows(); ++b)
     for (int j = 0; j < count; ++j) {
       const int64_t v = u + j * lanes;
-      forward_gates<T, cell>(p, a, at, b, v, lanes_left<lanes>(p.hidden, v), scratch + b * width + j * lanes,
-                             out + b * ld);
+      const int n = lanes_left<lanes>(p.hidden, v);
+      const auto h = forward_gates<P, cell>(p, a, at, b, v, n, scratch + b * width + j * G * lanes);
+      product.put(out + b * product.ld, v, h, n);
     }
 }
 
-template <class T, Cell cell>
-void forward(const RnnProblem& p, const RnnForward<T>& a) {
-  constexpr int G = gates_of(cell), lanes = kLanes<T>, most = kPanel / G;
-  const Layout layout(p, false, sizeof(T));
-  T* const panels = static_cast<T*>(a.workspace);
-  T* const operands = panels + layout.panels;
+template <class P, Cell cell>
+void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
+  using S = State<typename P::Number>;
+  constexpr int G = gates_of(cell), lanes = kLanes<S>, most = P::units(G);
+  const Workspace<P> space(p, false, a.workspace);
   const int64_t H = p.hidden;
   parallel(team_size(p, lanes), [&](Member& me) {
-    T* const scratch = operands + 2 * layout.operand + me.index * layout.scratch;
+    P product(p, H);
+    S* const scratch = space.scratch(me.index);
+    const auto panel_of = [&](int64_t u) { return space.panels() + u / lanes * G * product.panel_numbers(); };
     Walk at(p, false);
+    for (int turn = 0; turn < 2; ++turn)
+      for (int64_t b = me.begin(p.batch); b < me.end(p.batch); ++b) product.pad(space.operand(turn) + b * product.ld);
     for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
-      const int64_t n = H - u < count * lanes ? H - u : count * lanes;
-      if (p.batch > 1 && at.begins()) forward_pack<T, cell, count>(p, a.w_hh, u, panels + u * G * H);
-      for (int64_t b = 0; b < p.batch; ++b) {
-        const T* h = b < at.rows() ? at.before(a.y, a.h0, b) : a.h0 + b * H;
-        // Both operands: a sequence read backwards joins late, whichever of the two is then its turn.
-        for (int i = 0; i < 2; ++i) std::memcpy(operands + i * layout.operand + b * layout.ld + u, h + u, n * sizeof(T));
-        if (cell == Cell::lstm && at.begins()) std::memcpy(a.cn + b * H + u, a.c0 + b * H + u, n * sizeof(T));
-      }
+      if (!is_alone<P>(p) && at.begins()) product.template pack_gates<G, count>(a.w_hh, H, u, panel_of(u));
+      for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t v = u; v < u + count * lanes && v < H; v += lanes) {
+          const int n = lanes_left<lanes>(H, v);
+          if (at.begins()) store(a.hn + b * H + v, load(a.h0 + b * H + v, n), n);
+          if (at.begins() && cell == Cell::lstm) store(a.cn + b * H + v, load(a.c0 + b * H + v, n), n);
+          // Both operands: a sequence read backwards joins late, whichever of the two is then its turn.
+          for (int turn = 0; turn < 2; ++turn)
+            product.put(space.operand(turn) + b * product.ld, v, load(a.hn + b * H + v, n), n);
+        }
     });
     me.meet();
-    const T* in = operands;
-    T* out = operands + layout.operand;
-    for (bool back = true; !at.done(); at.next(), back = !back) {
+    int turn = 0;
+    for (bool back = true; !at.done(); at.next(), back = !back, turn ^= 1) {
       for_units<lanes, most>(me, H, back, [&](int64_t u, auto count, int64_t next) {
-        forward_units<T, cell, count>(p, a, at, u, panels + u * G * H, panels + next * G * H, in, out, layout.ld,
-                                      scratch);
+        forward_units<P, cell, count>(p, a, product, at, u, panel_of(u), panel_of(next), space.operand(turn),
+                                      space.operand(turn ^ 1), scratch);
       });
       me.meet();
-      T* const free = const_cast<T*>(in);
-      in = out;
-      out = free;
     }
   });
 }
@@ -234,48 +260,63 @@ void forward(const RnnProblem& p, const RnnForward<T>& a) {
 // --- backward -----------------------------------------------------------------------------------------------------
 
 // Turn the gradient of one sequence's state, one vector of units, into those of its gates and what passes them by.
-template <class T, Cell cell>
-void backward_gates(const RnnProblem& p, const RnnBackward<T>& a, const Walk& at, int64_t b, int64_t u, int n) {
-  using V = Vector<T>;
+template <class P, Cell cell>
+void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
+                    int64_t b, int64_t u, int n, typename P::Operand* operand) {
+  using T = typename P::Number;
+  using S = State<T>;
+  using V = Vector<S>;
   const int64_t H = p.hidden, row = at.row + b, block_row = at.row_in_block + b;
-  T* const carried = a.dh0 + b * H + u;
+  S* const carried = a.dh0 + b * H + u;
   T* const d = a.dgates + block_row * a.ld + u;
   V dh = load(carried, n) + load(a.dy + row * H + u, n);
-  const T* x = a.gates + block_row * 4 * H + u;
+  const T* const x = a.gates + block_row * 4 * H + u;
+  const auto* const kept = reinterpret_cast<const typename P::Gate*>(x);
+  // Gate k of those that U h goes into.
+  const auto hand_back = [&](int k, const V& dx) {
+    if constexpr (!P::kInPlace) product.put(operand + b * product.ld, k * H + u, dx, n);
+  };
   if constexpr (cell == Cell::lstm) {
-    V i = load(x, n), f = load(x + H, n), g = load(x + 2 * H, n), o = load(x + 3 * H, n);
-    T* const carried_c = a.dc0 + b * H + u;
+    V i = load(kept, n), f = load(kept + H, n), g = load(kept + 2 * H, n), o = load(kept + 3 * H, n);
+    S* const carried_c = a.dc0 + b * H + u;
     V dc = load(carried_c, n);
-    lstm_backward<Math<T>>(i, f, g, o, load(a.c + row * H + u, n), load(at.before(a.c, a.c0, b) + u, n), dh, dc);
+    lstm_backward<Math<S>>(i, f, g, o, load(a.c + row * H + u, n), at.before(a.c, a.c0, b, u, n), dh, dc);
     store(carried_c, dc, n);
     store(carried, V{}, n);
     const V all[] = {i, f, g, o};
-    for (int k = 0; k < 4; ++k) store(d + k * H, all[k], n);
+    for (int k = 0; k < 4; ++k) {
+      store(d + k * H, all[k], n);
+      hand_back(k, all[k]);
+    }
   } else if constexpr (cell == Cell::gru) {
-    V r = load(x, n), z = load(x + H, n), g = load(x + 2 * H, n), hn = load(x + 3 * H, n);
-    gru_backward<Math<T>>(r, z, g, hn, load(at.before(a.y, a.h0, b) + u, n), dh);
+    V r = load(kept, n), z = load(kept + H, n), g = load(kept + 2 * H, n), hn = load(x + 3 * H, n);
+    gru_backward<Math<S>>(r, z, g, hn, at.before(a.y, a.h0, b, u, n), dh);
     store(carried, dh, n);
     const V all[] = {g, r, z, hn};
     for (int k = 0; k < 4; ++k) store(d + k * H, all[k], n);
+    for (int k = 0; k < 3; ++k) hand_back(k, all[k + 1]);
   } else {
     const V h = load(a.y + row * H + u, n);
     const V dx = cell == Cell::tanh ? dh * (1 - h * h) : h <= 0 ? V{} : dh;
     store(carried, V{}, n);
     store(d, dx, n);
+    hand_back(0, dx);
   }
 }
 
 // dh0 [rows, count vectors from u on] += what the gates of the step visited before, d, hand back
-template <class T, int count>
-void backward_product(const RnnProblem& p, const RnnBackward<T>& a, int64_t u, const T* panel, const T* next,
-                      const T* d, int64_t depth, int64_t rows, T* scratch) {
-  constexpr int lanes = kLanes<T>;
+template <class P, int count>
+void backward_product(const RnnProblem& p, const RnnBackward<typename P::Number>& a, P& product, int64_t u,
+                      const typename P::Operand* panel, const typename P::Operand* next, const typename P::Operand* d,
+                      int64_t rows, State<typename P::Number>* scratch) {
+  constexpr int lanes = kLanes<State<typename P::Number>>;
   if (rows == 0) return;
-  multiply<T, count>(d, a.ld, rows, panel, next, depth, scratch, [](int64_t, int64_t) {});
+  product.template multiply<count>(d, P::kInPlace ? a.ld : product.ld, rows, panel, next, scratch,
+                                   [](int64_t, int64_t) {});
   for (int64_t b = 0; b < rows; ++b)
     for (int j = 0; j < count; ++j) {
       const int n = lanes_left<lanes>(p.hidden, u + j * lanes);
-      T* const to = a.dh0 + b * p.hidden + u + j * lanes;
+      auto* const to = a.dh0 + b * p.hidden + u + j * lanes;
       store(to, load(to, n) + load(scratch + (b * count + j) * lanes), n);
     }
 }
@@ -286,52 +327,62 @@ const T* hidden_part(const RnnProblem& p, const RnnBackward<T>& a, const Walk& a
   return a.dgates + at.row_in_block * a.ld + (cell == Cell::gru ? p.hidden : 0);
 }
 
-template <class T, Cell cell>
-void backward(const RnnProblem& p, const RnnBackward<T>& a) {
-  constexpr int G = gates_of(cell), lanes = kLanes<T>, most = kPanel;
-  const Layout layout(p, true, sizeof(T));
-  T* const panels = static_cast<T*>(a.workspace);
+template <class P, Cell cell>
+void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
+  using S = State<typename P::Number>;
+  constexpr int G = gates_of(cell), lanes = kLanes<S>, most = kPanel;
+  const Workspace<P> space(p, true, a.workspace);
   const int64_t H = p.hidden, depth = G * H;
   parallel(team_size(p, lanes), [&](Member& me) {
-    T* const scratch = panels + layout.panels + me.index * layout.scratch;
+    P product(p, depth);
+    S* const scratch = space.scratch(me.index);
+    const auto panel_of = [&](int64_t u) { return space.panels() + u / lanes * product.panel_numbers(); };
     Walk at(p, true);
+    if constexpr (!P::kInPlace)
+      for (int turn = 0; turn < 2; ++turn)
+        for (int64_t b = me.begin(p.batch); b < me.end(p.batch); ++b) product.pad(space.operand(turn) + b * product.ld);
     if (at.begins())
       for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
         const int64_t n = H - u < count * lanes ? H - u : count * lanes;
-        pack_columns<T, count>(a.w_hh, H, depth, u, n, panels + u * depth);
+        product.template pack_units<count>(a.w_hh, H, u, n, panel_of(u));
         for (int64_t b = 0; b < p.batch; ++b) {
-          std::memcpy(a.dh0 + b * H + u, a.dhn + b * H + u, n * sizeof(T));
-          if (cell == Cell::lstm) std::memcpy(a.dc0 + b * H + u, a.dcn + b * H + u, n * sizeof(T));
+          std::memcpy(a.dh0 + b * H + u, a.dhn + b * H + u, n * sizeof(S));
+          if (cell == Cell::lstm) std::memcpy(a.dc0 + b * H + u, a.dcn + b * H + u, n * sizeof(S));
         }
       });
-    const T* d = nullptr;  // of the step visited before, and its rows
+    const typename P::Operand* d = nullptr;  // of the step visited before, and its rows
     int64_t visited = 0;
+    int turn = 0;
     bool back = true;
-    const auto product = [&](int64_t u, auto count, int64_t next) {
-      backward_product<T, count>(p, a, u, panels + u * depth, panels + next * depth, d, depth, visited, scratch);
+    const auto add_product = [&](int64_t u, auto count, int64_t next) {
+      backward_product<P, count>(p, a, product, u, panel_of(u), panel_of(next), d, visited, scratch);
     };
-    for (; !at.done(); at.next(), back = !back) {
+    for (; !at.done(); at.next(), back = !back, turn ^= 1) {
       for_units<lanes, most>(me, H, back, [&](int64_t u, auto count, int64_t next) {
-        product(u, count, next);
+        add_product(u, count, next);
         for (int64_t b = 0; b < at.rows(); ++b)
           for (int64_t v = u; v < u + count * lanes && v < H; v += lanes)
-            backward_gates<T, cell>(p, a, at, b, v, lanes_left<lanes>(H, v));
+            backward_gates<P, cell>(p, a, product, at, b, v, lanes_left<lanes>(H, v), space.operand(turn));
       });
       me.meet();
-      d = hidden_part<T, cell>(p, a, at);
+      if constexpr (P::kInPlace)
+        d = hidden_part<typename P::Number, cell>(p, a, at);
+      else
+        d = space.operand(turn);
       visited = at.rows();
     }
-    for_units<lanes, most>(me, H, back, product);
+    for_units<lanes, most>(me, H, back, add_product);
   });
 }
 
 // One sequence: W_hh is read in place, row by row. Each thread multiplies the rows of its own units' gates and all
 // add up the partial sums for their units after the meeting.
-template <class T, Cell cell>
-void backward_alone(const RnnProblem& p, const RnnBackward<T>& a) {
+template <class P, Cell cell>
+void backward_alone(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
+  using T = typename P::Number;
   constexpr int G = gates_of(cell), lanes = kLanes<T>;
-  const Layout layout(p, true, sizeof(T));
-  T* const partials = static_cast<T*>(a.workspace) + layout.panels;
+  const Workspace<P> space(p, true, a.workspace);
+  const P product(p, G * p.hidden);
   const int64_t H = p.hidden, vectors = (H + lanes - 1) / lanes;
   if (Walk(p, true).begins()) {
     std::memcpy(a.dh0, a.dhn, H * sizeof(T));
@@ -339,20 +390,19 @@ void backward_alone(const RnnProblem& p, const RnnBackward<T>& a) {
   }
   parallel(team_size(p, lanes), [&](Member& me) {
     const int64_t u0 = me.begin(vectors) * lanes, last = me.end(vectors) * lanes, u1 = last < H ? last : H;
-    T* const sums[2] = {partials, partials + me.count * layout.partial};
     int turn = 0;
-    const auto collect = [&](const T* parts) {
+    const auto collect = [&] {
       for (int64_t u = u0; u < u1; u += lanes) {
         const int n = lanes_left<lanes>(H, u);
         Vector<T> total = load(a.dh0 + u, n);
-        for (int i = 0; i < me.count; ++i) total += load(parts + i * layout.partial + u, n);
+        for (int i = 0; i < me.count; ++i) total += load(space.partial(turn, i) + u, n);
         store(a.dh0 + u, total, n);
       }
     };
     for (Walk at(p, true); !at.done(); at.next(), turn ^= 1) {
       for (int64_t u = u0; u < u1; u += lanes)
-        backward_gates<T, cell>(p, a, at, 0, u, lanes_left<lanes>(H, u));
-      T* const mine = sums[turn] + me.index * layout.partial;
+        backward_gates<P, cell>(p, a, product, at, 0, u, lanes_left<lanes>(H, u), nullptr);
+      T* const mine = space.partial(turn, me.index);
       std::memset(mine, 0, H * sizeof(T));
       const T* const d = hidden_part<T, cell>(p, a, at);
       for (int i = 0; i < G; ++i) {
@@ -360,51 +410,62 @@ void backward_alone(const RnnProblem& p, const RnnBackward<T>& a) {
         add_rows(a.w_hh + (g * H + u0) * H, H, int(u1 - u0), turn, d + g * H + u0, mine);
       }
       me.meet();
-      collect(sums[turn]);
+      collect();
     }
   });
 }
 
-template <class T>
-void forward_any(const RnnProblem& p, const RnnForward<T>& a) {
+template <class P>
+void forward_any(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
   if (p.batch == 0) return;
   switch (p.cell) {
-    case Cell::lstm: return forward<T, Cell::lstm>(p, a);
-    case Cell::gru: return forward<T, Cell::gru>(p, a);
-    case Cell::tanh: return forward<T, Cell::tanh>(p, a);
-    case Cell::relu: return forward<T, Cell::relu>(p, a);
+    case Cell::lstm: return forward<P, Cell::lstm>(p, a);
+    case Cell::gru: return forward<P, Cell::gru>(p, a);
+    case Cell::tanh: return forward<P, Cell::tanh>(p, a);
+    case Cell::relu: return forward<P, Cell::relu>(p, a);
   }
 }
 
-template <class T, Cell cell>
-void backward_cell(const RnnProblem& p, const RnnBackward<T>& a) {
-  if (p.batch == 1)
-    backward_alone<T, cell>(p, a);
-  else
-    backward<T, cell>(p, a);
+template <class P, Cell cell>
+void backward_cell(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
+  if constexpr (P::kInPlace) {
+    if (p.batch == 1) return backward_alone<P, cell>(p, a);
+  }
+  backward<P, cell>(p, a);
 }
 
-template <class T>
-void backward_any(const RnnProblem& p, const RnnBackward<T>& a) {
+template <class P>
+void backward_any(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
   if (p.batch == 0) return;
   switch (p.cell) {
-    case Cell::lstm: return backward_cell<T, Cell::lstm>(p, a);
-    case Cell::gru: return backward_cell<T, Cell::gru>(p, a);
-    case Cell::tanh: return backward_cell<T, Cell::tanh>(p, a);
-    case Cell::relu: return backward_cell<T, Cell::relu>(p, a);
+    case Cell::lstm: return backward_cell<P, Cell::lstm>(p, a);
+    case Cell::gru: return backward_cell<P, Cell::gru>(p, a);
+    case Cell::tanh: return backward_cell<P, Cell::tanh>(p, a);
+    case Cell::relu: return backward_cell<P, Cell::relu>(p, a);
   }
 }
+
+#ifdef FASTLM_TILES
+template <class T>
+using Product = TileProduct<T>;
+using Other = Bf16;
+#else
+template <class T>
+using Product = VectorProduct<T>;
+using Other = double;
+#endif
 
 }  // namespace
 
 size_t rnn_workspace(const RnnProblem& p, bool backward, size_t number) {
-  return Layout(p, backward, int(number)).total * number;
+  return number == sizeof(float) ? Workspace<Product<float>>(p, backward, nullptr).bytes()
+                                 : Workspace<Product<Other>>(p, backward, nullptr).bytes();
 }
 
-void rnn_forward(const RnnProblem& p, const RnnForward<float>& a) { forward_any(p, a); }
-void rnn_forward(const RnnProblem& p, const RnnForward<double>& a) { forward_any(p, a); }
-void rnn_backward(const RnnProblem& p, const RnnBackward<float>& a) { backward_any(p, a); }
-void rnn_backward(const RnnProblem& p, const RnnBackward<double>& a) { backward_any(p, a); }
+void rnn_forward(const RnnProblem& p, const RnnForward<float>& a) { forward_any<Product<float>>(p, a); }
+void rnn_forward(const RnnProblem& p, const RnnForward<Other>& a) { forward_any<Product<Other>>(p, a); }
+void rnn_backward(const RnnProblem& p, const RnnBackward<float>& a) { backward_any<Product<float>>(p, a); }
+void rnn_backward(const RnnProblem& p, const RnnBackward<Other>& a) { backward_any<Product<Other>>(p, a); }
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

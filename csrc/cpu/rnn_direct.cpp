@@ -18,9 +18,6 @@ namespace {
 
 // --- weights as they are stored -----------------------------------------------------------------------------------
 
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
-
 FASTLM_INLINE Vector<float> widen(const float* p) { return load(p); }
 FASTLM_INLINE Vector<double> widen(const double* p) { return load(p); }
 

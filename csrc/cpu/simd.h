@@ -9,6 +9,7 @@
 #endif
 
 #include "../gates.h"
+#include "../rnn.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -88,6 +89,38 @@ FASTLM_INLINE void prefetch_to_write(T* p, int count) {
   for (int j = 0; j < count; ++j) asm volatile("prefetchw %0" : : "m"(p[j * kLanes<T>]));
 #endif
 }
+
+// --- bfloat16, the upper half of a float32 ---
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+FASTLM_INLINE Vector<float> widen(const Halves& x) {
+  return (Vector<float>)(__builtin_convertvector(x, Simd<float>::Bits) << 16);
+}
+
+// Round to the nearest, ties to even; a NaN stays one.
+FASTLM_INLINE Halves narrow(const Vector<float>& x) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  using Bits = Simd<float>::Bits;
+  const Bits bits = (Bits)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, Halves);
+#endif
+}
+
+FASTLM_INLINE Vector<float> load(const Bf16* p, int n = kLanes<float>) {
+  Halves v = {};
+  std::memcpy(&v, p, __builtin_expect(n == kLanes<float>, 1) ? sizeof v : n * sizeof *p);
+  return widen(v);
+}
+
+FASTLM_INLINE void store(Bf16* p, const Vector<float>& x, int n = kLanes<float>) {
+  const Halves v = narrow(x);
+  std::memcpy(p, &v, __builtin_expect(n == kLanes<float>, 1) ? sizeof v : n * sizeof *p);
+}
+
+// ---
 
 template <class T>
 FASTLM_INLINE T sum(const Vector<T>& v) {

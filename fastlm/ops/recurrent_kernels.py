@@ -14,6 +14,7 @@ from fastlm.autograd import Differentiable
 from fastlm.dispatch import build_report
 from fastlm.ops import recurrent
 
+PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
@@ -36,8 +37,13 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
         return "not yet run on a GPU"
     if native.isa not in MEASURED:
         return f"not yet measured with {native.isa}"
-    if data.dtype is torch.bfloat16 and native.bf16_arithmetic:
-        return "not yet measured on a CPU with bfloat16 arithmetic"
+    dtype, precision = data.dtype, _precision()
+    if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    if native.tiles and (dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest")):
+        return "not yet measured with amx"
+    if dtype is torch.bfloat16 and native.bf16_arithmetic or dtype is torch.float16 and native.fp16_arithmetic:
+        return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[0].shape[1:]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
@@ -57,6 +63,11 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     if hidden < 640 or steps < 16:
         return f"slower than torch's oneDNN without gradients below 640 hidden units or 16 steps: {ROW}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _precision():
+    return torch.get_float32_matmul_precision()
 
 
 def cuda_missing(native: ModuleType) -> str | None:
@@ -99,11 +110,16 @@ class Layers:
         return None
 
     def run(self, data, batch_sizes, hx, params, has_biases, *options) -> tuple[Tensor, ...]:
-        """Run the network; 16-bit inputs are computed in float32 and rounded at the end."""
-        compute = torch.float64 if data.dtype is torch.float64 else torch.float32
+        """Run the network; 16-bit inputs are computed in float32 and rounded at the end, but where AMX takes bfloat16.
+
+        It does not for relu, where a state that is rounded across the kink has another derivative: errors by chance.
+        """
         result = self.result_dtype(data, batch_sizes, hx)
         # A step reads every weight once: to convert them first would cost more than the step itself.
         in_place = batch_sizes is None and not torch.is_grad_enabled() and self.few(data, None, hx, options[-1])
+        tiles = self.native.tiles and not in_place and not data.is_cuda and self.cell != "relu"
+        as_is = result is torch.float64 or (result is torch.bfloat16 and tiles)
+        compute = result if as_is else torch.float32
 
         def one(x, batch_sizes, states, weights, reverse):
             w_ih, w_hh, b_ih, b_hh, _ = weights
@@ -141,14 +157,14 @@ class Layers:
 
     def forward(self, tensors, needs, reverse):
         x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = tensors
-        if self.few(x, batch_sizes, states):
+        if x.dtype is not torch.bfloat16 and self.few(x, batch_sizes, states):
             return self.direct(tensors, any(needs), reverse)
         train, hidden, wide = any(needs), w_hh.shape[1], w_hh.shape[0]
-        rows, w_hh, states = x.reshape(-1, x.shape[-1]), w_hh.contiguous(), [s.contiguous() for s in states]
+        rows, w_hh, states = x.reshape(-1, x.shape[-1]), w_hh.contiguous(), as_states(states)
         bias, b_hn = self.biases(b_ih, b_hh)
         y = rows.new_empty(rows.shape[0], hidden)
         kept = self.columns(hidden) if train else wide
-        c = torch.empty_like(y) if train and self.cell == "lstm" else None
+        c = torch.empty_like(y, dtype=state_dtype(y)) if train and self.cell == "lstm" else None
         last = [torch.empty_like(s) for s in states]
         problem = self.problem(x, batch_sizes, states[0], reverse)
         blocks, most = self.blocks(y, batch_sizes, problem, reverse)
@@ -162,9 +178,9 @@ class Layers:
             else:
                 torch.addmm(bias, rows[part], w_ih.t(), out=now[:, :wide])
             buffers = w_hh, b_hn, now, *pair(states), y, c, *pair(last), workspace
-            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers))
+            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, states={3, 4, 6, 7, 8}))
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
-        return [y.view(*x.shape[:-1], hidden), *last, *saved]
+        return [y.view(*x.shape[:-1], hidden), *(s.to(x.dtype) for s in last), *saved]
 
     def direct(self, tensors, train, reverse):
         """Do what `forward` does without packing, copying or converting a weight matrix."""
@@ -184,16 +200,19 @@ class Layers:
     def fake(self, tensors, needs, reverse):
         x, _, *states, _, w_hh, _, _ = tensors
         hidden, rows = w_hh.shape[1], x.shape[:-1].numel()
-        saved = {"lstm": (4 * hidden, hidden), "gru": (4 * hidden,)}.get(self.cell, ())
-        return [x.new_empty(*x.shape[:-1], hidden), *(s.new_empty(s.shape) for s in states),
-                *(x.new_empty(rows, n) for n in saved if any(needs))]
+        results = [x.new_empty(*x.shape[:-1], hidden), *(s.new_empty(s.shape) for s in states)]
+        if not any(needs) or self.gates == 1:
+            return results
+        c = [x.new_empty(rows, hidden, dtype=state_dtype(x))] if self.cell == "lstm" else []
+        return [*results, x.new_empty(rows, 4 * hidden), *c]
 
     def backward(self, grads, saved, tensors, needs, reverse):
         x, batch_sizes, *states, w_ih, w_hh, _, _ = tensors
         y, *saved = saved[:1] + saved[1 + self.states:]
         gates, c = [*saved, None, None][:2]
         hidden, wide = w_hh.shape[1], w_hh.shape[0]
-        w_hh, states, grads = w_hh.contiguous(), [s.contiguous() for s in states], [g.contiguous() for g in grads]
+        h0, w_hh, states = states[0], w_hh.contiguous(), as_states(states)
+        dy, d_last = grads[0].contiguous(), as_states(grads[1:])
         rows, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, hidden)
         # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side.
         turn = hidden if self.cell == "gru" else 0
@@ -201,7 +220,7 @@ class Layers:
         w_in = w_ih.roll(turn, 0) if need_x and turn else w_ih
         problem = self.problem(x, batch_sizes, states[0], reverse)
         blocks, most = self.blocks(y, batch_sizes, problem, not reverse)
-        before = states_before(y, states[0][0], batch_sizes, reverse) if need_u else None
+        before = states_before(y, h0[0], batch_sizes, reverse) if need_u else None
         columns = self.columns(hidden)
         d_all = y.new_empty(most, padded(columns, y.element_size()))
         d_states = [torch.empty_like(s) for s in states]
@@ -210,9 +229,10 @@ class Layers:
         dw = du = total = None
         for steps, part in blocks:
             d = d_all[: part.stop - part.start]
-            buffers = (w_hh, None if gates is None else gates[part], y, c, *pair(states), grads[0], *pair(grads[1:]), d,
+            buffers = (w_hh, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
                        *pair(d_states), workspace)
-            self.call("rnn_backward", y, problem, steps, d.shape[1], self.addresses(buffers))
+            self.call("rnn_backward", y, problem, steps, d.shape[1],
+                      self.addresses(buffers, states={3, 4, 5, 7, 8, 10, 11}))
             d_in, d_hidden = d[:, :wide], d[:, turn: turn + wide]
             if need_x:
                 torch.mm(d_in, w_in, out=dx[part])
@@ -225,6 +245,7 @@ class Layers:
                 total = sums if total is None else total.add_(sums)
         db = total[:wide].roll(-turn) if need_b else None
         dbu = total[turn: turn + wide].clone() if need_bu else None
+        d_states = [s.to(x.dtype) for s in d_states]
         return [dx.view(x.shape) if need_x else None, None, *d_states, dw.roll(-turn, 0) if need_w and turn else dw, du,
                 db, dbu]
 
@@ -242,11 +263,12 @@ class Layers:
     def blocks(self, y, batch_sizes, problem, reverse):
         """Return blocks of time in the order of visit, each ((first, last) step, slice of rows), and the most rows.
 
-        What lives for a block only, gates or their gradients, is small enough to be used while caches hold it.
+        What lives for a block only, gates or their gradients, is small enough to be used while caches hold it. In 16
+        bits there is one block: the sums of several would be rounded each time.
         """
         _, _, steps, batch, hidden, *_ = problem
         size = y.shape[0] * self.columns(hidden) * y.element_size()
-        count = 1 if y.is_cuda else min(steps, 1 + size // BLOCK_BYTES)
+        count = 1 if y.is_cuda or y.element_size() == 2 else min(steps, 1 + size // BLOCK_BYTES)
         rows = range(0, steps * batch + 1, batch or 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
         ends = [steps * i // count for i in range(count + 1)]
         found = [((t, u), slice(rows[t], rows[u])) for t, u in itertools.pairwise(ends)] if batch else [
@@ -263,7 +285,8 @@ class Layers:
             if int(batch_sizes[0]) != batch:
                 raise RuntimeError(f"{self.cell}: hx is for {batch} sequences, batch_sizes for {int(batch_sizes[0])}")
             steps, sizes = batch_sizes.numel(), batch_sizes.data_ptr()
-        return CELLS[self.cell], reverse, steps, batch, hidden, sizes, torch.get_num_threads()
+        precision = PRECISIONS[torch.get_float32_matmul_precision()]
+        return CELLS[self.cell], reverse, steps, batch, hidden, sizes, torch.get_num_threads(), precision
 
     def library(self, like):
         return self.native.cuda if like.is_cuda else self.native
@@ -280,15 +303,17 @@ class Layers:
         with torch.cuda.device(like.device):
             return kernel((*problem, *steps), like.element_size(), *args, torch.cuda.current_stream().cuda_stream)
 
-    def addresses(self, buffers):
+    def addresses(self, buffers, states=()):
         """Check what the kernel takes for granted, and return where the tensors lie (0 for None).
 
-        The caller keeps `buffers` until the kernel is done: an address alone keeps no memory.
+        `states` are the positions of those that carry a state. The caller keeps `buffers` until the kernel is done: an
+        address alone keeps no memory.
         """
-        dtype, device = buffers[0].dtype, buffers[0].device
-        for t in buffers:
-            if t is not None and (t.dtype is not dtype or not t.is_contiguous() or t.device != device):
-                raise RuntimeError(f"{self.cell}: a kernel needs contiguous {dtype} on {device}, got {t.dtype} of "
+        like = buffers[0]
+        for i, t in enumerate(buffers):
+            dtype = state_dtype(like) if i in states else like.dtype
+            if t is not None and (t.dtype is not dtype or not t.is_contiguous() or t.device != like.device):
+                raise RuntimeError(f"{self.cell}: a kernel needs contiguous {dtype} on {like.device}, got {t.dtype} of "
                                    f"strides {t.stride()} on {t.device}")
         return tuple([0 if t is None else t.data_ptr() for t in buffers])
 
@@ -296,6 +321,15 @@ class Layers:
 def cast(tensors, dtype):
     """Return the tensors, which may be None, as `dtype`; `Tensor.to` alone takes a microsecond to see nothing to do."""
     return tuple([t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors])
+
+
+def state_dtype(like: Tensor) -> torch.dtype:
+    """Return what carries a state from step to step in a layer of such numbers."""
+    return torch.float32 if like.dtype is torch.bfloat16 else like.dtype
+
+
+def as_states(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.to(state_dtype(t)).contiguous() for t in tensors]
 
 
 def pair(states):

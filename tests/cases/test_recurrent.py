@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm import measure, ops
-from fastlm.ops import ALL, recurrent
+from fastlm.ops import ALL, recurrent, recurrent_kernels
 
 CELLS = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
 OPS = {op.name: op for op in ALL}
@@ -326,7 +327,7 @@ def test_capped_instruction_set(isa):
 def test_unknown_cap_is_refused():
     done = subprocess.run([sys.executable, "-c", "import fastlm._native"], env=os.environ | {"FASTLM_MAX_ISA": "mmx"},
                           capture_output=True, text=True)
-    assert "FASTLM_MAX_ISA must be generic, avx2 or avx512, got mmx" in done.stderr
+    assert "FASTLM_MAX_ISA must be generic, avx2, avx512 or amx, got mmx" in done.stderr
 
 
 @native
@@ -341,6 +342,31 @@ def test_stock_runs_where_it_was_measured_to_win():
         assert taken is None
     else:
         assert refusal == taken == f"not yet measured with {extension.isa}"
+
+
+AVX512 = {"isa": "avx512", "tiles": False, "bf16_arithmetic": False, "fp16_arithmetic": False}
+COOPER_LAKE = AVX512 | {"bf16_arithmetic": True}
+SAPPHIRE_RAPIDS = {"isa": "avx512", "tiles": True, "bf16_arithmetic": True, "fp16_arithmetic": True}
+
+
+@pytest.mark.parametrize(("dtype", "cpu", "precision", "expected"), [
+    (torch.float32, AVX512, "medium", None),
+    (torch.float32, SAPPHIRE_RAPIDS, "highest", None),
+    (torch.float32, SAPPHIRE_RAPIDS, "high", "not yet measured with amx"),
+    (torch.bfloat16, SAPPHIRE_RAPIDS, "highest", "not yet measured with amx"),
+    (torch.bfloat16, AVX512, "highest", None),
+    (torch.bfloat16, COOPER_LAKE, "highest", "not yet measured on a CPU with bfloat16 arithmetic"),
+    (torch.float16, COOPER_LAKE, "highest", None),
+    (torch.float16, SAPPHIRE_RAPIDS, "highest", "not yet measured on a CPU with float16 arithmetic"),
+])
+def test_reasons_on_cpus_with_16_bit_arithmetic(dtype, cpu, precision, expected):
+    args = recurrent.make_args(*CELLS["gru"], dtype, "cpu", steps=64, batch=4, hidden=32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert recurrent_kernels.losses(SimpleNamespace(**cpu), "gru", *args) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
