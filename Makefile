@@ -33,8 +33,9 @@ gpu-check:
 extension: $(VENV)/installed
 	@$(RUN) setup.py -q build_ext --inplace
 
-# The C++ kernels under the address and undefined-behaviour sanitizers, on the parity matrix; beside the usual build.
-sanitize: $(VENV)/installed
+# The C++ kernels under the address and undefined-behaviour sanitizers, on the parity matrix, beside the usual build;
+# those for AMX by emulation.
+sanitize: extension
 	rm -rf build/sanitize
 	FASTLM_CUDA=0 FASTLM_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		FASTLM_LDFLAGS="-fsanitize=address,undefined" $(RUN) setup.py -q build_ext --build-lib build/sanitize
@@ -43,6 +44,7 @@ sanitize: $(VENV)/installed
 		ASAN_OPTIONS=detect_leaks=0 $(abspath $(RUN)) -m pytest ../../tests/test_ops.py ../../tests/cases/test_recurrent.py \
 		../../tests/cases/test_nn_recurrent.py -k "(error_rule and native) or (not compiled and not opcheck and \
 		(test_cell or test_stream or (recurrent and not nn_recurrent)))" $(ARGS)
+	$(RUN) -m pytest tests/test_amx_sources.py --deep $(ARGS)
 
 # A virtual environment of our own; no other environment is touched.
 $(VENV)/installed: pyproject.toml Makefile

@@ -18,17 +18,13 @@ namespace FASTLM_ISA {
 namespace {
 
 // A gate lies between -1 and 1, where float16 has three bits more than bfloat16: near 1 the gradient lives on them.
-struct float16 {
-  uint16_t bits;
-};
-
-FASTLM_INLINE Vector<float> load(const float16* p, int n) {
+FASTLM_INLINE Vector<float> load(const F16* p, int n) {
   __m256i v = {};
   std::memcpy(&v, p, n * sizeof *p);
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, v);
 }
 
-FASTLM_INLINE void store(float16* p, const Vector<float>& x, int n) {
+FASTLM_INLINE void store(F16* p, const Vector<float>& x, int n) {
   const __m256i v = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(p, &v, n * sizeof *p);
 }
@@ -243,7 +239,7 @@ template <class T>
 struct TileProduct {
   using Number = T;
   using Operand = Bf16;
-  using Gate = std::conditional_t<sizeof(T) == 2, float16, T>;
+  using Gate = std::conditional_t<sizeof(T) == 2, F16, T>;
   static constexpr bool kInPlace = false;
   static constexpr int units(int gates) { return gates == 3 ? 2 : 4 / gates; }  // an even number of tiles
 

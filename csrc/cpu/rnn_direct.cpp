@@ -21,21 +21,16 @@ namespace {
 FASTLM_INLINE Vector<float> widen(const float* p) { return load(p); }
 FASTLM_INLINE Vector<double> widen(const double* p) { return load(p); }
 
-FASTLM_INLINE Simd<float>::Bits widen_bits(const void* p) {
-  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-  Half half;
-  std::memcpy(&half, p, sizeof half);
-  return __builtin_convertvector(half, Simd<float>::Bits);
-}
-
-FASTLM_INLINE Vector<float> widen(const Bf16* p) { return (Vector<float>)(widen_bits(p) << 16); }
+FASTLM_INLINE Vector<float> widen(const Bf16* p) { return load(p); }
 
 FASTLM_INLINE Vector<float> widen(const F16* p) {
 #if defined(__AVX512F__)
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #else
   using Bits = Simd<float>::Bits;
-  const Bits half = widen_bits(p), magnitude = (half & 0x7fff) << 13;
+  Halves stored;
+  std::memcpy(&stored, p, sizeof stored);
+  const Bits half = __builtin_convertvector(stored, Bits), magnitude = (half & 0x7fff) << 13;
   const Bits finite = (Bits)((Vector<float>)magnitude * 0x1p112f);  // the two formats differ in the exponent's bias
   const Bits special = (Bits)(magnitude >= 0x0f800000u) & 0x7f800000u;
   return (Vector<float>)(finite | special | (half & 0x8000) << 16);

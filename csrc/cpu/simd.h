@@ -9,7 +9,7 @@
 #endif
 
 #include "../gates.h"
-#include "../rnn.h"
+#include "../numbers.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
