@@ -42,7 +42,7 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
         dtype = torch.get_autocast_dtype("cpu")
     if native.tiles and (dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest")):
         return "not yet measured with amx"
-    if dtype is torch.bfloat16 and native.bf16_arithmetic or dtype is torch.float16 and native.fp16_arithmetic:
+    if (dtype is torch.bfloat16 and native.bf16_arithmetic) or (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[0].shape[1:]
