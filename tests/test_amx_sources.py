@@ -1,7 +1,7 @@
 """The AMX kernels, on machines without AMX: g++ compiles them against `amx_emulation/tiles.h` and they must compute the
 right numbers; on machines with AMX, the emulation must compute what the processor does.
 
-With --deep they run under the address and undefined-behaviour sanitizers.
+With --deep all samples run, under the address and undefined-behaviour sanitizers.
 """
 
 import os
@@ -68,12 +68,18 @@ def verdicts(printed):
 KNOWN = {"lstm bfloat16 outliers"}
 
 
-def test_emulated_tiles_obey_the_error_rule(emulated):
-    found = verdicts(emulated())
+# A row of tiles that is full, one that is not, and one number more; every way to walk through time.
+SOME = ("T2 B16 H32", "T3 B17 H31", "T2 B33 H65", "tall packed", "batch first", "no sequences", "not a number",
+        "outliers")
+
+
+def test_emulated_tiles_obey_the_error_rule(emulated, request):
+    deep = request.config.getoption("--deep")
+    found = verdicts(emulated(*(() if deep else SOME)))
     assert {name: verdict for name, verdict in found.items() if verdict != "ok" and name not in KNOWN} == {}
     kinds = {tuple(name.split()[:2]) for name in found}
     assert kinds == {(op, p) for op in ("lstm", "gru", "rnn") for p in ("bfloat16", "high", "medium")}
-    assert len(found) > 250
+    assert len(found) > 250 if deep else len(found) == 9 * len(SOME)
 
 
 @pytest.mark.parametrize("fault", ["row", "pair"])

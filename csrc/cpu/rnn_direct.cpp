@@ -20,7 +20,6 @@ namespace {
 
 FASTLM_INLINE Vector<float> widen(const float* p) { return load(p); }
 FASTLM_INLINE Vector<double> widen(const double* p) { return load(p); }
-
 FASTLM_INLINE Vector<float> widen(const Bf16* p) { return load(p); }
 
 FASTLM_INLINE Vector<float> widen(const F16* p) {

@@ -65,9 +65,11 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     return None
 
 
-@torch.compiler.assume_constant_result
 def _precision():
     return torch.get_float32_matmul_precision()
+
+
+_precision._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
 
 
 def cuda_missing(native: ModuleType) -> str | None:

@@ -1,6 +1,6 @@
 """Run lstm, gru and rnn through an extension that has AMX, emulated or real, and hold them to the error rule.
 
-Usage: python run.py EXTENSION [SAMPLE], in a process of its own: the extension takes the place of `fastlm._native`.
+Usage: python run.py EXTENSION [SAMPLE...], in a process of its own: the extension takes the place of `fastlm._native`.
 Prints a line `op precision sample: DIGEST ok` or `op precision sample: DIGEST ERRORS` for each call, where precision is
 bfloat16 for inputs of that type, and high or medium for float32 inputs under `torch.set_float32_matmul_precision`.
 Calls whose results and gradients are the same, bit by bit, have the same digest.
@@ -96,7 +96,7 @@ for op in ops.ALL:
     if op.name not in GATES_AND_STATES:
         continue
     for i, sample in enumerate(samples(op)):
-        if sys.argv[2:] not in ([], [sample.name]) or op.implementations["native"].cannot(*sample.args):
+        if (sys.argv[2:] and sample.name not in sys.argv[2:]) or op.implementations["native"].cannot(*sample.args):
             continue
         for precision in ("bfloat16", "high", "medium"):
             torch.manual_seed(i)
