@@ -232,6 +232,99 @@ void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, con
   kernel(p, call);
 }
 
+enum Attribute { kDtype, kDevice, kIsCpu, kIsContiguous, kDataPtr };
+
+// What a tensor says of itself, by names that are made once.
+struct Attributes {
+  py::handle tensor;
+
+  explicit Attributes(py::handle tensor) : tensor(tensor) {}
+  py::object get(Attribute name) const { return checked(PyObject_GetAttr(tensor.ptr(), interned(name))); }
+  py::object call(Attribute name) const { return checked(PyObject_CallMethodNoArgs(tensor.ptr(), interned(name))); }
+
+ private:
+  static PyObject* interned(Attribute name) {
+    static PyObject* const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("device"),
+                                      PyUnicode_InternFromString("is_cpu"),
+                                      PyUnicode_InternFromString("is_contiguous"),
+                                      PyUnicode_InternFromString("data_ptr")};
+    return names[name];
+  }
+  static py::object checked(PyObject* found) {
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+  }
+};
+
+// Where tensors lie, 0 for None, each checked for what a kernel takes for granted: contiguous, on `device`, and of the
+// dtype that `kinds` names, a letter for each: n numbers, s what carries a state, w weights.
+py::tuple addresses(const py::tuple& tensors, const std::string& kinds, py::handle device, py::handle number,
+                    py::handle state, py::handle weight) {
+  if (kinds.size() != tensors.size()) throw std::invalid_argument("addresses: a kind for each tensor");
+  py::tuple found(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const py::handle t = tensors[i];
+    if (t.is_none()) {
+      found[i] = py::int_(0);
+      continue;
+    }
+    const py::handle wanted = kinds[i] == 's' ? state : kinds[i] == 'w' ? weight : number;
+    const Attributes of(t);
+    if (!of.get(kDtype).is(wanted) || !of.get(kDevice).equal(device) || !of.call(kIsContiguous).is(py::handle(Py_True)))
+      throw std::runtime_error("a kernel needs contiguous " + std::string(py::str(wanted)) + " on " +
+                               std::string(py::str(device)) + ", got " + std::string(py::str(t.attr("dtype"))) +
+                               " of strides " + std::string(py::str(t.attr("stride")())) + " on " +
+                               std::string(py::str(t.attr("device"))));
+    found[i] = of.call(kDataPtr);
+  }
+  return found;
+}
+
+// One step of one layer without gradients, checks and results included, because a stream calls for every token and
+// Python takes longer than the kernel: (y, hn) or (y, hn, cn), or None where a tensor is not what a kernel can take.
+py::object rnn_step(int cell, int64_t batch, int64_t hidden, int64_t inputs, int threads, size_t number, bool biased,
+                    py::handle x, const py::tuple& hx, const py::list& params, const py::tuple& types,
+                    py::handle empty_like) {
+  const int states = cell == 0 ? 2 : 1;
+  if (cell < 0 || cell > 3 || batch < 1 || hidden < 1 || inputs < 1 || threads < 1 || hx.size() != size_t(states) ||
+      params.size() != (biased ? 4u : 2u))
+    throw std::invalid_argument("rnn_step: sizes out of range");
+  const py::object dtype = Attributes(x).get(kDtype);
+  bool fits = true;
+  const auto address = [&](py::handle t) -> Address {
+    const Attributes of(t);
+    const py::handle type = py::type::handle_of(t);
+    const py::handle yes(Py_True);
+    fits = fits && (type.is(types[0]) || type.is(types[1])) && of.get(kDtype).is(dtype) && of.get(kIsCpu).is(yes) &&
+           of.call(kIsContiguous).is(yes);
+    return {fits ? of.call(kDataPtr).cast<uintptr_t>() : 0};
+  };
+  const Address from[] = {address(x), address(params[0]), address(params[1]),
+                          biased ? address(params[2]) : Address{0}, biased ? address(params[3]) : Address{0},
+                          address(hx[0]), states == 2 ? address(hx[1]) : Address{0}};
+  if (!fits) return py::none();
+  py::tuple results(1 + states);
+  Address to[3] = {};
+  for (int i = 0; i <= states; ++i) {
+    results[i] = empty_like(hx[i == 2]);
+    to[i] = address(results[i]);
+  }
+  if (!fits) return py::none();
+  const RnnProblem p{Cell(cell), false, 1, batch, hidden, nullptr, threads, Precision::highest, 0, 1};
+  const auto run = [&](const auto& kernel, auto zero, Stored stored) {
+    using T = decltype(zero);
+    const RnnDirect<T> call{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
+                            from[6], nullptr, to[0],   nullptr, to[1],   to[2],   false};
+    py::gil_scoped_release release;
+    kernel.direct(p, call);
+  };
+  if (number == sizeof(double))
+    run(kernels.rnn_f64, 0.0, Stored::f64);
+  else
+    run(kernels.rnn_f32, 0.0f, Stored::f32);
+  return results;
+}
+
 // Addresses in the order of the struct's pointers; sizes and strides in the order of its integers.
 class Pack {
  public:
@@ -455,6 +548,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("bf16_arithmetic") = Features().avx512_bf16;
   m.attr("fp16_arithmetic") = Features().avx512_fp16;
 
+  m.def("addresses", &addresses, "Return where tensors lie, 0 for None; raise where a kernel could not take one.");
+  m.def("rnn_step", &rnn_step, "Run one step of one layer without gradients: RnnDirect with its results.");
   m.def("rnn_workspace",
         [](const py::tuple& sizes, bool backward, size_t number) {
           const RnnProblem p = problem(sizes);

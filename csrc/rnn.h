@@ -99,7 +99,8 @@ struct RnnDirect {
   const void* w_hh;        // [G·H, H]
   const T *b_ih, *b_hh;    // [G·H]; null: zero
   const T *h0, *c0;        // [B, H]; c0, c and cn are LSTM's
-  T* gates;                // [N, 4·H] out, as RnnForward leaves them when `train`, else undefined; not used by Elman
+  T* gates;                // [N, 4·H] out, as RnnForward leaves them when `train`, else undefined; not used by Elman, nor
+                           // for one step unless `train`
   T* y;                    // [N, H] out
   T* c;                    // [N, H] out when `train`, else not used
   T *hn, *cn;              // [B, H] out

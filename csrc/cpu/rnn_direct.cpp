@@ -153,26 +153,26 @@ void for_rows(int64_t begin, int64_t end, const F& f) {
 
 constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 
-// Turn the products with x, which lie in `gates` or y, and with h, s [G, lanes], of one sequence and `n` units from u
-// on into its next state.
+// Turn the products with x, `spread` numbers from gate to gate, and with h, s [G, lanes], of one sequence and `n` units
+// from u on into its next state.
 template <class T, Cell cell>
-void gates(const RnnProblem& p, const RnnDirect<T>& a, int64_t row, int64_t b, int64_t u, int n, const T* s,
-           const T* h_before, const T* c_before, bool ends) {
+void gates(const RnnProblem& p, const RnnDirect<T>& a, int64_t row, int64_t b, int64_t u, int n, const T* x,
+           int64_t spread, const T* s, const T* h_before, const T* c_before, bool ends) {
   constexpr int lanes = kLanes<T>;
   using V = Vector<T>;
   const int64_t H = p.hidden;
-  T* const x = cell == Cell::lstm || cell == Cell::gru ? a.gates + row * 4 * H + u : a.y + row * H + u;
   const auto bias = [&](const T* from, int g) { return from ? load(from + g * H + u, n) : V{}; };
-  const auto of_x = [&](int g) { return load(x + g * H, n) + bias(a.b_ih, g); };
+  const auto of_x = [&](int g) { return load(x + g * spread, n) + bias(a.b_ih, g); };
   const auto of_h = [&](int g) { return load(s + g * lanes) + bias(a.b_hh, g); };
   // x knows no bounds as h does: it comes last, lest its size costs the others their digits.
-  const auto both = [&](int g) { return load(x + g * H, n) + (of_h(g) + bias(a.b_ih, g)); };
+  const auto both = [&](int g) { return load(x + g * spread, n) + (of_h(g) + bias(a.b_ih, g)); };
   const auto keep = [&](const V& first, const V& second, const V& third, const V& fourth) {
     if (!a.train) return;
-    store(x, first, n);
-    store(x + H, second, n);
-    store(x + 2 * H, third, n);
-    store(x + 3 * H, fourth, n);
+    T* const kept = a.gates + row * 4 * H + u;
+    store(kept, first, n);
+    store(kept + H, second, n);
+    store(kept + 2 * H, third, n);
+    store(kept + 3 * H, fourth, n);
   };
   V h;
   if constexpr (cell == Cell::lstm) {
@@ -214,14 +214,20 @@ void direct(const RnnProblem& p, const RnnDirect<T>& a) {
       for (int64_t u = me.begin(vectors) * lanes; u < me.end(vectors) * lanes; u += lanes)
         f(u, H - u < lanes ? int(H - u) : lanes);
     };
-    for_units([&](int64_t u, int n) {
+    // The products with x of several steps are made first, where gates or y will lie, and read W_ih once.
+    const auto product_of_x = [&](int64_t u, int n, int64_t row, int count, T* out, int64_t stride, int64_t spread) {
       const Units<W> units{static_cast<const W*>(a.w_ih), H, I, u, G, n};
-      for_rows(0, all, [&](int64_t row, int count) {
-        T* const out = elman ? a.y + row * H + u : a.gates + row * 4 * H + u;
-        multiply<T, W, kMostRows>(count, units, a.x + row * I, out, elman ? H : 4 * H, H);
+      multiply<T, W, kMostRows>(count, units, a.x + row * I, out, stride, spread);
+    };
+    const int64_t stride = elman ? H : 4 * H;
+    T* const products_of_x = elman ? a.y : a.gates;
+    if (p.steps > 1)
+      for_units([&](int64_t u, int n) {
+        for_rows(0, all, [&](int64_t row, int count) {
+          product_of_x(u, n, row, count, products_of_x + row * stride + u, stride, H);
+        });
       });
-    });
-    T products[kMostRows * width];
+    T products[kMostRows * width], single[kMostRows * width];
     int64_t row = p.reverse ? all - rows_at(0) : 0;
     const T* y_before = nullptr;
     for (int64_t i = 0; i < p.steps; ++i) {
@@ -232,9 +238,12 @@ void direct(const RnnProblem& p, const RnnDirect<T>& a) {
         const auto advance = [&](const T* h_before, const T* c_before) {
           return [&, h_before, c_before](int64_t b, int count) {
             multiply<T, W, kMostRows>(count, units, h_before + b * H, products, width, lanes);
-            for (int m = 0; m < count; ++m)
-              gates<T, cell>(p, a, row + b + m, b + m, u, n, products + m * width, h_before, c_before,
-                             b + m >= later);
+            if (p.steps == 1) product_of_x(u, n, b, count, single, width, lanes);
+            for (int m = 0; m < count; ++m) {
+              const T* const x = p.steps == 1 ? single + m * width : products_of_x + (row + b + m) * stride + u;
+              gates<T, cell>(p, a, row + b + m, b + m, u, n, x, p.steps == 1 ? lanes : H, products + m * width,
+                             h_before, c_before, b + m >= later);
+            }
           };
         };
         for_rows(0, known, advance(y_before, a.cn));

@@ -78,7 +78,10 @@ class _Recurrent(nn.Module):
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]
+        try:
+            return [self._parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrised or pruned: an attribute that is made of others
+            return [getattr(self, name) for name in self._flat_weights_names]
 
     def flatten_parameters(self) -> None:
         """Lay the parameters out as cuDNN wants them, lest it copies them at each call; do nothing elsewhere."""

@@ -219,7 +219,6 @@ def scan(step: Callable, x: Tensor, batch_sizes: Tensor | None, states: Sequence
 
 
 STOCK = {"lstm": torch.lstm, "gru": torch.gru, "tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
-STOCK_CELLS = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 
 
 def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
@@ -242,13 +241,11 @@ def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, drop
 def _call_stock(cell, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
                 batch_first):
     state = hx if cell == "lstm" else hx[0]
-    cells = 1 if batch_sizes is None and data.shape[1 if batch_first else 0] == 1 else 0
-    if cells == len(hx[0]) and len(params) in (2, 4) and not autocasts(data.device.type):
+    if cell == "lstm" and batch_sizes is None and data.shape[1 if batch_first else 0] == 1 and len(hx[0]) == 1 \
+            and len(params) in (2, 4) and not autocasts(data.device.type):
         # One step of one layer: oneDNN would pack the weights first, for up to ten times as long as the step takes.
-        h = [s[0] for s in hx]
-        last = STOCK_CELLS[cell](data[:, 0] if batch_first else data[0], h if cell == "lstm" else h[0], *params)
-        last = last if cell == "lstm" else (last,)
-        return torch.stack([last[0]], 1 if batch_first else 0), *(s[None] for s in last)
+        h, c = torch.lstm_cell(data[:, 0] if batch_first else data[0], [s[0] for s in hx], *params)
+        return torch.stack([h], 1 if batch_first else 0), h[None], c[None]
     if batch_sizes is None:
         return STOCK[cell](data, state, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
     return STOCK[cell](data, batch_sizes, state, params, has_biases, num_layers, dropout, train, bidirectional)

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastlm.autograd import Differentiable
+from fastlm.autograd import Differentiable, transformed
 from fastlm.dispatch import build_report
 from fastlm.ops import recurrent
 
@@ -21,6 +21,7 @@ GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
+PLAIN = (Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-23"
@@ -47,9 +48,10 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[0].shape[1:]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
-    if steps == 1:
-        ahead = cell == "lstm" and not trains and hidden >= 256 and data.dtype in (torch.float32, torch.bfloat16)
-        return None if ahead else f"one step: not measured ahead of torch's cell: {STEP}"
+    if steps == 1 and batch_sizes is None:
+        ahead = not trains and hidden >= 64 and (data.dtype is torch.float32 or cell == "lstm" and hidden >= 256 and
+                                                 data.dtype is torch.bfloat16)
+        return None if ahead else f"one step: not measured ahead of torch's: {STEP}"
     if cell != "lstm" or batch_sizes is not None or data.dtype not in (torch.float32, torch.bfloat16):
         least = 32 if cell in ("tanh", "relu") else 16
         return f"slower than torch below {least} steps: {ROW}" if steps < least else None
@@ -116,6 +118,9 @@ class Layers:
 
         It does not for relu, where a state that is rounded across the kink has another derivative: errors by chance.
         """
+        found = None if batch_sizes is not None else self.stream(data, hx, params, has_biases, *options)
+        if found is not None:
+            return found
         result = self.result_dtype(data, batch_sizes, hx)
         # A step reads every weight once: to convert them first would cost more than the step itself.
         in_place = batch_sizes is None and not torch.is_grad_enabled() and self.few(data, None, hx, options[-1])
@@ -130,12 +135,27 @@ class Layers:
             x, b_ih, b_hh, *states = cast((x, b_ih, b_hh, *states), compute)
             return self.kernels([x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh], reverse)
 
-        num_layers, _, _, bidirectional, batch_first = options
-        if num_layers == 1 and not bidirectional and not batch_first:  # there is nothing to stack
-            weights = [*params[:2], *(params[2:] if has_biases else (None, None)), None]
-            return cast(one(data, batch_sizes, hx, weights, False), result)
-        layer = recurrent.directions(one, has_biases, bidirectional)
+        layer = recurrent.directions(one, has_biases, options[3])
         return cast(recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options), result)
+
+    def stream(self, data, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first):
+        """Return one step of one layer without gradients, None where the call is another or needs more than a kernel.
+
+        A stream calls for every token: here Python, its caches swept by the weights, takes as long as the kernel.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or num_layers > 1 or bidirectional:
+            return None
+        steps, batch = data.shape[:2][::-1] if batch_first else data.shape[:2]
+        _, _, hidden = hx[0].shape
+        size = {torch.float32: 4, torch.float64: 8}.get(data.dtype)
+        if steps != 1 or size is None or not batch or not data.shape[2] or hidden < 64 or transformed() \
+                or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+            return None
+        found = self.native.rnn_step(CELLS[self.cell], batch, hidden, data.shape[2], torch.get_num_threads(), size,
+                                     has_biases, data, hx, params, PLAIN, torch.empty_like)
+        if found is None or not batch_first:
+            return found
+        return found[0].transpose(0, 1), *found[1:]
 
     def few(self, x, batch_sizes, hx, batch_first=False) -> bool:
         """Tell whether there is so little to compute that packed weights would not pay for their packing."""
@@ -180,23 +200,21 @@ class Layers:
             else:
                 torch.addmm(bias, rows[part], w_ih.t(), out=now[:, :wide])
             buffers = w_hh, b_hn, now, *pair(states), y, c, *pair(last), workspace
-            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, states={3, 4, 6, 7, 8}))
+            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, "nnnssnsssn", like=y))
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
         return [y.view(*x.shape[:-1], hidden), *(s.to(x.dtype) for s in last), *saved]
 
     def direct(self, tensors, train, reverse):
         """Do what `forward` does without packing, copying or converting a weight matrix."""
-        x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = (t if t is None else t.contiguous() for t in tensors)
-        hidden, rows = w_hh.shape[1], x.shape[:-1].numel()
-        y = x.new_empty(*x.shape[:-1], hidden)
-        gates = None if self.gates == 1 else x.new_empty(rows, 4 * hidden)
+        x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = [t if t is None else t.contiguous() for t in tensors]
+        problem, hidden, rows = self.problem(x, batch_sizes, states[0], reverse), w_hh.shape[1], x.shape[:-1].numel()
+        last, once = [torch.empty_like(s) for s in states], batch_sizes is None and x.shape[0] == 1
+        y = torch.empty_like(states[0]) if once else x.new_empty(*x.shape[:-1], hidden)
+        gates = None if self.gates == 1 or (once and not train) else x.new_empty(rows, 4 * hidden)
         c = x.new_empty(rows, hidden) if train and self.cell == "lstm" else None
-        last = [x.new_empty(s.shape) for s in states]
-        buffers = self.addresses((x, b_ih, b_hh, *pair(states), gates, y, c, *pair(last)))
-        weights = self.addresses((w_ih, w_hh))
-        problem = self.problem(x, batch_sizes, states[0], reverse)
-        self.call("rnn_direct", y, problem, (0, problem[2]), train, buffers[:1] + weights + buffers[1:],
-                  NUMBERS[w_hh.dtype], x.shape[-1])
+        buffers = x, w_ih, w_hh, b_ih, b_hh, *pair(states), gates, y, c, *pair(last)
+        self.call("rnn_direct", y, problem, (0, problem[2]), train,
+                  self.addresses(buffers, "nwwnnnnnnnnn", like=x, weight=w_hh), NUMBERS[w_hh.dtype], x.shape[-1])
         return [y, *last, *(t for t in (gates, c) if train and t is not None)]
 
     def fake(self, tensors, needs, reverse):
@@ -234,7 +252,7 @@ class Layers:
             buffers = (w_hh, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
                        *pair(d_states), workspace)
             self.call("rnn_backward", y, problem, steps, d.shape[1],
-                      self.addresses(buffers, states={3, 4, 5, 7, 8, 10, 11}))
+                      self.addresses(buffers, "nnnsssnssnssn", like=y))
             d_in, d_hidden = d[:, :wide], d[:, turn: turn + wide]
             if need_x:
                 torch.mm(d_in, w_in, out=dx[part])
@@ -305,19 +323,15 @@ class Layers:
         with torch.cuda.device(like.device):
             return kernel((*problem, *steps), like.element_size(), *args, torch.cuda.current_stream().cuda_stream)
 
-    def addresses(self, buffers, states=()):
+    def addresses(self, buffers, kinds, like, weight=None):
         """Check what the kernel takes for granted, and return where the tensors lie (0 for None).
 
-        `states` are the positions of those that carry a state. The caller keeps `buffers` until the kernel is done: an
-        address alone keeps no memory.
+        `kinds` says of each tensor whether it holds numbers (n) like those of `like`, what carries a state (s), or
+        weights (w) like `weight`. The caller keeps `buffers` until the kernel is done: an address alone keeps no
+        memory.
         """
-        like = buffers[0]
-        for i, t in enumerate(buffers):
-            dtype = state_dtype(like) if i in states else like.dtype
-            if t is not None and (t.dtype is not dtype or not t.is_contiguous() or t.device != like.device):
-                raise RuntimeError(f"{self.cell}: a kernel needs contiguous {dtype} on {like.device}, got {t.dtype} of "
-                                   f"strides {t.stride()} on {t.device}")
-        return tuple([0 if t is None else t.data_ptr() for t in buffers])
+        return self.native.addresses(buffers, kinds, like.device, like.dtype, state_dtype(like),
+                                     None if weight is None else weight.dtype)
 
 
 def cast(tensors, dtype):
