@@ -49,8 +49,8 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     batch, hidden = hx[0].shape[1:]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
     if steps == 1 and batch_sizes is None:
-        ahead = not trains and hidden >= 64 and (data.dtype is torch.float32 or cell == "lstm" and hidden >= 256 and
-                                                 data.dtype is torch.bfloat16)
+        ahead = not trains and hidden >= 64 and (data.dtype is torch.float32 or (cell == "lstm" and hidden >= 256 and
+                                                 data.dtype is torch.bfloat16))
         return None if ahead else f"one step: not measured ahead of torch's: {STEP}"
     if cell != "lstm" or batch_sizes is not None or data.dtype not in (torch.float32, torch.bfloat16):
         least = 32 if cell in ("tanh", "relu") else 16
