@@ -156,7 +156,7 @@ def bench(
                                            "rnn-cpu, head, norms, attention.")] = "all",
     device: Device = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")] = None,
-    only: Annotated[str, typer.Option(help="Measure only ops and modules whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Measure only rows whose name and case contain this.")] = "",
     full: Annotated[bool, typer.Option("--full", help="Every shape of every op, and longer.")] = False,
     every: Annotated[bool, typer.Option("--every", help="Each implementation that can run, chosen or not.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and HTML results.")] = Path("benchmarks/results"),

@@ -275,7 +275,7 @@ def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float = 0.
         steps: training steps of each model.
         dtypes: torch dtypes or their names; where none is given, each suite's own: float32, on a GPU bfloat16 and
             float16 too.
-        only: measure rows whose name contains this.
+        only: measure rows whose name and case, "softmax 2048x1024", contain this.
         full: measure every benchmark sample, and stock under torch.compile; else the first two samples of each op.
         every: measure each implementation that can run, not only the one that is chosen by default.
         progress: called with what is measured next and the share that is done.
@@ -316,7 +316,7 @@ def _dtype(name):
 
 
 def _selected(suite, device, dtypes, only, full):
-    cases = (c for c in load(suite, device, dtypes) if only in c.name)
+    cases = (c for c in load(suite, device, dtypes) if only in f"{c.name} {c.case}")
     if suite != "ops" or full:
         return cases
     groups = itertools.groupby(cases, key=lambda c: (c.name, c.dtype))

@@ -1,4 +1,4 @@
-"""The language model's head and its losses: linear_cross_entropy, cross_entropy, distillation at the sizes of models.
+"""The language model's head: linear_cross_entropy, cross_entropy, distillation and quantized_linear at models' sizes.
 
 Time is compared with the best of eager PyTorch and, for linear_cross_entropy, its own chunked function.
 """
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fastlm import measure
 from fastlm.ops import ALL
-from fastlm.tools.suites import Case, Goal, Subject, op_subject
+from fastlm.tools.suites import Case, Goal, Subject, op_subject, quantized
 
 OPS = {op.name: op for op in ALL}
 CHUNKED = {"accurate": "aspect_ratio", "balanced": "aspect_ratio", "compact": "aspect_ratio:2"}  # policy -> chunks
@@ -42,6 +42,7 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
         goal = Goal(share=0.65) if gpu else Goal(ratio=1 / 0.7, memory=0.25)
         yield _case("distillation", "1024x512x50257, teacher 1024", dtype,
                     functools.partial(_distillation, dtype, device), {"training": goal})
+    yield from quantized.cases(device, dtypes)
 
 
 def _case(name, case, dtype, build, goals):

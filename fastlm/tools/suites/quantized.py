@@ -39,4 +39,5 @@ def _subject(mode, rows, dtype, device) -> Subject:
     args = torch.randn(rows, SIZE, device=device).to(dtype), packed, scale, None, mode, 64
     full = full.to(dtype)
     return Subject(args, op, {"torch": lambda x, *_: F.linear(x, full)}, lambda ran: measure.errors(op, ran, args),
-                   op.constants, floor=functools.partial(measure.floor, op, args))
+                   op.constants, floor=functools.partial(measure.floor, op, args),
+                   reads=packed.nbytes if rows == 1 else None)
