@@ -28,6 +28,7 @@ from fastlm.ops import (  # noqa: E402
     activation_triton,
     attention_triton,
     cross_entropy_triton,
+    distillation_triton,
     dropout_triton,
     linear_cross_entropy_triton,
     norm_triton,
@@ -207,6 +208,17 @@ def linear_cross_entropy_cases(generation):
                    spills=8)
 
 
+def distillation_cases(generation):
+    rows, classes = 512, 128256
+    for kind, dtype, hard in (("forward_kl", torch.bfloat16, 0.0), ("forward_kl", torch.float32, 0.5),
+                              ("reverse_kl", torch.bfloat16, 0.0), ("jsd", torch.bfloat16, 0.5)):
+        z, each = tensor(rows, classes, dtype=dtype), tensor(rows)
+        logits = Logits(z, tensor(classes) if hard else None, 0.0, 0.5)
+        target = tensor(rows, dtype=torch.int64) if hard else None
+        plan = distillation_triton.plan(logits, logits, target, kind, 0.5, 1.0, hard, each, each, z)
+        yield Case(f"{rows}x{classes} {dtype} {kind} {hard}", plan, generation, spills=8)
+
+
 def attention_cases(generation):
     masks = {kind: tensor(1, 16, 2048, 2048, dtype=kind) for kind in (torch.bool, torch.float32)}
     for dim in (64, 128, 256):
@@ -236,7 +248,7 @@ def attention(generation, label, dim, dtype, causal=False, mask=None, value_dim=
 
 
 KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, linear_cross_entropy_cases,
-         quantized_linear_cases, attention_cases)
+         distillation_cases, quantized_linear_cases, attention_cases)
 CASES = [case for generation in GENERATIONS for kind in KINDS for case in kind(generation)]
 
 

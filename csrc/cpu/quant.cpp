@@ -1,5 +1,5 @@
-// Tiles of 8 rows of x by 2 rows of the weight, both read along K as they lie in memory: 16 vectors of partial sums,
-// added up across their lanes at the end. The weight is widened in registers, once for 8 rows of x.
+// Tiles of up to 6 rows of x by 4 or 8 rows of the weight, both read along K as they lie in memory: up to 24 vectors of
+// partial sums, added up across their lanes at the end. The weight is widened in registers, once for all rows of x.
 #include "../quant.h"
 
 #if defined(__AVX512F__)
@@ -18,10 +18,13 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kRows = 8, kPair = 2, kSums = kRows * kPair;
-constexpr int64_t kPairs = 32;            // pairs of weight rows that a block takes: 64 · K bytes stay in L2
+constexpr int kRows = 6, kMostWide = 8, kSums = 32;  // of which a tile uses 24 at most
+constexpr int64_t kBlock = 64;            // weight rows that a block takes: 64 · K bytes stay in L2
 constexpr int64_t kLine = 64;             // bytes of a weight row that one step reads
-constexpr int64_t kCache = 40 << 10;      // of L1, for a chunk of x and of two pairs of weight rows
+constexpr int64_t kCache = 40 << 10;      // of L1, for a chunk of x and of the weight rows of two tiles
+
+// Weight rows of a tile: many streams together read memory fastest, few leave registers for rows of x.
+constexpr int wide(int rows) { return rows <= 2 ? 8 : 4; }
 
 FASTLM_INLINE __m512 load_number(const void* p, int64_t i, Number number, __mmask16 mask) {
   if (number == Number::f32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + i);
@@ -55,9 +58,9 @@ FASTLM_INLINE __m512 bits(__m512i a) { return _mm512_castsi512_ps(a); }
 FASTLM_INLINE void from_bits(__m512 a, __m512& to) { to = a; }
 FASTLM_INLINE void from_bits(__m512 a, __m512i& to) { to = _mm512_castps_si512(a); }
 
-// Lane i of the result is the sum of the lanes of v[i].
+// Lane i of the result is the sum of the lanes of v[i]; v are 16.
 template <class V>
-FASTLM_INLINE V sums(V (&v)[16]) {
+FASTLM_INLINE V sums(V* v) {
   const auto both = [](__m512 low, __m512 high) {
     V a, b;
     from_bits(low, a);
@@ -81,13 +84,19 @@ FASTLM_INLINE V sums(V (&v)[16]) {
   return quarters(low, high);
 }
 
-// A pair of weight rows.
+// The weight rows of a tile.
 struct Rows {
-  const uint8_t* bytes[kPair];
-  const float* scale[kPair];
+  const uint8_t* bytes[kMostWide];
+  const float* scale[kMostWide];
 };
 
-// Each kind of weight says how a line of x is laid out and how one line of both weight rows is multiplied with MR rows
+// Of a row that was rounded to 8 bits: its scale, and 128 · Σ_k x[k], what the weight's offset adds to each sum.
+struct RowOfX {
+  float scale;
+  int32_t offset;
+};
+
+// Each kind of weight says how a line of x is laid out and how one line of the weight rows is multiplied with MR rows
 // of it. The rows of a tile take turns line by line, so that a tile reads x from one end to the other. `left` counts the
 // values of K from this line on; only the last line is a Tail.
 
@@ -98,20 +107,20 @@ struct Int8 {
 
   explicit Int8(const QuantizedLinear&) {}
 
-  void prepare(const QuantizedLinear& p, int64_t row, X* x, int64_t stride, float*) const {
+  void prepare(const QuantizedLinear& p, int64_t row, X* x, int64_t stride, RowOfX*) const {
     for (int64_t start = 0; start < p.in; start += kStep, x += stride)
       for (int64_t k = 0; k < kStep; k += 16)
         _mm512_store_ps(x + k, load_number(p.x, row * p.in + start + k, p.number, first(p.in - start - k)));
   }
 
-  template <int MR, bool Tail>
+  template <int MR, bool Tail, int N = wide(MR)>
   inline __attribute__((always_inline)) void step(Sum (&acc)[kSums], const X* x, const Rows& rows, int64_t line,
                                                   int64_t left) const {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      __m512 w[kPair];
-#pragma GCC unroll 2
-      for (int j = 0; j < kPair; ++j) {
+      __m512 w[N];
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) {
         const uint8_t* p = rows.bytes[j] + line * kLine + 16 * i;
         const __m128i q = Tail ? _mm_maskz_loadu_epi8(first(left - 16 * i), p) : _mm_loadu_si128((const __m128i*)p);
         w[j] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
@@ -119,8 +128,8 @@ struct Int8 {
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const __m512 a = _mm512_load_ps(x + (line * MR + m) * kStep + 16 * i);
-#pragma GCC unroll 2
-        for (int j = 0; j < kPair; ++j) acc[m * kPair + j] = _mm512_fmadd_ps(a, w[j], acc[m * kPair + j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) acc[m * N + j] = _mm512_fmadd_ps(a, w[j], acc[m * N + j]);
       }
     }
   }
@@ -140,7 +149,7 @@ struct Int4 {
   }
 
   // Word l of a line holds the nibbles of k = 8l … 8l + 7: vector i of x takes k = 8l + i into its lane l.
-  void prepare(const QuantizedLinear& p, int64_t row, X* x, int64_t stride, float*) const {
+  void prepare(const QuantizedLinear& p, int64_t row, X* x, int64_t stride, RowOfX*) const {
     alignas(64) float plain[kStep];
     for (int64_t start = 0; start < p.in; start += kStep, x += stride) {
       for (int64_t k = 0; k < kStep; k += 16)
@@ -150,14 +159,14 @@ struct Int4 {
     }
   }
 
-  template <int MR, bool Tail>
+  template <int MR, bool Tail, int N = wide(MR)>
   inline __attribute__((always_inline)) void step(Sum (&acc)[kSums], const X* x, const Rows& rows, int64_t line,
                                                   int64_t left) const {
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    __m512i q[kPair];
-    __m512 scale[kPair];
-#pragma GCC unroll 2
-    for (int j = 0; j < kPair; ++j) {
+    __m512i q[N];
+    __m512 scale[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
       const uint8_t* p = rows.bytes[j] + line * kLine;
       q[j] = Tail ? _mm512_maskz_loadu_epi8(first_bytes((left + 1) / 2), p) : _mm512_loadu_si512(p);
       const int64_t present = Tail ? std::min(groups, (left + group - 1) / group) : groups;
@@ -166,35 +175,35 @@ struct Int4 {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      __m512 w[kPair];
-#pragma GCC unroll 2
-      for (int j = 0; j < kPair; ++j)  // the permutation reads the low four bits of each index
+      __m512 w[N];
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j)  // the permutation reads the low four bits of each index
         w[j] = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(q[j], 4 * i), values), scale[j]);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const __m512 a = _mm512_load_ps(x + (line * MR + m) * kStep + 16 * i);
-#pragma GCC unroll 2
-        for (int j = 0; j < kPair; ++j) acc[m * kPair + j] = _mm512_fmadd_ps(a, w[j], acc[m * kPair + j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) acc[m * N + j] = _mm512_fmadd_ps(a, w[j], acc[m * N + j]);
       }
     }
   }
 };
 
-// Add products of unsigned x and signed w to acc, four in a lane. As text: the other functions need no VNNI.
-FASTLM_INLINE __m512i dot(__m512i acc, __m512i x, __m512i w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+// Add products of unsigned a and signed b to acc, four in a lane. As text: the other functions need no VNNI.
+FASTLM_INLINE __m512i dot(__m512i acc, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
   return acc;
 }
 
 struct Dynamic {
-  using X = uint8_t;
+  using X = int8_t;
   using Sum = __m512i;
   static constexpr int64_t kStep = 64;
 
   explicit Dynamic(const QuantizedLinear&) {}
 
-  // Round a row to scale·(x - 128). A number that is not finite makes the scale, and so the row of y, NaN.
-  void prepare(const QuantizedLinear& p, int64_t row, X* x, int64_t stride, float* scale) const {
+  // Round a row to scale·x. A number that is not finite makes the scale, and so the row of y, NaN.
+  void prepare(const QuantizedLinear& p, int64_t row, X* x, int64_t stride, RowOfX* rows) const {
     __m512i most = _mm512_setzero_si512();
     for (int64_t k = 0; k < p.in; k += 16) {
       const __m512 v = load_number(p.x, row * p.in + k, p.number, first(p.in - k));
@@ -206,68 +215,68 @@ struct Dynamic {
       std::memcpy(&s, &largest, 4);
       s = std::max(s / 127.f, std::numeric_limits<float>::min());
     }
-    scale[row] = s;
+    __m512i total = _mm512_setzero_si512();
     for (int64_t start = 0; start < p.in; start += kStep, x += stride)
       for (int64_t k = 0; k < kStep; k += 16) {
         const __m512 v = load_number(p.x, row * p.in + start + k, p.number, first(p.in - start - k));
         const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(v, _mm512_set1_ps(s)));
-        _mm_store_si128((__m128i*)(x + k), _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(128))));
+        total = _mm512_add_epi32(total, q);
+        _mm_store_si128((__m128i*)(x + k), _mm512_cvtepi32_epi8(q));
       }
+    rows[row] = {s, static_cast<int32_t>(128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(total)))};
   }
 
-  template <int MR, bool Tail>
+  template <int MR, bool Tail, int N = wide(MR)>
   inline __attribute__((always_inline)) void step(Sum (&acc)[kSums], const X* x, const Rows& rows, int64_t line,
                                                   int64_t left) const {
-    __m512i w[kPair];
-#pragma GCC unroll 2
-    for (int j = 0; j < kPair; ++j) {
+    __m512i w[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
       const uint8_t* p = rows.bytes[j] + line * kLine;
       w[j] = Tail ? _mm512_maskz_loadu_epi8(first_bytes(left), p) : _mm512_loadu_si512(p);
+      w[j] = _mm512_xor_si512(w[j], _mm512_set1_epi8(-128));  // + 128: one factor must be unsigned
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const __m512i a = _mm512_load_si512(x + (line * MR + m) * kStep);
-#pragma GCC unroll 2
-      for (int j = 0; j < kPair; ++j) acc[m * kPair + j] = dot(acc[m * kPair + j], a, w[j]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) acc[m * N + j] = dot(acc[m * N + j], w[j], a);
     }
   }
 };
 
+// `next`: bytes from each weight row to the one that is fetched meanwhile.
 template <class Kind, int MR>
-void tile(const Kind& kind, const typename Kind::X* x, const Rows& rows, int64_t ahead, int64_t begin, int64_t end,
+void tile(const Kind& kind, const typename Kind::X* x, const Rows& rows, int64_t next, int64_t begin, int64_t end,
           int64_t in, float* sum) {
+  constexpr int N = wide(MR);
   typename Kind::Sum acc[kSums], before;
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < kSums; ++i) from_bits(_mm512_setzero_ps(), acc[i]);
   const int64_t whole = std::min(end, in / Kind::kStep);
   for (int64_t line = begin; line < whole; ++line) {
-    // The next pair: rows of a weight are too short, and in too many pages, for the hardware to foresee.
-#pragma GCC unroll 2
-    for (int j = 0; j < kPair; ++j) _mm_prefetch(rows.bytes[j] + ahead + line * kLine, _MM_HINT_T0);
+    // Rows of a weight are too short, and in too many pages, for the hardware to foresee.
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) _mm_prefetch(rows.bytes[j] + next + line * kLine, _MM_HINT_T0);
     kind.template step<MR, false>(acc, x, rows, line, 0);
   }
   if (whole < end) kind.template step<MR, true>(acc, x, rows, whole, in - whole * Kind::kStep);
-  from_bits(_mm512_loadu_ps(sum), before);
-  _mm512_storeu_ps(sum, bits(add(sums(acc), before)));
-}
-
-// 128 · Σ_k weight[k], which the offset of x adds to each sum.
-int32_t offset(const int8_t* w, int64_t in) {
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t k = 0; k < in; k += kLine)
-    total = dot(total, _mm512_set1_epi8(1), _mm512_maskz_loadu_epi8(first_bytes(in - k), w + k));
-  return static_cast<int32_t>(128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(total)));
+#pragma GCC unroll 2
+  for (int i = 0; i < MR * N; i += 16) {
+    from_bits(_mm512_load_ps(sum + i), before);
+    _mm512_store_ps(sum + i, bits(add(sums(acc + i), before)));
+  }
 }
 
 struct Sizes {
-  int64_t lines, padded, x_bytes, scale_bytes;
+  int64_t lines, padded, x_bytes, row_bytes;
 };
 
 template <class Kind>
 Sizes sizes(const QuantizedLinear& p) {
   const int64_t lines = (p.in + Kind::kStep - 1) / Kind::kStep, padded = lines * Kind::kStep;
   const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  return {lines, padded, aligned(p.rows * padded * int64_t(sizeof(typename Kind::X))), aligned(p.rows * 4)};
+  return {lines, padded, aligned(p.rows * padded * int64_t(sizeof(typename Kind::X))), aligned(p.rows * int64_t(sizeof(RowOfX)))};
 }
 
 template <class Kind>
@@ -275,59 +284,57 @@ void run(const QuantizedLinear& p) {
   using X = typename Kind::X;
   constexpr bool dynamic = std::is_same<Kind, Dynamic>::value, int4 = std::is_same<Kind, Int4>::value;
   using Tile = decltype(&tile<Kind, 1>);
-  const Tile tiles[kRows] = {tile<Kind, 1>, tile<Kind, 2>, tile<Kind, 3>, tile<Kind, 4>,
-                             tile<Kind, 5>, tile<Kind, 6>, tile<Kind, 7>, tile<Kind, 8>};
+  const Tile tiles[kRows] = {tile<Kind, 1>, tile<Kind, 2>, tile<Kind, 3>, tile<Kind, 4>, tile<Kind, 5>, tile<Kind, 6>};
   const Kind kind(p);
   const Sizes size = sizes<Kind>(p);
   X* const x = static_cast<X*>(p.workspace);
-  float* const x_scale = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + size.x_bytes);
+  RowOfX* const rows_of_x = reinterpret_cast<RowOfX*>(static_cast<char*>(p.workspace) + size.x_bytes);
   const uint8_t* const weight = static_cast<const uint8_t*>(p.weight);
   const int64_t row_bytes = int4 ? (p.in + 1) / 2 : p.in, row_scales = int4 ? (p.in + p.group - 1) / p.group : 1;
-  const int64_t pairs = (p.out + 1) / 2;
+  const int64_t blocks = (p.out + kBlock - 1) / kBlock;
 
   parallel(p.threads, [&](Member& member) {
     for (int64_t m = member.begin(p.rows); m < member.end(p.rows); ++m) {
       const int64_t top = m / kRows * kRows, height = std::min<int64_t>(kRows, p.rows - top);
-      kind.prepare(p, m, x + top * size.padded + (m - top) * Kind::kStep, height * Kind::kStep, x_scale);
+      kind.prepare(p, m, x + top * size.padded + (m - top) * Kind::kStep, height * Kind::kStep, rows_of_x);
     }
     if (member.count > 1) member.meet();
 
-    alignas(64) float sum[kPairs * kSums];  // [pair][row of the tile][column of the pair], or integers in these bits
-    alignas(64) float row[kPairs * kPair] = {};
-    alignas(64) int32_t offsets[kPairs * kPair] = {};
-    const int64_t last = member.end(pairs);
-    for (int64_t block = member.begin(pairs); block < last; block += kPairs) {
-      const int64_t count = std::min(kPairs, last - block), n0 = block * kPair;
-      const int64_t width = std::min(count * kPair, p.out - n0);
-      if (dynamic)
-        for (int64_t n = 0; n < width; ++n)
-          offsets[n] = offset(static_cast<const int8_t*>(p.weight) + (n0 + n) * p.in, p.in);
+    alignas(64) float sum[kBlock / 4 * kSums];  // [tile][row of x][row of the weight], or integers in these bits
+    alignas(64) float row[kBlock] = {};
+    for (int64_t block = member.begin(blocks); block < member.end(blocks); ++block) {
+      const int64_t n0 = block * kBlock, width = std::min(kBlock, p.out - n0);
       for (int64_t m = 0; m < p.rows; m += kRows) {
-        const int height = static_cast<int>(std::min<int64_t>(kRows, p.rows - m));
-        const int64_t chunk = kCache / (height * Kind::kStep * int64_t(sizeof(X)) + 2 * kPair * kLine);
+        const int height = static_cast<int>(std::min<int64_t>(kRows, p.rows - m)), across = wide(height);
+        const int64_t count = (width + across - 1) / across;
+        const int64_t chunk = kCache / (height * Kind::kStep * int64_t(sizeof(X)) + 2 * across * kLine);
+        const int64_t pass = m / kRows, passes = (p.rows + kRows - 1) / kRows;
         std::fill_n(sum, count * kSums, 0.f);
         for (int64_t line = 0; line < size.lines; line += chunk)
-          for (int64_t pair = 0; pair < count; ++pair) {
+          for (int64_t i = 0; i < count; ++i) {
             Rows rows;
-            for (int j = 0; j < kPair; ++j) {
-              const int64_t n = std::min(n0 + pair * kPair + j, p.out - 1);  // an odd last row is taken twice
+            for (int j = 0; j < across; ++j) {
+              const int64_t n = std::min(n0 + i * across + j, p.out - 1);  // what is missing is taken again
               rows.bytes[j] = weight + n * row_bytes;
               rows.scale[j] = p.scale + n * row_scales;
             }
-            tiles[height - 1](kind, x + m * size.padded, rows, kPair * row_bytes, line,
-                              std::min(line + chunk, size.lines), p.in, sum + pair * kSums);
+            // The next tile, or a share of the next block, which all passes together bring into L2.
+            const int64_t next = passes > 1 && i % passes == pass ? kBlock : across;
+            tiles[height - 1](kind, x + m * size.padded, rows, next * row_bytes, line,
+                              std::min(line + chunk, size.lines), p.in, sum + i * kSums);
           }
         for (int i = 0; i < height; ++i) {
-          for (int64_t pair = 0; pair < count; ++pair)  // not a gather: mitigations have made those slow
-            std::memcpy(row + pair * kPair, sum + pair * kSums + i * kPair, kPair * sizeof(float));
+          for (int64_t t = 0; t < count; ++t)  // not a gather: mitigations have made those slow
+            std::memcpy(row + t * across, sum + t * kSums + i * across, across * sizeof(float));
           for (int64_t n = 0; n < width; n += 16) {
             const __mmask16 mask = first(width - n);
             const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + n0 + n) : _mm512_setzero_ps();
             __m512 v = _mm512_load_ps(row + n);
             __m512 scale = int4 ? _mm512_set1_ps(1.f) : _mm512_maskz_loadu_ps(mask, p.scale + n0 + n);
             if (dynamic) {
-              v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(v), _mm512_load_si512(offsets + n)));
-              scale = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale[m + i]));
+              const RowOfX& of = rows_of_x[m + i];
+              v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(of.offset)));
+              scale = _mm512_mul_ps(scale, _mm512_set1_ps(of.scale));
             }
             store_number(p.y, (m + i) * p.out + n0 + n, p.number, mask, _mm512_fmadd_ps(v, scale, bias));
           }
@@ -343,7 +350,7 @@ size_t quantized_linear_workspace(const QuantizedLinear& p) {
   const Sizes size = p.kind == QuantizedWeight::int8   ? sizes<Int8>(p)
                      : p.kind == QuantizedWeight::int4 ? sizes<Int4>(p)
                                                        : sizes<Dynamic>(p);
-  return size.x_bytes + size.scale_bytes;
+  return size.x_bytes + size.row_bytes;
 }
 
 void quantized_linear(const QuantizedLinear& p) {

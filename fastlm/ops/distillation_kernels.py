@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable
-from fastlm.ops.distillation import reference, scatter_topk
+from fastlm.ops.distillation import DIVERGENCES, reference, scatter_topk
 from fastlm.ops.head import Head, block_rows, scaled
-from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
+from fastlm.ops.loss_kernels import Logits, accumulator
 
 STATICS = ("str divergence, float beta, float temperature, float hard_weight, int ignore_index, str reduction, "
            "bool single")
+
+ACCEPTS = {*DIVERGENCES, *(f"{d}, {form}" for d in DIVERGENCES for form in ("temperature", "hard", "logits, none")),
+           "jsd of 0.0", "jsd of 0.1", "jsd of 1.0", "top-k", "top-k, jsd", "sum", "hard only", "all ignored",
+           "several blocks", "many classes", "one class", "one row", "no rows", "outliers"}
 
 
 class Sweep:
@@ -23,7 +27,7 @@ class Sweep:
 
     Args:
         name: of the operators.
-        kernels: like `loss_kernels.LossKernels`.
+        kernels: has `distil` of `loss_kernels.LossKernels`.
         products: `products(x)` returns the dtype of logits and products for hidden states like x.
     """
 
@@ -95,36 +99,15 @@ class Sweep:
         beta = {"forward_kl": 1.0, "reverse_kl": 0.0}.get(divergence, beta)
         for start in range(0, head.rows, max(rows, 1)):
             part = slice(start, min(start + rows, head.rows))
-            z = head.logits(part, buffers[0])
-            student = Logits(z, biases[0], 0.0, 1 / temperature)
+            student = Logits(head.logits(part, buffers[0]), biases[0], 0.0, 1 / temperature)
             teacher = Logits(teach(part, buffers[1]), biases[1], 0.0, 1 / temperature)
-            rows_of, sums = self._read(student, teacher, head.sums)
-            value = new_sums(len(z), head.sums, x.device)[:, 4:].contiguous()
-            self.kernels.divergence_read(student, teacher, divergence, beta, rows_of, value)
-            loss = soft_weight * (beta * value[:, 0] + (1 - beta) * value[:, 1])
-            if hard_weight:
-                sums = new_sums(len(z), head.sums, x.device)
-                hard = self.kernels.read(Logits(z, biases[0]), Targets(target[part]), sums)
-                loss = loss + hard_weight * (sums[:, 1].log() - (sums[:, 3] - sums[:, 0]))
+            gradient = teacher.z if any(needs) else None  # written over
+            loss = self.kernels.distil(student, teacher, target[part] if hard_weight else None, divergence, beta,
+                                       soft_weight, hard_weight, scale[part], gradient)
             losses[part] = torch.where(kept[part], loss, 0)
             if any(needs):
-                gradient = teacher.z  # written over
-                self.kernels.divergence_gradient(student, teacher, divergence, beta, rows_of, value,
-                                                 scale[part] * (soft_weight / temperature), gradient)
-                if hard_weight:
-                    up = hard_weight * scale[part]
-                    factors = torch.stack((sums[:, 0], sums[:, 1], up, torch.zeros_like(up), up), 1)
-                    self.kernels.gradient(hard, factors, gradient, add=True)
                 head.pull(part, gradient)
         return losses, head.gradients()
-
-    def _read(self, student, teacher, dtype):
-        found = []
-        for logits in (student, teacher):
-            sums = new_sums(len(logits.z), dtype, logits.z.device)
-            self.kernels.read(logits, Targets(), sums)
-            found += [sums[:, 0], sums[:, 1].log()]
-        return torch.stack(found, 1), sums
 
 
 def _teacher(tensors, dtype):

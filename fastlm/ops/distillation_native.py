@@ -3,13 +3,9 @@
 import torch
 
 import fastlm._native as _native
-from fastlm.ops.distillation import DIVERGENCES
-from fastlm.ops.distillation_kernels import Sweep
+from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
 from fastlm.ops.loss_kernels import LossKernels
 
-ACCEPTS = {*DIVERGENCES, *(f"{d}, {form}" for d in DIVERGENCES for form in ("temperature", "hard", "logits, none")),
-           "jsd of 0.0", "jsd of 0.1", "jsd of 1.0", "top-k", "top-k, jsd", "sum", "hard only", "all ignored",
-           "several blocks", "many classes", "one class", "one row", "no rows", "outliers"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
 
@@ -37,3 +33,5 @@ def _products(x):
 
 _sweep = Sweep("distillation_native", LossKernels(_native), _products)
 run = _sweep.run
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]

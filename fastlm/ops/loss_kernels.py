@@ -77,6 +77,33 @@ class LossKernels:
         self.native.loss_gradient(logits.z.element_size(), tile, _logits(logits), _targets(targets), rows.data_ptr(),
                                   out.data_ptr(), out.stride(0), add)
 
+    def distil(self, student: Logits, teacher: Logits, target: Tensor | None, kind: str, beta: float, soft: float,
+               hard: float, scale: Tensor, out: Tensor | None) -> Tensor:
+        """Return losses `[R]`: soft·divergence + hard·cross-entropy of `target`, and write their gradients to `out`.
+
+        Both logits' scale is the inverse temperature, which the cross-entropy is without. The divergence is
+        beta·Σ q·log(q/·) + (1 - beta)·Σ p·log(p/·), as in csrc/loss.h; `out` `[R, C]`, which may be either's logits,
+        gets `scale` `[R]` times the gradient for `student.z`, where it is given.
+        """
+        found = []
+        for logits in (student, teacher):
+            sums = new_sums(len(logits.z), scale.dtype, logits.z.device)
+            self.read(logits, Targets(), sums)
+            found += [sums[:, 0], sums[:, 1].log()]
+        rows, value = torch.stack(found, 1), scale.new_zeros(len(scale), 2)
+        self.divergence_read(student, teacher, kind, beta, rows, value)
+        loss = soft * (beta * value[:, 0] + (1 - beta) * value[:, 1])
+        if hard:
+            sums = new_sums(len(student.z), scale.dtype, scale.device)
+            state = self.read(student._replace(scale=1.0), Targets(target), sums)
+            loss = loss + hard * (sums[:, 1].log() - (sums[:, 3] - sums[:, 0]))
+        if out is not None:
+            self.divergence_gradient(student, teacher, kind, beta, rows, value, scale * (soft * student.scale), out)
+        if out is not None and hard:
+            up = hard * scale
+            self.gradient(state, torch.stack((sums[:, 0], sums[:, 1], up, torch.zeros_like(up), up), 1), out, add=True)
+        return loss
+
     def divergence_read(self, student: Logits, teacher: Logits, kind: str, beta: float, rows: Tensor,
                         divergence: Tensor) -> None:
         """Add Σ q·log(q/·) and Σ p·log(p/·) to `divergence` `[R, 2]`, where the kind has them.

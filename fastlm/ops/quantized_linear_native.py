@@ -14,7 +14,7 @@ ACCEPTS |= {"groups of 32", "groups of 128"}
 NUMBERS = {dtype: i for i, dtype in enumerate(DTYPES)}
 MOST_INPUTS = 1 << 17  # 127·127·K must fit in 32 bits
 ROW = "benchmarks/LOG.md 2026-11-24"
-MOST_ROWS = {"int8": (256, 128), "int8_dynamic": (16, 64), "int4": (1024, 512)}  # float32, 16 bits
+MOST_ROWS = {"int8": 512, "int8_dynamic": 256, "int4": 1024}
 
 
 def cannot(x, weight, scale, bias, mode, group_size):
@@ -32,11 +32,8 @@ def cannot(x, weight, scale, bias, mode, group_size):
 def loses(x, weight, scale, bias, mode, group_size):
     if mode == "int8_dynamic" and amx:
         return "stock's _int_mm runs on AMX: not yet measured there"
-    narrow, rows = x.dtype is not torch.float32, x.shape[0]
-    if mode == "int8_dynamic" and rows == 1 and not narrow:
-        return f"stock's _int_mm is faster at one row of float32: {ROW}"
-    if rows > MOST_ROWS[mode][narrow]:
-        return f"stock is as fast or faster above {MOST_ROWS[mode][narrow]} rows: {ROW}"
+    if x.shape[0] > MOST_ROWS[mode]:
+        return f"stock is as fast or faster above {MOST_ROWS[mode]} rows: {ROW}"
     return None
 
 
