@@ -1,7 +1,25 @@
 """Options and fixtures that every test file shares."""
 
+import os
+
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(fn):
+        """Patch the language for a kernel, and as its own library sees it, until the kernel has run."""
+        scope = patch(fn)
+        scope._changes += patch(tl.zeros.fn)._changes
+        return scope
+
+    # Each call of a function would patch it again, which took half of a test's time.
+    interpreter._patch_lang = patch_once
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
 def pytest_addoption(parser):

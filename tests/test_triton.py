@@ -4,6 +4,7 @@ The launches come from the functions that the implementations use themselves, on
 what would run. `pytest tests/test_triton.py -s` prints the table.
 """
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -26,7 +27,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastlm.ops import (  # noqa: E402
     activation_triton,
-    attention_triton,
+    attention_launch_triton,
     cross_entropy_triton,
     distillation_triton,
     dropout_triton,
@@ -36,14 +37,14 @@ from fastlm.ops import (  # noqa: E402
     rotary_triton,
     softmax_triton,
 )
+from fastlm.ops.attention_common import Options  # noqa: E402
 from fastlm.ops.loss_kernels import Logits, Targets  # noqa: E402
 
 GENERATIONS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin"
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-          torch.int64: "i64", torch.bool: "i1", torch.int8: "i8",
-          torch.uint8: "u8"}
+          torch.int32: "i32", torch.int64: "i64", torch.bool: "u1", torch.int8: "i8", torch.uint8: "u8"}
 
 
 class Resources(NamedTuple):
@@ -77,13 +78,14 @@ def resources(plan, generation) -> Resources:
 
 def _specialise(parameter, value):
     """Return (type, divisible by 16), as Triton's launcher specialises an argument."""
-    if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+    special = not parameter.do_not_specialize
+    if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return f"*{DTYPES[value.dtype]}", True
     if isinstance(value, float):
         return "fp32", False
-    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    return "i32" if -(2**31) <= value < 2**31 else "i64", special and value % 16 == 0
 
 
 def _ptxas(ptx, generation):
@@ -222,28 +224,52 @@ def distillation_cases(generation):
 def attention_cases(generation):
     masks = {kind: tensor(1, 16, 2048, 2048, dtype=kind) for kind in (torch.bool, torch.float32)}
     for dim in (64, 128, 256):
-        yield from attention(generation, f"D={dim} float16 causal", dim, torch.float16, causal=True)
-        yield from attention(generation, f"D={dim} float32 causal", dim, torch.float32, causal=True, forward_spills=160,
+        yield from attention(generation, f"D={dim} float16 causal", dim, torch.float16, is_causal=True)
+        yield from attention(generation, f"D={dim} float32 causal", dim, torch.float32, is_causal=True,
                              deep=dim > 64 or generation == 100)
     # One generation stands for all where only loads and comparisons are added.
+    other = generation != 90
     for kind, mask in masks.items():
-        yield from attention(generation, f"D=64 bfloat16 {kind} mask", 64, torch.bfloat16, mask=mask,
-                             deep=generation != 90)
-    yield from attention(generation, "D=80 Dv=48 bfloat16", 80, torch.bfloat16, value_dim=48, deep=generation != 90)
+        yield from attention(generation, f"D=64 bfloat16 {kind} mask", 64, torch.bfloat16, mask=mask, deep=other)
+        yield from attention(generation, f"D=128 bfloat16 {kind} mask", 128, torch.bfloat16, mask=mask, deep=True)
+    yield from attention(generation, "D=80 Dv=48 bfloat16", 80, torch.bfloat16, value_dim=48, deep=other)
+    ids = tensor(2, 2048, dtype=torch.int32)
+    features = {"softcap, window": dict(softcap=30.0, left=256, right=0, sinks=tensor(16)),
+                "dropout": dict(dropout_p=0.1, draws=tensor(2, 16, 2048, dtype=torch.int64)),
+                "alibi": dict(slopes=tensor(1, 16), is_causal=True),
+                "documents": dict(query_ids=ids, key_ids=ids, lengths=tensor(2, dtype=torch.int64), is_causal=True)}
+    for dim, (name, given) in itertools.product((64, 128), features.items()):
+        yield from attention(generation, f"D={dim} bfloat16 {name}", dim, torch.bfloat16, **given,
+                             deep=other or (dim, name) not in ((64, "softcap, window"), (128, "dropout")))
+    yield from decoding(generation, other)
 
 
-def attention(generation, label, dim, dtype, causal=False, mask=None, value_dim=None, forward_spills=0, deep=False):
+def decoding(generation, deep):
+    """Yield the launches of a step of generation from pages: two queries of 16 heads, keys split."""
+    pool = tensor(512, 16, 4, 128, dtype=torch.bfloat16).transpose(1, 2)
+    q, lse = tensor(1, 16, 16, 128, dtype=torch.bfloat16), tensor(1, 16, 16)
+    call = attention_launch_triton.Call(
+        q, pool, pool, *[None] * 3, tensor(8, dtype=torch.int32), *[None] * 3, Options(scale=0.1, right=0),
+        cu_q=tensor(9, dtype=torch.int32), table=tensor(8, 64, dtype=torch.int32), max_q=2, max_k=1024)
+    parts, sums = tensor(4, *q.shape), tensor(4, *lse.shape)
+    yield Case("pages", attention_launch_triton.plan_forward(call, parts, sums, lse, 4), generation, deep=deep)
+    yield Case("parts", attention_launch_triton.plan_combine(parts, sums, q, lse, 4), generation, deep=deep)
+
+
+def attention(generation, label, dim, dtype, value_dim=None, deep=False, **given):
     """Yield the launches of a training step of attention, 2048 tokens long, 4 query heads to a key head."""
-    q, k = tensor(2, 16, 2048, dim, dtype=dtype), tensor(2, 4, 2048, dim, dtype=dtype)
-    v, o = (tensor(2, heads, 2048, value_dim or dim, dtype=dtype) for heads in (4, 16))
-    lse = tensor(2, 16, 2048)
-    inputs = (q, k, v, mask, o, lse, lse)
-    dmask = None if mask is None or mask.dtype is torch.bool else tensor(2, 16, 2048, 2048)
-    forward = attention_triton.plan_forward(q, k, v, mask, o, lse, causal, 0.1)
-    yield Case(label, forward, generation, forward_spills, deep)
-    for plan in (attention_triton.plan_delta(o, o, lse),
-                 attention_triton.plan_keys(*inputs, k, v, causal, 0.1),
-                 attention_triton.plan_queries(*inputs, q, dmask, causal, 0.1)):
+    q, k, v = (tensor(2, heads, 2048, d, dtype=dtype) for heads, d in ((16, dim), (4, dim), (4, value_dim or dim)))
+    fields = attention_launch_triton.Call._fields
+    options = Options(scale=0.1, **{name: given.pop(name) for name in list(given) if name not in fields})
+    call = attention_launch_triton.Call(q, k, v, **dict.fromkeys(fields[3:10]) | given, options=options)
+    out, lse = tensor(*q.shape[:3], v.size(3), dtype=dtype), tensor(*q.shape[:3])
+    yield Case(label, attention_launch_triton.plan_forward(call, out, lse, lse, 1), generation, deep=deep)
+    plans = [attention_launch_triton.plan_delta(out, out, lse, lse, lse),
+             attention_launch_triton.plan_keys(call, lse, lse, out, k, v),
+             attention_launch_triton.plan_queries(call, lse, lse, out, q)]
+    if call.mask is not None and call.mask.is_floating_point():
+        plans.append(attention_launch_triton.plan_mask(call, lse, lse, out))
+    for plan in plans:
         yield Case(label, plan, generation, 160, deep)
 
 
@@ -254,7 +280,8 @@ CASES = [case for generation in GENERATIONS for kind in KINDS for case in kind(g
 
 def title(index):
     case = CASES[index]
-    return f"{case.plan[0].fn.__module__.split('.')[-1]}-{case.plan[0].fn.__name__}-{case.label}-sm_{case.generation}"
+    name = case.plan[2].get("KIND", case.plan[0].fn.__name__)
+    return f"{case.plan[0].fn.__module__.split('.')[-1]}-{name}-{case.label}-sm_{case.generation}"
 
 
 def compile_case(index) -> Resources:

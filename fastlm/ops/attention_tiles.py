@@ -3,7 +3,8 @@
 The scores of one tile are all that ever exists of them, so memory is linear in the lengths. Keys that no query of a
 tile sees (causality, window, lengths, documents) are not touched. Two engines compute a tile: SDPA's flash kernel,
 given the tile's mask and, in backward, the log-sum-exp with the sinks in it; and plain matrix products, for what that
-kernel lacks: softcap, dropout, Dv ≠ D, the gradients of a mask and through the log-sum-exp. Backward computes the
+kernel lacks: softcap, dropout, Dv ≠ D, the gradients of a mask and through the log-sum-exp; and for the gradients of
+ALiBi, whose far weights are denormal numbers, which take that kernel four times as long. Backward computes the
 probabilities again from the log-sum-exp. A query that sees nothing has a log-sum-exp of +∞ here: exp(s - lse) is 0.
 """
 
@@ -19,6 +20,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 ROWS = 128  # queries in a tile
 TILE_BYTES = 4 << 20  # of scores in a tile that is computed by matrix products
+NOTHING = -64.0  # weights below exp of this are 0 to every rounding; as denormal numbers they would slow the products
 ID_BLOCK = 64  # keys that are skipped together if their documents are none of the tile's
 
 
@@ -82,7 +84,8 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
     else:
         through_lse = bool(dlse.any())
         delta = (out.to(lse.dtype) * dout).sum(3) - dlse
-        products = options.softcap or options.dropout_p or needs[3] or through_lse or out.size(3) != call.query.size(3)
+        products = (options.softcap or options.dropout_p or needs[3] or through_lse or call.slopes is not None
+                    or out.size(3) != call.query.size(3))
         if any(needs[:4]):
             (_backward_products if products else _backward_flash)(call, out, lse, dout, delta, found)
     if needs[4]:
@@ -406,7 +409,10 @@ def _backward_products(call, out, lse, dout, delta, found):
         g = _flat(work.queries(dout, piece))
         tanh = work.buffer(2, piece) if capped else None
         weights = work.scores(q, k, piece, tanh)
-        weights.sub_(work.queries(lse, piece)[..., None]).exp_()
+        weights.sub_(work.queries(lse, piece)[..., None])
+        if call.slopes is not None:
+            torch.threshold_(weights, NOTHING, -torch.inf)
+        weights.exp_()
         slope = work.buffer(1, piece)  # the gradient of the weights, then of the scores
         torch.bmm(g, v.mT, out=_flat(slope))
         dropped = None if work.random is None else work.dropped(piece)

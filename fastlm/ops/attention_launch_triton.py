@@ -1,0 +1,332 @@
+"""Launch the kernels of attention_kernels_triton.py: block sizes, grids and arguments of attention and varlen_attn."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastlm.ops.attention_common import Options
+from fastlm.ops.attention_kernels_triton import (
+    attention_kernel,
+    combine_kernel,
+    delta_kernel,
+    documents_kernel,
+)
+from fastlm.ops.triton_kernels import INTERPRETED, cannot_here, launch, multiprocessors
+
+LOG2_E = 1.4426950408889634
+
+
+class Call(NamedTuple):
+    """A call of attention as the kernels see it.
+
+    Packed sequences are one row of a batch that `cu_q` and `cu_k` cut; pages are rows of a batch that `table` names.
+    """
+
+    query: Tensor  # [B, H, Sq, D]
+    key: Tensor  # [B, H_kv, Sk, D]
+    value: Tensor  # [B, H_kv, Sk, Dv]
+    mask: Tensor | None  # broadcasts to [B, H, Sq, Sk]
+    sinks: Tensor | None  # [H]
+    slopes: Tensor | None  # [B or 1, H]
+    lengths: Tensor | None  # [B]
+    query_ids: Tensor | None  # [B, Sq]
+    key_ids: Tensor | None  # [B, Sk]
+    draws: Tensor | None  # [B, H, Sq]
+    options: Options
+    cu_q: Tensor | None = None  # [B + 1]
+    cu_k: Tensor | None = None  # [B + 1]
+    table: Tensor | None = None  # [B, max_pages]
+    max_q: int | None = None  # the longest sequence, where there are cu_q
+    max_k: int | None = None
+    splits: int | None = None  # as num_splits of varlen_attn
+
+    @property
+    def rows(self) -> int:
+        return self.query.size(0) if self.cu_q is None else self.cu_q.size(0) - 1
+
+    @property
+    def group(self) -> int:
+        return self.query.size(1) // self.key.size(1)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The most queries and the most keys that a row may have."""
+        keys = self.key.size(2) if self.table is None else self.table.size(1) * self.key.size(2)
+        return (self.query.size(2) if self.max_q is None else min(self.max_q, self.query.size(2)),
+                keys if self.max_k is None else min(self.max_k, keys))
+
+
+def cannot(query: Tensor, value: Tensor) -> str | None:
+    """Return why these tensors have no kernel, or None."""
+    widest = max(query.size(-1), value.size(-1))
+    return cannot_here(query) or (f"head size {widest} is above 256" if widest > 256 else None)
+
+
+def forward(call: Call, out: Tensor, lse: Tensor) -> None:
+    """Write the output and the log-sum-exp; rows are numbered as in `lse`, whose strides are those of its view.
+
+    Args:
+        call: the inputs.
+        out: contiguous, the output.
+        lse: `[B, H, Sq]`, float32, a view of contiguous memory laid out like `out`.
+    """
+    if not out.numel():
+        lse.fill_(-torch.inf)
+        return
+    splits = _splits(call)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = out.new_empty(splits, *out.shape, dtype=torch.float32)
+        # Rows of no sequence stay as they are here.
+        part_lse = lse.new_full((splits, lse.numel()), -torch.inf)
+    launch(plan_forward(call, parts, part_lse, lse, splits), lse)
+    if splits > 1:
+        launch(plan_combine(parts, part_lse, out, lse, splits), lse)
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, needs: list[bool],
+             like: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Return the gradients of query, key, value, mask and sinks, those that `needs` asks for.
+
+    Args:
+        call: the inputs.
+        out: the output.
+        lse: the log-sum-exp, `[B, H, Sq]` as in `forward`.
+        dout: gradient of the output, a view `[B, H, Sq, Dv]`.
+        dlse: gradient of the log-sum-exp in the layout of `lse`.
+        needs: whose gradients.
+        like: query, key, value, mask and sinks as the caller has them: the shapes of what is returned.
+    """
+    found = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) if n else None
+             for t, n in zip(like, needs, strict=True)]
+    dq, dk, dv, dmask, dsinks = found
+    if not out.numel():
+        return found
+    if call.longest[1] == 1 and call.sinks is None and call.cu_q is None and not call.options.return_lse:
+        dq = dk = dmask = None  # the softmax over one key is constant, so zeros are exact
+    delta = torch.empty_like(lse)
+    launch(plan_delta(out, dout, dlse, lse, delta), lse)
+    upstream = (lse, delta, dout)
+    if dq is not None:
+        launch(plan_queries(call, *upstream, dq), lse)
+    if (dk is not None or dv is not None) and call.key.numel():
+        launch(plan_keys(call, *upstream, dk, dv), lse)
+    if dmask is not None and dmask.numel():
+        plan = plan_mask(call, *upstream)
+        launch(plan, lse)
+        found[3] = plan[2]["dmask"].sum_to_size(dmask.shape).to(dmask.dtype)
+    if dsinks is not None:
+        shares = torch.where(lse == -torch.inf, 0, (call.sinks[:, None] - lse).exp())
+        found[4] = -(shares * delta).sum((0, 2)).to(dsinks.dtype)
+    return found
+
+
+def draws(query: Tensor) -> Tensor:
+    """Draw from torch's generator the bits that decide what dropout drops of each row of queries, `[B, H, Sq]`."""
+    return torch.randint(-(2**63), 2**63 - 1, query.shape[:3], device=query.device)
+
+
+def dropped(call: Call) -> Tensor:
+    """Return which weights dropout drops, `[B, H, Sq, Sk]`, as the kernels find it."""
+    def low(x):
+        return x & 0xFFFFFFFF
+
+    bits = call.draws[..., None]
+    mixed = low(torch.arange(call.key.size(2), device=bits.device) * 0x9E3779B9) ^ low(bits)
+    mixed = low((mixed ^ (mixed >> 16)) * 0x85EBCA6B) ^ low(bits >> 32)
+    mixed = low((mixed ^ (mixed >> 13)) * 0xC2B2AE35)
+    mixed = mixed ^ (mixed >> 16)
+    return mixed - ((mixed >> 31) << 32) < _threshold(call.options.dropout_p)
+
+
+# --- launches: (kernel, grid, arguments) -----------------------------------------------------------------------
+
+
+def plan_forward(call, out, out_lse, lse, splits):
+    """Plan the output and log-sum-exp, in `splits` parts of the keys; `lse` is laid out like one part."""
+    tiles = _tiles("forward", call)
+    blocks = triton.cdiv(call.longest[0] * call.group, tiles["M"])
+    arguments = _arguments(call, "forward", tiles, blocks, _query_tile_ranges(call, tiles, blocks), lse, lse=out_lse,
+                           o=out, splits=splits if splits > 1 else None)
+    return attention_kernel, (blocks * splits * call.key.size(1) * call.rows,), arguments
+
+
+def plan_combine(parts, part_lse, out, lse, splits):
+    """Plan the merge of the parts of a forward pass."""
+    arguments = dict(parts=parts, part_lse=part_lse, o=out, lse=lse, rows_in_all=lse.numel(), splits=splits,
+                     DV=out.size(-1), BLOCK_DV=_block(out.size(-1)), num_warps=4)
+    return combine_kernel, (lse.numel(),), arguments
+
+
+def plan_delta(out, dout, dlse, lse, delta):
+    """Plan Σ_d o·do - dlse of each query."""
+    # The dimensions of `lse` in the order of its memory, so that its rows are numbered 0, 1, …
+    x, y, z = sorted(range(3), key=lambda d: (-lse.stride(d), d))
+    dim = out.size(-1)
+    rows = 64 if dim <= 128 else 32
+    arguments = dict(o=out, do=dout, dlse=dlse, delta=delta, rows_in_all=lse.numel(), Y=lse.size(y), Z=lse.size(z),
+                     do_x=dout.stride(x), do_y=dout.stride(y), do_z=dout.stride(z), do_d=dout.stride(3), DV=dim,
+                     M=rows, BLOCK_DV=_block(dim), EXACT=_exact(out), num_warps=4)
+    return delta_kernel, (triton.cdiv(lse.numel(), rows),), arguments
+
+
+def plan_queries(call, lse, delta, dout, dq):
+    """Plan the gradient of the queries."""
+    tiles = _tiles("queries", call)
+    blocks = triton.cdiv(call.longest[0] * call.group, tiles["M"])
+    arguments = _arguments(call, "queries", tiles, blocks, _query_tile_ranges(call, tiles, blocks), lse, lse=lse,
+                           delta=delta, do=dout, dq=dq)
+    return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
+
+
+def plan_keys(call, lse, delta, dout, dk, dv):
+    """Plan the gradients of keys and values."""
+    tiles = _tiles("keys", call)
+    blocks = triton.cdiv(call.longest[1], tiles["N"])
+    ranges = None
+    if call.query_ids is not None:
+        ranges = _ranges(call.key_ids, call.query_ids, blocks, 1, tiles["N"])
+    arguments = _arguments(call, "keys", tiles, blocks, ranges, lse, lse=lse, delta=delta, do=dout, dk=dk, dv=dv)
+    return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
+
+
+def plan_mask(call, lse, delta, dout):
+    """Plan the gradient of an additive mask; over queries or keys that share the mask, a sum for each tile."""
+    tiles, mask = _tiles("mask", call), call.mask
+    batch, heads, queries, keys = mask.shape
+    over_rows, over_cols = queries == 1 < call.query.size(2), keys == 1 < call.key.size(2)
+    row_blocks, column_blocks = triton.cdiv(call.query.size(2), tiles["M"]), triton.cdiv(call.key.size(2), tiles["N"])
+    shape = (batch, heads, row_blocks if over_rows else queries, column_blocks if over_cols else keys)
+    found = mask.new_empty(shape, dtype=torch.float32 if over_rows or over_cols else mask.dtype)
+    shared_heads = call.query.size(1) // heads
+    arguments = _arguments(call, "mask", tiles, row_blocks * column_blocks, None, lse, lse=lse, delta=delta, do=dout,
+                           dmask=found, mask_heads=heads, shared_heads=shared_heads,
+                           shared=shared_heads * (call.rows // batch), column_blocks=column_blocks,
+                           MASK_ROWS=not over_rows, MASK_COLS=not over_cols)
+    return attention_kernel, (row_blocks * column_blocks * batch * heads,), arguments
+
+
+def _query_tile_ranges(call, tiles, blocks):
+    if call.query_ids is None:
+        return None
+    return _ranges(call.query_ids, call.key_ids, blocks, call.group, tiles["M"])
+
+
+def _ranges(ids, others, blocks, group, rows):
+    """Return, `[B, blocks, 2]`, the range of `others` outside of which nobody is in a document of a tile of `ids`."""
+    found = ids.new_empty(ids.size(0), blocks, 2, dtype=torch.int32)
+    if not found.is_meta:
+        launch((documents_kernel, (ids.size(0) * blocks,), dict(
+            ids=ids, others=others, ranges=found, S=ids.size(1), others_S=others.size(1), blocks=blocks, group=group,
+            M=rows, STEP=128, num_warps=4)), ids)
+    return found
+
+
+def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
+    """Return the arguments of `attention_kernel`; what is not given is off.
+
+    Strides go by (batch, head, row, column); `layout` has those of the rows of the output.
+    """
+    query, key, value, options = call.query, call.key, call.value, call.options
+    mask = None if call.mask is None else call.mask.expand(*query.shape[:3], key.size(2))
+    added = call.slopes is not None or (mask is not None and mask.dtype is not torch.bool)
+    # In float32 the log-sum-exp must be exact to the last bit of a large score.
+    scaled = bool(added or options.softcap or options.scale <= 0 or query.dtype is torch.float32)
+    kv_heads, keys = key.size(1), key.size(2)
+    columns = (kv_heads * keys, keys, 1) if call.cu_k is None else (0, 1, kv_heads)
+    off = dict.fromkeys(("o", "do", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads", "shared_heads",
+                         "shared", "column_blocks", "page_size", "pages", "table_b", "slopes_b", "threshold", "boost"))
+    found = off | {"MASK_ROWS": True, "MASK_COLS": True} | dict(
+        q=query, k=key, v=value, mask=mask, sinks=call.sinks, slopes=call.slopes, lengths=call.lengths,
+        query_ids=call.query_ids, key_ids=call.key_ids, cu_q=call.cu_q, cu_k=call.cu_k, table=call.table, ranges=ranges,
+        draws=call.draws, H=query.size(1), group=call.group, Sq=query.size(2), Sk=keys, blocks=blocks,
+        rows_in_all=layout.numel(), factor=LOG2_E if scaled else options.scale * LOG2_E, scale=options.scale,
+        cap=options.softcap or None, left=_bound(options.left), right=_bound(options.right), D=query.size(3),
+        DV=value.size(3), BLOCK_D=_block(query.size(3)), BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal,
+        SCALED=scaled, EXACT=_exact(query), KIND=kind, **tiles, **given,
+        **_strides("bhsd", q=query, k=key, v=value, mask=mask, do=given.get("do")), **_strides("bhs", row=layout))
+    found.update(zip(("col_b", "col_h", "col_s"), columns, strict=True))
+    if call.table is not None:
+        found.update(Sk=call.table.size(1) * keys, page_size=keys, pages=key.size(0), table_b=call.table.stride(0))
+    if call.slopes is not None:
+        found["slopes_b"] = _stride(call.slopes, 0)
+    if options.dropout_p:
+        p = options.dropout_p
+        found.update(threshold=_threshold(p), boost=0.0 if p == 1 else 1 / (1 - p))
+    return found
+
+
+def _threshold(p):
+    """Return the signed 32-bit number that random ones are below with probability p."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def _exact(x):
+    """Tell whether products are IEEE float32."""
+    return x.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def _bound(x):
+    return None if x < 0 else x
+
+
+def _strides(axes, **tensors):
+    return {f"{name}_{axis}": None if x is None else _stride(x, dim)
+            for name, x in tensors.items() for dim, axis in enumerate(axes)}
+
+
+def _stride(x, dim):
+    """Return a stride; packed sequences and what is shared are rows of a batch of one, which all rows use."""
+    return 0 if x.size(dim) == 1 else x.stride(dim)
+
+
+def _block(dim):
+    return max(16, triton.next_power_of_2(dim))
+
+
+# --- sizes of tiles --------------------------------------------------------------------------------------------
+
+# (M, N, warps, stages) for heads up to 64, 128 and 256 wide. Bounded by registers and shared memory, as
+# tests/test_triton.py checks; not yet timed. A call is busy if more is done to scores than to scale and to bar them.
+TILES = {
+    ("forward", True): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    ("forward", False): ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("busy forward", True): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("busy forward", False): ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("keys", True): ((64, 128, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1)),
+    ("keys", False): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("busy keys", True): ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+    ("busy keys", False): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("queries", True): ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    ("queries", False): ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    ("mask", True): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+    ("mask", False): ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    ("few queries", True): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
+    ("few queries", False): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+}
+
+
+def _tiles(kind, call):
+    """Choose rows of queries (M) and of keys (N) in a tile, warps and pipeline stages."""
+    if INTERPRETED:
+        return {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1}  # fewer operations than in small tiles
+    wide = max(_block(call.query.size(3)), _block(call.value.size(3)))
+    features = (call.mask, call.slopes, call.query_ids, call.draws, call.options.softcap or None)
+    if kind == "forward" and call.longest[0] * call.group <= 16:
+        kind = "few queries"
+    elif kind in ("forward", "keys") and any(x is not None for x in features):
+        kind = f"busy {kind}"
+    M, N, warps, stages = TILES[kind, call.query.element_size() == 2][0 if wide <= 64 else 1 if wide == 128 else 2]
+    return {"M": M, "N": N, "num_warps": warps, "num_stages": stages}
+
+
+def _splits(call):
+    """Choose into how many parts the keys are split, so that few queries fill the multiprocessors twice."""
+    tiles, (queries, keys) = _tiles("forward", call), call.longest
+    blocks = triton.cdiv(keys, tiles["N"])
+    if call.splits:
+        return max(1, min(call.splits, blocks))
+    programs = triton.cdiv(queries * call.group, tiles["M"]) * call.key.size(1) * call.rows
+    return max(1, min(2 * multiprocessors(call.query.device) // programs, blocks // 2, 128))
