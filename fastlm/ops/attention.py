@@ -28,6 +28,7 @@ from fastlm.ops.attention_common import (
     readable,
     relative,
     seen_range,
+    simplest,
     visible,
 )
 
@@ -90,8 +91,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     rows = _per_row(query, shape, alibi_slopes, key_lengths, document_ids)
     query, key, value = (_to_4d(t, batch) for t in (query, key, value))
     scale = max(query.size(-1), 1) ** -0.5 if scale is None else float(scale)
-    is_causal, window = _simplest(bool(is_causal), *window_size, *shape[-2:], key_lengths)
-    options = Options(float(dropout_p), is_causal, scale, *window, softcap, bool(return_lse))
+    options = Options(float(dropout_p), bool(is_causal), scale, *window_size, softcap, bool(return_lse))
+    options = simplest(options, *shape[-2:], key_lengths)
     found = op(query, key, value, attn_mask, sinks, *rows, options)
     out = found[0] if return_lse else found
     out = out.reshape((*shape[:-1], value.size(-1))[-rank:])
@@ -148,17 +149,6 @@ def _per_row(query, shape, alibi_slopes, key_lengths, document_ids):
         ids = [check_integers("document_ids", x, query, ((*batch, length), (length,)), "attention")
                .expand(*batch, length).reshape(rows, length) for x, length in zip(pair, (queries, keys), strict=True)]
     return None if slopes is None else slopes.detach().reshape(-1, num_heads), lengths, *ids
-
-
-def _simplest(is_causal, left, right, queries, keys, key_lengths):
-    """Return causality and window that bar the same keys, with as little as does it."""
-    if left >= keys - 1:
-        left = -1
-    if right >= queries - 1:
-        right = -1  # so of one query, which sees all
-    if right == 0 and queries == keys and key_lengths is None:
-        is_causal, right = True, -1
-    return is_causal, (left, right)
 
 
 def _broadcast(what, *shapes):

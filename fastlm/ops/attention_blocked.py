@@ -19,6 +19,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # SDPA's math path, which builds all scores, is not slower below: benchmarks/LOG.md 2026-11-23.
 FEW_SCORES = 1 << 23
+# The mask of so few queries is small beside the keys: benchmarks/LOG.md 2026-11-24.
+FEW_QUERIES = 16
 
 
 def cannot(query, *rest):
@@ -32,8 +34,10 @@ def cannot(query, *rest):
 def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
     if any(x is not None for x in (sinks, slopes, key_lengths, query_ids)):
         return None
-    if options.left >= 0 or options.right >= 0 or options.softcap or options.return_lse:
+    if options.left >= 0 or options.softcap or options.return_lse:
         return None
+    if options.right >= 0:
+        return None if query.size(2) > FEW_QUERIES else "SDPA with a mask of few queries: benchmarks/LOG.md 2026-11-24"
     if attn_mask is not None and options.is_causal and not attn_mask.requires_grad:
         return None
     if options.dropout_p or value.size(3) != query.size(3) or (attn_mask is not None and attn_mask.requires_grad):
@@ -50,7 +54,9 @@ def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key
 
 
 def _forward(tensors, needs, *options):
-    return list(attention_tiles.forward(attention_tiles.Call(*tensors, Options(*options))))
+    found = _fake(tensors, needs)
+    attention_tiles.forward(attention_tiles.Call(*tensors, Options(*options)), *found)
+    return found
 
 
 def _fake(tensors, needs, *options):

@@ -61,6 +61,18 @@ def visible(rows: Tensor, cols: Tensor, queries: int, keys: int, key_lengths: Te
     return functools.reduce(torch.logical_and, masks) if masks else None
 
 
+def simplest(options: Options, queries: int, keys: int, key_lengths: Tensor | None = None) -> Options:
+    """Return the options with a causality and a window that bar the same keys, with as little as does it."""
+    is_causal, left, right = options.is_causal, options.left, options.right
+    if left >= keys - 1:
+        left = -1
+    if right >= queries - 1:
+        right = -1  # so of one query, which sees all
+    if right == 0 and queries == keys and key_lengths is None:
+        is_causal, right = True, -1
+    return options._replace(is_causal=is_causal, left=left, right=right)
+
+
 def seen_range(first: int, last: int, queries: int, length: int, options: Options) -> tuple[int, int]:
     """Return the range [start, end) of keys outside of which no query of [first, last) sees any, documents aside.
 

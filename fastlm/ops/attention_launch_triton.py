@@ -291,17 +291,17 @@ def _block(dim):
 # (M, N, warps, stages) for heads up to 64, 128 and 256 wide. Bounded by registers and shared memory, as
 # tests/test_triton.py checks; not yet timed. A call is busy if more is done to scores than to scale and to bar them.
 TILES = {
-    ("forward", True): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    ("forward", True): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
     ("forward", False): ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("busy forward", True): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("busy forward", True): ((128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)),
     ("busy forward", False): ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("keys", True): ((64, 128, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1)),
+    ("keys", True): ((64, 128, 8, 1), (64, 64, 8, 1), (64, 32, 8, 1)),
     ("keys", False): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("busy keys", True): ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+    ("busy keys", True): ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
     ("busy keys", False): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("queries", True): ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     ("queries", False): ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-    ("mask", True): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+    ("mask", True): ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     ("mask", False): ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
     ("few queries", True): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
     ("few queries", False): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),

@@ -20,7 +20,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 ROWS = 128  # queries in a tile
 TILE_BYTES = 4 << 20  # of scores in a tile that is computed by matrix products
-NOTHING = -64.0  # weights below exp of this are 0 to every rounding; as denormal numbers they would slow the products
+TINY = 2e-28  # weights up to this count as 0
 ID_BLOCK = 64  # keys that are skipped together if their documents are none of the tile's
 
 
@@ -52,20 +52,17 @@ class Tile(NamedTuple):
         return sum(run.stop - run.start for run in self.runs)
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the output and the log-sum-exp of a call."""
-    query, options = call.query, call.options
-    out = query.new_zeros(*query.shape[:3], call.value.size(3))
-    lse = out.new_full(query.shape[:3], torch.inf, dtype=accumulator(query))
-    if call.sinks is not None:
-        lse.copy_(call.sinks[:, None])
+def forward(call: Call, out: Tensor, lse: Tensor) -> None:
+    """Write the output and the log-sum-exp of a call; they may be views."""
+    if _skips(call) or not call.key.size(2):
+        out.zero_()
+        lse.fill_(torch.inf) if call.sinks is None else lse.copy_(call.sinks[:, None])
     if not out.numel() or not call.key.size(2):
-        return out, lse
-    if options.softcap or options.dropout_p or query.size(3) != call.value.size(3):
+        return
+    if call.options.softcap or call.options.dropout_p or out.size(3) != call.query.size(3):
         _forward_products(call, out, lse)
     else:
         _forward_flash(call, out, lse)
-    return out, lse
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
@@ -76,7 +73,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
              for i, (t, n) in enumerate(zip(tensors, needs, strict=True))]
     if needs[3]:  # the largest by far, and rarely in need of zeros
         found[3] = torch.empty(call.mask.shape, dtype=accumulator(call.mask))
-        if not _writes_all(call):
+        if _skips(call) or call.mask.shape != (*call.query.shape[:3], call.key.size(2)):
             found[3].zero_()
     if not out.numel() or not call.key.size(2):
         found[3] = None if found[3] is None else found[3].zero_()
@@ -93,12 +90,11 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
     return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
 
-def _writes_all(call: Call) -> bool:
-    """Tell whether each place of the mask's gradient belongs to one score, and each score to a tile."""
+def _skips(call: Call) -> bool:
+    """Tell whether some scores may belong to no tile."""
     options = call.options
-    skips = (options.is_causal or options.left >= 0 or options.right >= 0 or call.key_lengths is not None
-             or call.query_ids is not None)
-    return not skips and call.mask.shape == (*call.query.shape[:3], call.key.size(2))
+    return (options.is_causal or options.left >= 0 or options.right >= 0 or call.key_lengths is not None
+            or call.query_ids is not None)
 
 
 # --- which keys a tile needs -----------------------------------------------------------------------------------
@@ -189,9 +185,15 @@ def _masks(call: Call, tile: Tile):
     distances = None
     if slopes is not None:
         # Exact: positions are below 2^24.
-        distances = relative(rows.to(slopes.dtype), cols.to(slopes.dtype), *sizes, lengths).abs_()
-        slopes = slopes[:, :, None, None]
+        dtype = accumulator(call.query)
+        distances = relative(rows.to(dtype), cols.to(dtype), *sizes, lengths).abs_()
+        slopes = slopes[:, :, None, None].to(dtype)
     return mask, slopes, distances, seen
+
+
+def _barred(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores: 0 where `seen`, else -∞."""
+    return torch.zeros((), dtype=dtype).where(seen, -torch.inf)
 
 
 # --- SDPA's kernel, tile by tile ---------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def _added(call, tile):
         bias = slopes.neg() * distances
         mask = bias if mask is None else bias + mask
     if seen is not None and not seen.all():
-        barred = torch.zeros((), dtype=accumulator(call.query)).where(seen, -torch.inf)
+        barred = _barred(seen, accumulator(call.query))
         mask = barred if mask is None else mask + barred
     # Beside halves the kernel reads float32 too, beside float64 it does not.
     return mask if mask is None or mask.dtype == call.query.dtype else mask.to(accumulator(call.query))
@@ -296,6 +298,7 @@ class _Products:
         dtype = accumulator(call.query)
         room = TILE_BYTES // dtype.itemsize
         self.call, self.group = call, heads // kv_heads
+        self.far = call.slopes is not None or _skips(call) or (call.mask is not None and call.mask.dtype is torch.bool)
         self.query, self.key, self.value = (t.to(dtype).contiguous() for t in call[:3])
         self.pieces = []
         height = min(queries, ROWS, max(16, room // (self.group * keys)))
@@ -337,15 +340,26 @@ class _Products:
         if mask is not None:
             scores.add_(self._of_heads(mask, piece))
         if slopes is not None:
-            slopes, distances = (self._of_heads(x.to(scores.dtype), piece) for x in (slopes, distances))
+            slopes, distances = (self._of_heads(x, piece) for x in (slopes, distances))
             scores.addcmul_(slopes, distances, value=-1)
-        if seen is not None:
-            scores.masked_fill_(~self._of_heads(seen, piece), -torch.inf)
+        if seen is not None and not seen.all():
+            scores.add_(self._of_heads(_barred(seen, scores.dtype), piece))  # masked_fill_ takes ten times as long
         return scores
 
     def _of_heads(self, x, piece):
         """Return the part of `x` `[b or 1, H or 1, …]` of the piece's heads, `[b or 1, h or 1, G or 1, …]`."""
         return x[:, :, None] if x.size(1) == 1 else x.unflatten(1, (-1, self.group))[:, piece.heads]
+
+    def exp(self, x: Tensor) -> Tensor:
+        """Replace x by exp(x); where x may be far below 0, by 0 up to `TINY`: denormal numbers and -∞ are slow."""
+        return torch.threshold_(x.clamp_min_(-64).exp_(), TINY, 0) if self.far else x.exp_()
+
+    def place(self, total: Tensor, piece: Piece) -> Tensor | None:
+        """Return the part of the mask's gradient that the piece's scores have to themselves, or None."""
+        alone = total.shape == (*self.call.query.shape[:3], self.call.key.size(2))
+        if not alone or self.group > 1 or len(piece.tile.runs) > 1:
+            return None
+        return self.queries(total, piece)[..., piece.tile.runs[0]]
 
     def give_mask(self, total: Tensor, piece: Piece, slope: Tensor) -> None:
         """Add the gradient of the piece's scores to that of the mask, summed where the mask is broadcast."""
@@ -361,13 +375,26 @@ class _Products:
         else:
             total[..., tile.runs[0]] = part  # written once, so it need not be read
 
-    def dropped(self, piece: Piece) -> Tensor:
-        """Draw which weights of the next piece are dropped. Forward and backward ask for pieces in the same order."""
+    def kept(self, piece: Piece) -> Tensor:
+        """Draw which weights of the next piece stay: 1, or 0, in the last buffer, which multiply fast.
+
+        Forward and backward ask for pieces in the same order.
+        """
         words = torch.empty(-(-piece.shape.numel() // 4), dtype=torch.int64)
         words.random_(-(2**63), None, generator=self.random)
         # 16 random bits for each weight
         draws = words.view(torch.int16)[: piece.shape.numel()].view(piece.shape)
-        return draws < min(round(self.call.options.dropout_p * 2**16) - 2**15, 2**15 - 1)
+        threshold = min(round(self.call.options.dropout_p * 2**16) - 2**15, 2**15 - 1)
+        return torch.ge(draws, threshold, out=self.buffer(-1, piece))
+
+
+def _give_product(total: Tensor, piece: Piece, a: Tensor, b: Tensor) -> None:
+    """Add a·b `[b·h, C, …]` to the rows of the piece's keys in `total` `[B, H_kv, Sk, …]`."""
+    total, runs = total[piece.tile.batch, piece.heads], piece.tile.runs
+    if len(runs) == 1:
+        total[:, :, runs[0]].view(a.size(0), a.size(1), b.size(2)).baddbmm_(a, b)
+    else:
+        _give(total, 2, runs, torch.bmm(a, b).unflatten(0, piece.shape[:2]))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -376,7 +403,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _forward_products(call, out, lse):
-    work = _Products(call, 1)
+    work = _Products(call, 1 + bool(call.options.dropout_p))
     keep = 1 - call.options.dropout_p or 1.0
     for piece in work.pieces:
         q, k, v = work.operands(piece)
@@ -386,12 +413,12 @@ def _forward_products(call, out, lse):
         if sinks is not None:
             highest = torch.maximum(highest, sinks)
         highest.masked_fill_(highest == -torch.inf, 0)
-        weights.sub_(highest).exp_()
+        work.exp(weights.sub_(highest))
         total = weights.sum(4, keepdim=True)
         if sinks is not None:
             total += (sinks - highest).exp()
         if work.random is not None:
-            weights.masked_fill_(work.dropped(piece), 0)
+            weights.mul_(work.kept(piece))
         empty = total == 0
         total.masked_fill_(empty, 1)
         part = torch.bmm(_flat(weights), v).view(*piece.shape[:4], -1)
@@ -402,29 +429,27 @@ def _forward_products(call, out, lse):
 def _backward_products(call, out, lse, dout, delta, found):
     dq, dk, dv, dmask, _ = found
     keep, capped = 1 - call.options.dropout_p or 1.0, bool(call.options.softcap)
-    work = _Products(call, 2 + capped)
-    dout = dout.to(lse.dtype)
+    work = _Products(call, 2 + capped + bool(call.options.dropout_p))
+    dout = dout.to(lse.dtype) / keep
     for piece in work.pieces:
         q, k, v = work.operands(piece)
         g = _flat(work.queries(dout, piece))
         tanh = work.buffer(2, piece) if capped else None
         weights = work.scores(q, k, piece, tanh)
-        weights.sub_(work.queries(lse, piece)[..., None])
-        if call.slopes is not None:
-            torch.threshold_(weights, NOTHING, -torch.inf)
-        weights.exp_()
-        slope = work.buffer(1, piece)  # the gradient of the weights, then of the scores
+        work.exp(weights.sub_(work.queries(lse, piece)[..., None]))
+        # The gradient of the weights, then of the scores, where the mask's own is made if that is the same.
+        direct = None if dmask is None or capped else work.place(dmask, piece)
+        slope = work.buffer(1, piece) if direct is None else direct
         torch.bmm(g, v.mT, out=_flat(slope))
-        dropped = None if work.random is None else work.dropped(piece)
-        if dropped is not None:
-            slope.masked_fill_(dropped, 0).div_(keep)
+        kept = None if work.random is None else work.kept(piece)
+        if kept is not None:
+            slope.mul_(kept)
         slope.sub_(work.queries(delta, piece)[..., None]).mul_(weights)
         if dv is not None:
-            if dropped is not None:
-                weights.masked_fill_(dropped, 0).div_(keep)
-            part = torch.bmm(_flat(weights).mT, g).unflatten(0, piece.shape[:2])
-            _give(dv[piece.tile.batch, piece.heads], 2, piece.tile.runs, part)
-        if dmask is not None:
+            if kept is not None:
+                weights.mul_(kept)
+            _give_product(dv, piece, _flat(weights).mT, g)
+        if dmask is not None and direct is None:
             work.give_mask(dmask, piece, slope)
         if capped:
             slope.addcmul_(tanh.square_(), slope, value=-1)
@@ -432,16 +457,15 @@ def _backward_products(call, out, lse, dout, delta, found):
             part = torch.bmm(_flat(slope), k).view(*piece.shape[:4], -1)
             work.queries(dq, piece).copy_(part.mul_(call.options.scale))
         if dk is not None:
-            part = torch.bmm(_flat(slope).mT, q).unflatten(0, piece.shape[:2])
-            _give(dk[piece.tile.batch, piece.heads], 2, piece.tile.runs, part)
+            _give_product(dk, piece, _flat(slope).mT, q)
 
 
 def dropped(call: Call) -> Tensor:
     """Return which weights the call drops, `[B, H, Sq, Sk]`."""
-    work = _Products(call, 0)
+    work = _Products(call, 1)
     found = torch.zeros(*call.query.shape[:3], call.key.size(2), dtype=torch.bool)
     for piece in work.pieces:
-        drawn, start = work.dropped(piece), 0
+        drawn, start = work.kept(piece) == 0, 0
         for run in piece.tile.runs:
             end = start + run.stop - run.start
             work.queries(found, piece)[..., run] = drawn[..., start:end]

@@ -21,6 +21,7 @@ from fastlm.ops.attention_common import (
     check_window,
     readable,
     seen_range,
+    simplest,
 )
 
 
@@ -220,8 +221,8 @@ def _each(attend, query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_
     flat = unpaged(key), unpaged(value)
     for n, queries, keys in sequences(key, cu_seq_q, cu_seq_k, seqused_k, block_table):
         slope = None if slopes is None else slopes[n % slopes.size(0), None]
-        found = attend(rows(query, queries), *(rows(x, keys) for x in flat), None, sinks, slope, None, None, None,
-                       options)
+        q, k, v = rows(query, queries), *(rows(x, keys) for x in flat)
+        found = attend(q, k, v, None, sinks, slope, None, None, None, simplest(options, q.size(2), k.size(2)))
         out, lse = found if options.return_lse else (found, None)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0].transpose(0, 1) if options.return_lse else None)

@@ -4,12 +4,13 @@ import torch
 
 from fastlm.autograd import Differentiable
 from fastlm.ops import attention_tiles
-from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.attention_common import Options, accumulator, simplest
 from fastlm.ops.varlen_attn import reference, rows, sequences, unpaged
 
 ACCEPTS = {"sequences", "one sequence", "causal", "causal, more keys", "causal, more queries", "window", "grouped",
            "wide values", "empty sequences", "no sequences with queries", "softcap", "alibi", "alibi for each sequence",
            "sinks", "used keys", "log-sum-exp", "everything", "pages"}
+FEW_QUERIES = 16
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -21,7 +22,17 @@ def cannot(query, *rest):
     return None
 
 
-def loses(*args):
+def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
+          options):
+    lacking = sinks is not None or slopes is not None or options.softcap or options.return_lse
+    if torch.compiler.is_compiling():
+        return None  # the loop over sequences reads values, which a graph has not
+    if lacking or options.left >= 0 or value.size(-1) != query.size(-1):
+        return None
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    masked = options.right >= 0 and max_q != max_k
+    if max_q <= FEW_QUERIES or not (training or masked):
+        return "SDPA for each sequence: benchmarks/LOG.md 2026-11-24"
     return None
 
 
@@ -42,16 +53,18 @@ def _calls(tensors, options):
     flat = unpaged(key), unpaged(value)
     for n, queries, keys in sequences(key, *where):
         slope = None if slopes is None else slopes[n % slopes.size(0), None]
-        yield queries, keys, attention_tiles.Call(
-            rows(query, queries), *(rows(x, keys) for x in flat), None, sinks, slope, *[None] * 4, options)
+        q, k, v = rows(query, queries), *(rows(x, keys) for x in flat)
+        yield queries, keys, attention_tiles.Call(q, k, v, None, sinks, slope, *[None] * 4,
+                                                  simplest(options, q.size(2), k.size(2)))
 
 
 def _forward(tensors, needs, *options):
     out, lse = _fake(tensors, needs, *options)
-    out.zero_(), lse.fill_(torch.inf)
+    end = 0
     for queries, _, call in _calls(tensors, _options(*options)):
-        part, part_lse = attention_tiles.forward(call)
-        out[queries], lse[queries] = part[0].transpose(0, 1), part_lse[0].T
+        attention_tiles.forward(call, rows(out, queries), rows(lse, queries))
+        end = queries.stop
+    out[end:], lse[end:] = 0, torch.inf
     return [out, lse]
 
 
