@@ -171,6 +171,12 @@ def explain(fn: Callable[..., Any], *args, **kwargs) -> Calls:
         _calls = outer
 
 
+def note(op: str, ran: str, declined: dict[str, str]) -> None:
+    """Tell `explain` of a call that does not go through an Op."""
+    if _calls is not None:
+        _calls.append(Call(op, ran, declined))
+
+
 def build_report() -> dict:
     """Return what setup.py wrote about the compiled extension: instruction sets, CUDA, and what is missing."""
     path = Path(__file__).with_name("_build.json")

@@ -1,10 +1,10 @@
 """MultiheadAttention: torch.nn's, with every dense call going through fastlm's ops.
 
 In eval mode without gradients, stock runs `torch._native_multi_head_attention` instead (and in its encoder layer
-`torch._transformer_encoder_layer_fwd`), a fused function that builds the whole `[B, H, L, S]` score matrix. Here such
-a call takes the same road as training, so that `fastlm.explain` shows what ran, train and eval agree, and no score
-matrix is built where the attention op has a better way. Nested tensors are the one exception: only stock's fused
-functions know them, so they run stock, and `explain` lists no call for them.
+`torch._transformer_encoder_layer_fwd`), a fused function that builds the whole `[B, H, L, S]` score matrix. On the CPU
+it runs here too where that matrix is small, or is asked for as the weights, and nothing is masked; `fastlm.explain`
+says so. Elsewhere such a call takes the same road as training. Nested tensors always run stock's fused functions, which
+alone know them, and `explain` lists no call for them.
 """
 
 import math
@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm import ops
+from fastlm import dispatch, ops
+from fastlm.autograd import autocasts, transformed
+
+FEW_SCORES = 1 << 21  # below, stock's fused functions are faster: benchmarks/LOG.md 2026-11-24
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -44,6 +47,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = self._check(query, key, value)
         if is_causal and attn_mask is None:
             raise RuntimeError("MultiheadAttention: is_causal is a hint about attn_mask, which is missing")
+        if attn_mask is None and key_padding_mask is None and query is key and key is value and self.fuses(
+                query, need_weights):
+            dispatch.note("multihead_attention", "torch", {"attention": "stock's fused function is faster: "
+                                                                        "benchmarks/LOG.md 2026-11-24"})
+            return super().forward(query, key, value, None, need_weights, None, average_attn_weights)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         # Causal attention needs no mask in memory, unless another one joins it or the weights are asked for.
@@ -66,6 +74,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return output.squeeze(1), weights
         return output.transpose(0, 1) if self.batch_first else output, weights
+
+    def fuses(self, x: Tensor, need_weights: bool = False) -> bool:
+        """Tell whether stock's fused function takes self-attention over `x` without masks, and is faster."""
+        if self.training or x.dim() != 3 or x.device.type != "cpu" or torch.compiler.is_compiling() or not (
+                self.batch_first and torch.backends.mha.get_fastpath_enabled()):
+            return False
+        if self.in_proj_weight is None or self.in_proj_bias is None or self.bias_k is not None or (
+                self.add_zero_attn or self.num_heads % 2 or autocasts("cpu") or transformed()):
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
+            return False
+        return need_weights or x.size(0) * self.num_heads * x.size(1) ** 2 < FEW_SCORES
 
     def _check(self, query, key, value) -> bool:
         """Raise where the inputs do not fit; return whether they are batched."""

@@ -1,7 +1,9 @@
 """TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's, with our attention inside."""
 
+import torch
 from torch import Tensor, nn
 
+from fastlm import dispatch
 from fastlm.nn.attention import MultiheadAttention
 
 
@@ -27,12 +29,22 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if src_mask is None and src_key_padding_mask is None and not is_causal and self._fuses(src):
+            dispatch.note("transformer_encoder_layer", "torch", {"attention": "stock's fused layer is faster: "
+                                                                             "benchmarks/LOG.md 2026-11-24"})
+            return super().forward(src)
         masks = (src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), *masks)
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(src + self._sa_block(src, *masks))
         return self.norm2(x + self._ff_block(x))
+
+    def _fuses(self, src):
+        """Tell whether stock's fused layer takes `src` and is faster."""
+        frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
+        return (frozen and not self.training and self.self_attn.fuses(src) and bool(self.activation_relu_or_gelu)
+                and self.norm1.eps == self.norm2.eps)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
