@@ -248,6 +248,7 @@ def test_what_runs_on_the_cpu():
     mask = torch.zeros(1024, 1024)
     stock = [{}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask > 0}, {"scale": 2.0},
              {"window_size": (2000, 1023)}, {"window_size": (-1, 0)}]
+    few = q[:, :, :4]
     tiled = [{"window_size": (5, 0)}, {"softcap": 2.0}, {"alibi_slopes": torch.ones(8)}, {"sinks": torch.ones(8)},
              {"key_lengths": torch.tensor([5])}, {"document_ids": torch.zeros(1, 1024, dtype=torch.int64)},
              {"return_lse": True}, {"dropout_p": 0.1}, {"attn_mask": mask, "is_causal": True},
@@ -256,6 +257,8 @@ def test_what_runs_on_the_cpu():
         for options in cases:
             call, = fastlm.explain(attention, q, k, v, **options)
             assert call.ran == expected, options
+    for options, expected in (({"window_size": (-1, 0)}, "torch"), ({"window_size": (5, 0)}, "blocked")):
+        assert fastlm.explain(attention, few, k, v, **options)[0].ran == expected
     for tensors in ([t[0] for t in (q, k, v)], [t.mT.contiguous().mT for t in (q, k, v)]):
         with torch.profiler.profile() as profile, torch.no_grad():
             attention(*tensors)
@@ -267,8 +270,6 @@ def test_what_runs_on_the_cpu():
     lambda t: t[:, :, :1].expand_as(t), lambda t: torch.cat([t, t], 3)[..., ::2]], ids=range(4))
 @pytest.mark.parametrize("options", [{"window_size": (3, 1)}, {"softcap": 3.0}, {"return_lse": True}], ids=str)
 def test_strides_and_expanded_inputs(make, options, implementation, device):
-    if implementation == "triton":
-        pytest.skip("declines the features")
     tensors = [make(t.detach()) for t in leaves(*[(2, 2, 9, 8)] * 3, device=device)]
     for t in tensors:
         t.requires_grad_()
@@ -280,6 +281,20 @@ def test_strides_and_expanded_inputs(make, options, implementation, device):
     grads = [torch.autograd.grad(o, x, upstream) for o, x in ((found, tensors), (expected, same))]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sinks": torch.ones(2)}], ids=str)
+def test_weights_too_small_to_count_are_zero_and_never_denormal(options):
+    """Far keys of ALiBi: exp(-150) is a denormal number, with which products take many times as long."""
+    tensors = leaves(*[(1, 2, 200, 8)] * 3)
+    found = []
+    for name in ("blocked", "reference"):
+        with fastlm.backend(name):
+            out = attention(*tensors, alibi_slopes=torch.tensor([1.0, 3.0]), **options)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert ((a == 0) | (a.abs() >= torch.finfo(a.dtype).tiny)).all()
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter runs inside opaque operators only")

@@ -1,6 +1,7 @@
 """varlen_attn beyond the matrix: beside attention sequence by sequence, pages, errors, torch's conventions."""
 
 import inspect
+import os
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import fastlm
 from fastlm.ops import scaled_dot_product_attention as attention
 from fastlm.ops import varlen_attn
 
-NAMES = ["reference", "torch", "blocked"]
+NAMES = ["reference", "torch", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @pytest.fixture(params=NAMES)
@@ -132,6 +133,22 @@ def test_bad_input_is_named(message):
     arguments = dict(zip(names, packed(), strict=True), enable_gqa=True) | change
     with pytest.raises(error, match=f"varlen_attn: .*({message})"):
         varlen_attn(**arguments)
+
+
+def test_what_runs_on_the_cpu():
+    """SDPA for each sequence, unless it lacks the feature, would mask a long sequence densely, or for training."""
+    long = packed((20, 0, 40), (20, 0, 40))
+    few, frozen = packed(), tuple(x.detach() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                                    for x in long)
+    ahead = tuple(x.detach() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                  for x in packed((20, 0, 40), (50, 4, 60)))
+    stock = [(few, {}), (few, {"window_size": (-1, 0)}), (frozen, {}), (frozen, {"window_size": (-1, 0)}), (ahead, {})]
+    tiled = [(long, {}), (frozen, {"softcap": 2.0}), (frozen, {"sinks": torch.ones(4)}), (few, {"window_size": (3, 0)}),
+             (ahead, {"window_size": (-1, 0)}), (frozen, {"alibi_slopes": torch.ones(4)})]
+    for expected, cases in (("torch", stock), ("blocked", tiled)):
+        for args, options in cases:
+            call, = fastlm.explain(varlen_attn, *args, enable_gqa=True, **options)
+            assert call.ran == expected, options
 
 
 def test_second_order_and_the_compiler():
