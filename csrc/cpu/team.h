@@ -12,7 +12,11 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-// Waits by spinning, because a step takes microseconds, but soon gives the core to whoever else wants it.
+// Waits by spinning, because a step takes microseconds, and after a millisecond gives the core to whoever else wants it.
+// Not sooner: who yields to a busy process gets the core back milliseconds later, and the whole team waits for that at
+// every step (benchmarks/LOG.md, 2026-11-24, one core busy).
+constexpr int kSpins = 20000;
+
 struct alignas(128) Barrier {
   int64_t arrived = 0;
 
@@ -22,7 +26,7 @@ struct alignas(128) Barrier {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
-      if (spins >= 200) sched_yield();
+      if (spins >= kSpins) sched_yield();
     }
   }
 };

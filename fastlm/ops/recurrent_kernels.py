@@ -24,8 +24,7 @@ ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 PLAIN = (Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
-ROW = "benchmarks/LOG.md 2026-11-23"
-STEP = "benchmarks/LOG.md 2026-11-24"
+ROW = "benchmarks/LOG.md 2026-11-24"
 
 
 def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *options) -> str | None:
@@ -48,22 +47,27 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[0].shape[1:]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
+    # Without gradients few rows run in place, which pays sooner.
+    in_place = batch_sizes is None and not trains and hidden >= 64 and batch * steps <= 16
     if steps == 1 and batch_sizes is None:
-        ahead = not trains and hidden >= 64 and (data.dtype is torch.float32 or (cell == "lstm" and hidden >= 256 and
-                                                 data.dtype is torch.bfloat16))
-        return None if ahead else f"one step: not measured ahead of torch's: {STEP}"
-    if cell != "lstm" or batch_sizes is not None or data.dtype not in (torch.float32, torch.bfloat16):
-        least = 32 if cell in ("tanh", "relu") else 16
+        ahead = not trains and hidden >= 64 and (dtype is torch.float32 or (cell == "lstm" and hidden >= 256 and
+                                                 dtype is torch.bfloat16))
+        return None if ahead else f"one step: slower than torch's, or not measured: {ROW}"
+    if cell != "lstm" or batch_sizes is not None or dtype not in (torch.float32, torch.bfloat16):
+        elman = cell in ("tanh", "relu")
+        if in_place and dtype is torch.float32 and (steps >= 8 if elman else batch * steps >= 4):
+            return None
+        least = 32 if elman and not trains else 16
         return f"slower than torch below {least} steps: {ROW}" if steps < least else None
     if hidden < 256:
         return f"slower than torch's oneDNN below 256 hidden units: {ROW}"
-    if trains or data.dtype is torch.bfloat16:
+    if trains or (in_place and hidden >= 512):
         return None
-    if batch == 1:
-        few = hidden >= 512 and steps < 16
-        return None if few else f"slower than torch's oneDNN for one sequence, but for few steps of a wide layer: {ROW}"
-    if hidden < 640 or steps < 16:
-        return f"slower than torch's oneDNN without gradients below 640 hidden units or 16 steps: {ROW}"
+    if dtype is torch.bfloat16:
+        alone = batch == 1 and hidden < 512
+        return f"slower than torch's oneDNN for one sequence below 512 hidden units: {ROW}" if alone else None
+    if hidden < 512 or steps < 32:
+        return f"slower than torch's oneDNN without gradients below 512 hidden units or 32 steps: {ROW}"
     return None
 
 
@@ -143,7 +147,8 @@ class Layers:
 
         A stream calls for every token: here Python, its caches swept by the weights, takes as long as the kernel.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or num_layers > 1 or bidirectional:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or num_layers > 1 or bidirectional \
+                or torch.is_autocast_enabled("cpu"):
             return None
         steps, batch = data.shape[:2][::-1] if batch_first else data.shape[:2]
         _, _, hidden = hx[0].shape

@@ -12,6 +12,7 @@ from parity import CELLS, DTYPES, combinations, hold, leaf, pair, run, tensors
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
 
@@ -22,6 +23,10 @@ RECURRENT = [("num_layers", 2), ("num_layers", 3), ("bidirectional", True), ("ba
              ("form", "unbatched"), ("form", "packed"), ("form", "unsorted"), ("eval", True)]
 OWN = {"proj_size": "LSTM", "nonlinearity": "RNN"}  # options that only one cell has
 LENGTHS = {"packed": [5, 3, 3, 1], "unsorted": [3, 5, 1, 3]}
+
+
+native = pytest.mark.skipif(fastlm.dispatch.build_report()["error"] is not None,
+                            reason="needs the compiled extension")
 
 
 @pytest.fixture(autouse=True)
@@ -512,3 +517,46 @@ def test_stream_of_awkward_tensors(cell):
             found, stock = (tensors(m(x, (h, h) if cell == "LSTM" else h)) for m in (ours, theirs))
         for a, b in zip(found, stock, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@native
+@pytest.mark.parametrize("cell", CELLS)
+def test_stream_goes_through_dispatch(cell):
+    """The short way of a stream is chosen, refused and reported like every other."""
+    theirs, ours = pair(cell, 5, 64, batch_first=True)
+    x, h = torch.randn(3, 1, 5), torch.randn(1, 3, 64)
+    state = (h, h.flip(1)) if cell == "LSTM" else h
+    with torch.no_grad():
+        expected = tensors(theirs(x, state))
+        for name in ("native", "torch", "reference"):
+            with fastlm.backend(name):
+                assert [call.ran for call in fastlm.explain(ours, x, state)] == [name]
+                for found, near in zip(tensors(ours(x, state)), expected, strict=True):
+                    torch.testing.assert_close(found, near)
+        with fastlm.backend("native"), torch.profiler.profile() as profile:
+            seen = tensors(ours(x, state))
+        assert any(event.key.startswith("fastlm::") for event in profile.key_averages())
+        for found, near in zip(seen, expected, strict=True):
+            torch.testing.assert_close(found, near)
+        with fastlm.backend("native"), FlopCounterMode(display=False):
+            ours(x, state)  # what watches tensors gets the operator, not the memory
+        with torch.autocast("cpu", torch.bfloat16):
+            assert [t.dtype for t in tensors(ours(x, state))] == [t.dtype for t in tensors(theirs(x, state))]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_nothing_to_do_is_stock_s(cell, steps, batch):
+    """No steps and no sequences: what stock returns, or an error of the same type."""
+    theirs, ours = pair(cell, 5, 64)
+    x = torch.randn(steps, batch, 5)
+    with torch.no_grad():
+        try:
+            expected = tensors(theirs(x))
+        except Exception as stock:
+            with pytest.raises(type(stock)):
+                ours(x)
+        else:
+            for found, near in zip(tensors(ours(x)), expected, strict=True):
+                torch.testing.assert_close(found, near)
