@@ -1,23 +1,65 @@
-// The recurrent layer of ../rnn.h on an NVIDIA GPU: the same problem, pointers and layouts, queued on a stream.
+// A recurrent layer on an NVIDIA GPU, in one direction or in both at once: two passes, each one cooperative launch.
 //
-// T is float or double. Every pointer is device memory but RnnProblem::batch_sizes, which is read before the call
-// returns. Nothing is allocated, nothing waits, and the launches can be captured into a CUDA graph.
-// Throws std::runtime_error where a launch fails.
+// Cells, T, B, H, N, the layout of rows, of packed sequences and of gates are those of ../rnn.h. Pointers are device
+// memory of the pass's numbers but for RnnPass::batch_sizes, which is read before the call returns. A call only queues
+// work on a stream: nothing is allocated, nothing waits, and a CUDA graph can capture it.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "../rnn.h"
+#include "plan.h"
 
 namespace fastlm::cuda {
 
-size_t rnn_workspace(const RnnProblem&, bool backward, size_t size_of_number);
+struct RnnPass {
+  Layer layer;
+  int64_t steps;               // T ≥ 1
+  const int64_t* batch_sizes;  // [T] host memory, at most B, never rising, at least 1; null: B at each step
+  Chip chip;
+  void* workspace;             // plan(layer, backward, chip).workspace bytes, aligned to 256
+};
 
-template <class T>
-void rnn_forward(const RnnProblem&, const RnnForward<T>&, void* stream);
+// Of one direction; the second one reads the sequences from their ends. Rows of `gates` and `y` may lie apart.
+struct RnnForward {
+  const void* w_hh;   // [G·H, H]
+  const void* b_hn;   // [H] GRU only; null: zero
+  void* gates;        // [N, S·H] in and out as in ../rnn.h
+  const void* h0;     // [B, H]
+  const void* c0;     // [B, H] LSTM only
+  void* y;            // [N, H] out
+  void* c;            // [N, H] out, LSTM in training, else null; float64 for float64, else float32
+  void* hn;           // [B, H] out
+  void* cn;           // [B, H] out, LSTM only
+  int64_t gates_row;  // numbers from one row of gates to the next
+  int64_t y_row;      // the same of y
+};
 
-template <class T>
-void rnn_backward(const RnnProblem&, const RnnBackward<T>&, void* stream);
+struct RnnBackward {
+  const void* w_hh;    // [G·H, H]
+  const void* gates;   // [N, 4·H] as the forward pass left them; Elman: null
+  const void* y;       // [N, H]
+  const void* c;       // [N, H] as the forward pass left it, LSTM only
+  const void* h0;      // [B, H]
+  const void* c0;      // [B, H] LSTM only
+  const void* dy;      // [N, H] gradient of y
+  const void* dhn;     // [B, H] gradient of hn
+  const void* dcn;     // [B, H] gradient of cn, LSTM only
+  void* dgates;        // [N, S·H] out, as in ../rnn.h
+  void* dh0;           // [B, H] out
+  void* dc0;           // [B, H] out, LSTM only
+  int64_t y_row;       // numbers from one row of y, and of dy, to the next
+  int64_t dgates_row;  // the same of dgates
+};
+
+// `directions` are layer.directions structs. Throws std::runtime_error where the plan does not fit the GPU or CUDA
+// refuses the launch.
+void rnn_forward(const RnnPass&, const RnnForward* directions, bool train, void* stream);
+void rnn_backward(const RnnPass&, const RnnBackward* directions, void* stream);
+
+// How many blocks of the pass's kernel the current GPU can hold at a time: at least plan.blocks for a launch.
+int rnn_resident_blocks(const Layer&, bool backward, const Chip&);
 
 // The CUDA version that this was built with, and the newest that the installed driver knows (0: no driver), as
 // 1000·major + 10·minor.

@@ -1,17 +1,19 @@
 // Enough of the CUDA runtime to run the kernels of csrc/cuda on the host, for tests: no speed, but every thread.
 //
-// A block's threads are fibers of one operating system thread. They run one after the other from barrier to barrier,
-// in an order that is drawn anew each time, and so do the blocks of a launch: a result that depends on an order that
-// CUDA does not promise comes out wrong. A barrier that not all threads of a block reach is an error.
-// FASTLM_EMULATED_BARRIERS=0 leaves the barriers out, to show that this is noticed.
+// All threads of all blocks of a launch are fibers of one operating system thread. They run one after the other until
+// they wait, in an order that is drawn anew each round: a result that depends on an order that CUDA does not promise
+// comes out wrong. A launch in which nothing moves any more fails. Shared memory begins as NaN.
+// FASTLM_EMULATED_BARRIERS=0 leaves __syncthreads out, to show that this is noticed; see emulated_device.h for flags.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -21,7 +23,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static  // blocks run one after the other
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 #define CUDART_VERSION 13000
@@ -31,14 +33,27 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    int cooperative;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  void* attrs;
+  cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
 
@@ -46,84 +61,130 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+constexpr int kSharedMemory = 227 << 10;  // of a block
+
 struct Fiber {
-  static constexpr size_t kStack = 128 << 10;
+  static constexpr size_t kStack = 64 << 10;
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  bool done;
+  bool waits, done;
+};
+
+struct Block {
+  std::unique_ptr<char[]> shared;
+  unsigned arrived = 0;
+  std::vector<std::function<void()>> unpublished;
 };
 
 inline std::mt19937 draw;
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
-inline unsigned current;
+inline std::vector<Block> blocks;
+inline unsigned current, threads;
 inline const std::function<void()>* body;
 inline bool barriers = true;
+inline long moves;  // grows whenever something happens that a waiting thread may wait for
 
-inline std::vector<unsigned> shuffled(unsigned n) {
-  std::vector<unsigned> order(n);
-  for (unsigned i = 0; i < n; ++i) order[i] = i;
-  for (unsigned i = n; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
-  return order;
+inline bool unless_zero(const char* name) {
+  const char* value = std::getenv(name);
+  return !value || std::string(value) != "0";
+}
+
+inline Block& block() { return blocks[current / threads]; }
+inline uint4* dynamic_shared() { return reinterpret_cast<uint4*>(block().shared.get()); }
+inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+inline void wake(unsigned first, unsigned count) {
+  for (unsigned i = first; i < first + count; ++i) fibers[i].waits = false;
+  ++moves;
 }
 
 inline void run_thread() {
   (*body)();
   fibers[current].done = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  ++moves;
+  yield();
 }
 
-// Runs one block; false where some threads wait at a barrier that others never reach.
-inline bool run_block(unsigned threads) {
-  if (fibers.size() < threads) fibers.resize(threads);
-  for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.done = false;
+// Runs all threads of the launch; false where nothing moves any more.
+inline bool run(unsigned count) {
+  if (fibers.size() < count) fibers.resize(count);
+  std::vector<unsigned> order(count);
+  for (unsigned i = 0; i < count; ++i) {
+    Fiber& fiber = fibers[order[i] = i];
+    fiber.done = fiber.waits = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Fiber::kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_thread, 0);
   }
-  for (unsigned done = 0; done == 0;) {
-    for (const unsigned i : shuffled(threads)) {
+  for (int idle = 0; !order.empty() && idle < 3;) {
+    const long before = moves;
+    std::shuffle(order.begin(), order.end(), draw);
+    for (const unsigned i : order) {
+      if (fibers[i].waits) continue;
       current = i;
-      threadIdx = dim3(i);
+      threadIdx = dim3(i % threads);
+      blockIdx = dim3(i / threads);
       swapcontext(&scheduler, &fibers[i].context);
-      done += fibers[i].done;
     }
-    if (done != 0 && done != threads) return false;
+    idle = moves == before ? idle + 1 : 0;
+    order.erase(std::remove_if(order.begin(), order.end(), [](unsigned i) { return fibers[i].done; }), order.end());
   }
-  return true;
+  return order.empty();
 }
 
 }  // namespace emulation
 
 inline void __syncthreads() {
   using namespace emulation;
-  if (barriers) swapcontext(&fibers[current].context, &scheduler);
+  if (!barriers) return yield();
+  if (++block().arrived == threads) {
+    block().arrived = 0;
+    wake(current / threads * threads, threads);
+  } else {
+    fibers[current].waits = true;
+  }
+  yield();
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  const char* without = std::getenv("FASTLM_EMULATED_BARRIERS");
-  emulation::barriers = !without || std::string(without) != "0";
-  const std::function<void()> body = [&] { kernel(arguments...); };
-  emulation::body = &body;
+  using namespace emulation;
+  barriers = unless_zero("FASTLM_EMULATED_BARRIERS");
+  const std::function<void()> call = [&] { kernel(arguments...); };
+  body = &call;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
-  if (gridDim.x == 0 || blockDim.x == 0 || blockDim.x > 1024) return cudaErrorInvalidConfiguration;
-  for (const unsigned block : emulation::shuffled(gridDim.x)) {
-    blockIdx = dim3(block, 0, 0);
-    if (!emulation::run_block(blockDim.x)) return cudaErrorLaunchFailure;
+  threads = blockDim.x;
+  if (gridDim.x == 0 || threads == 0 || threads > 1024 || config->dynamicSmemBytes > kSharedMemory ||
+      config->numAttrs != 1 || !config->attrs->val.cooperative)
+    return cudaErrorInvalidConfiguration;
+  blocks.clear();
+  blocks.resize(gridDim.x);
+  for (Block& b : blocks) {
+    b.shared.reset(new char[config->dynamicSmemBytes]);
+    std::memset(b.shared.get(), 0xff, config->dynamicSmemBytes);
   }
-  return cudaSuccess;
+  return run(gridDim.x * threads) ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  return bytes <= emulation::kSharedMemory ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {
+  std::memset(place, value, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorLaunchFailure ? "not all threads reached a barrier" : "invalid configuration";
+  return error == cudaErrorLaunchFailure ? "threads wait for ever" : "invalid configuration";
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = CUDART_VERSION;

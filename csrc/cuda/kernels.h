@@ -1,0 +1,46 @@
+// The kernels that exist: for each number format those of all tiles, a source file each, so that they compile in
+// parallel.
+#pragma once
+
+#include <utility>
+
+#include "backward.h"
+#include "forward.h"
+
+namespace fastlm::cuda {
+
+template <class A>
+using Kernel = void (*)(A);
+
+struct Kernels {
+  Kernel<Forward> forward;
+  Kernel<Backward> backward;
+};
+
+// Of the plan's tiles.
+Kernels kernels_f32(const Plan&);
+Kernels kernels_f64(const Plan&);
+Kernels kernels_tf32(const Plan&);
+Kernels kernels_bf16(const Plan&);
+Kernels kernels_fp16(const Plan&);
+
+template <template <class, int, int> class Product, class T, int m, int n>
+void take(const Plan& plan, Kernels& found) {
+  if constexpr (tiles_exist(Product<T, m, n>::kTensorCore, m, n))
+    if (plan.m_tiles == m && plan.n_tiles == n)
+      found = {forward_kernel<Product<T, m, n>>, backward_kernel<Product<T, m, n>>};
+}
+
+template <template <class, int, int> class Product, class T, int... i>
+Kernels choose(const Plan& plan, std::integer_sequence<int, i...>) {
+  Kernels found{};
+  (take<Product, T, kTiles[i / 3], kTiles[i % 3]>(plan, found), ...);
+  return found;
+}
+
+template <template <class, int, int> class Product, class T>
+Kernels choose(const Plan& plan) {
+  return choose<Product, T>(plan, std::make_integer_sequence<int, 9>());
+}
+
+}  // namespace fastlm::cuda

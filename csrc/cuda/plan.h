@@ -1,0 +1,125 @@
+// How a recurrent pass is spread over a GPU. Plain functions, so that tests can check them without one.
+//
+// The batch is cut into groups of 8·n_tiles sequences. A team of `slices` blocks takes a group through all its steps:
+// each block owns `units` hidden units with all their gates, keeps their recurrent weights in shared memory, and makes,
+// step after step, the product of those weights with what the whole team has published of the step before:
+//   forward:  rows = a unit's gates (units · G),  depth = hidden units,             published: h
+//   backward: rows = units,                       depth = gates of all hidden units, published: gradients of the gates
+// The depth is cut into spans of 32 units, gate by gate inside a span, and padded with zeros; the warps of a block
+// split it and add their parts up. `teams` teams of each direction are on the chip at a time; each takes group after
+// group.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../gates.h"
+#include "../rnn.h"
+
+namespace fastlm::cuda {
+
+enum class Number : int { f32, f64, tf32, bf16, fp16 };  // tf32: float32, whose products are rounded to TF32
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kPairs = 2;     // (unit, sequence) pairs that a thread owns at most
+constexpr int kSpan = 32;     // units
+constexpr int kLoad = 16;     // bytes that a thread loads at a time
+constexpr int kChunk = 64;    // bytes of a row's depth, the least that a warp takes
+constexpr int kTiles[] = {1, 2, 4};  // of rows (16 each) and of sequences (8 each)
+constexpr int kPackedSequences = 512;  // whose lengths travel as kernel arguments
+
+struct Layer {
+  Cell cell;
+  Number number;
+  int batch, hidden, directions;
+};
+
+struct Chip {
+  int multiprocessors;
+  int shared;  // bytes that a block may use
+};
+
+struct Plan {
+  int m_tiles, n_tiles;  // of a block's product
+  int units, slices;     // units of a block; blocks of a team
+  int groups, teams;     // of each direction
+  int depth;             // numbers, padded
+  int blocks;            // of the launch: directions · teams · slices; 0: nothing fits
+  int shared;            // bytes of a block
+  int64_t workspace;     // bytes: flags, then what the teams publish
+  double cost;           // estimated clocks of a step, times the groups that a team takes
+};
+
+// Products whose sums fit the registers of a thread.
+constexpr bool tiles_exist(bool tensor_core, int m_tiles, int n_tiles) {
+  return m_tiles * n_tiles <= (tensor_core ? 16 : 2);
+}
+
+FASTLM_INLINE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+FASTLM_INLINE constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+constexpr int size_of(Number n) { return n == Number::f64 ? 8 : n == Number::bf16 || n == Number::fp16 ? 2 : 4; }
+constexpr bool by_tensor_core(Number n) { return n != Number::f32 && n != Number::f64; }
+
+// Numbers from one row of weights, or of partial sums of a sequence, to the next: no two rows share their banks.
+constexpr int weights_row(Number n, int depth) { return by_tensor_core(n) ? depth : depth + kLoad / size_of(n); }
+FASTLM_INLINE constexpr int part_row(int m_tiles) { return 16 * m_tiles + 4; }
+
+constexpr int64_t flag_bytes(const Layer& l, const Plan& p) {
+  return (int64_t(l.directions) * p.groups * p.slices * 4 + 255) / 256 * 256;
+}
+
+// Bytes of one of the two slots that a team publishes into by turns.
+constexpr int64_t slot_bytes(const Layer& l, const Plan& p) {
+  return int64_t(8) * p.n_tiles * p.depth * size_of(l.number);
+}
+
+// Clocks of one step, from rates of Hopper's data sheet. It need only rank plans.
+constexpr double clocks(const Layer& l, const Plan& p) {
+  const double sequences = 8.0 * p.n_tiles, rows = 16.0 * p.m_tiles, bytes = double(p.depth) * size_of(l.number);
+  const double handshake = 2500;                                       // flag, fence, latency of the first load
+  const double rate = std::min(64.0, 3200.0 / p.blocks);               // of L2, a clock and block
+  const double read = std::min(sequences, double(l.batch)) * bytes / rate;
+  const double weights = rows * bytes / 128;
+  const double parts = 2 * kWarps * sequences * rows * 4 / 128;
+  const double fma = by_tensor_core(l.number) ? 0 : rows * sequences * p.depth / 128;
+  const double gates = 150.0 * divide_up(int(p.units * sequences), kThreads);
+  return handshake + read + std::max(weights, fma) + parts + gates;
+}
+
+// The plan of given tiles; its `blocks` is 0 where it does not fit.
+constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, int m_tiles, int n_tiles) {
+  const int gates = gates_of(l.cell), sequences = 8 * n_tiles;
+  Plan p{};
+  p.m_tiles = m_tiles;
+  p.n_tiles = n_tiles;
+  const int most = std::min(16 * m_tiles / (backward ? 1 : gates), kPairs * kThreads / sequences);
+  p.units = divide_up(l.hidden, divide_up(l.hidden, most));
+  p.slices = divide_up(l.hidden, p.units);
+  p.groups = divide_up(l.batch, sequences);
+  p.depth = divide_up(l.hidden, kSpan) * kSpan * (backward ? gates : 1);
+  const int64_t number = size_of(l.number), width = by_tensor_core(l.number) ? 4 : std::max<int>(4, number);
+  const int64_t shared = int64_t(16) * m_tiles * weights_row(l.number, p.depth) * number +
+                         int64_t(kWarps) * sequences * part_row(m_tiles) * width;
+  p.teams = std::min(p.groups, chip.multiprocessors / (p.slices * l.directions));
+  if (p.teams == 0 || shared > chip.shared) return p;
+  p.blocks = l.directions * p.teams * p.slices;
+  p.shared = int(shared);
+  p.workspace = flag_bytes(l, p) + 2 * l.directions * p.groups * slot_bytes(l, p);
+  p.cost = clocks(l, p) * divide_up(p.groups, p.teams);
+  return p;
+}
+
+// The cheapest plan; its `blocks` is 0 where the recurrent weights do not fit the chip.
+constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
+  Plan best{};
+  for (const int m_tiles : kTiles)
+    for (const int n_tiles : kTiles) {
+      if (!tiles_exist(by_tensor_core(l.number), m_tiles, n_tiles)) continue;
+      const Plan p = plan_tiles(l, backward, chip, m_tiles, n_tiles);
+      if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
+    }
+  return best;
+}
+
+}  // namespace fastlm::cuda

@@ -1,0 +1,113 @@
+// csrc/cuda/device.h on the host. What a block publishes stays out of sight of all until one of its threads raises a
+// flag: a flag that is raised too early, or not waited for, is noticed. FASTLM_EMULATED_FLAGS=0 waits for none.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#define FASTLM_DYNAMIC_SHARED(name) uint4* const name = emulation::dynamic_shared()
+
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline int min(int a, int b) { return std::min(a, b); }
+
+namespace emulation {
+
+template <class To, class From>
+To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// The lanes of a warp meet: the last one to come runs `together`, then all go on.
+struct Lane {
+  const void* argument;
+  unsigned arrived = 0;
+};
+inline std::vector<Lane> lanes;
+template <class Together>
+void meet(const void* argument, const Together& together) {
+  const unsigned first = current / 32 * 32;
+  if (lanes.size() < fibers.size()) lanes.resize(fibers.size());
+  lanes[current].argument = argument;
+  if (++lanes[first].arrived == 32) {
+    lanes[first].arrived = 0;
+    together(&lanes[first]);
+    wake(first, 32);
+  } else {
+    fibers[current].waits = true;
+  }
+  yield();
+}
+
+struct Operands {
+  float* c;
+  uint32_t a[4], b[2];
+};
+
+// PTX ISA, fragments of mma.m16n8k16 (16 bits) and mma.m16n8k8 (TF32): lane 4·r + q.
+template <class Widen>
+void multiply(const Lane* lanes, int in_register, const Widen& widen) {
+  const auto at = [&](int lane) { return static_cast<const Operands*>(lanes[lane].argument); };
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      float& c = at(row % 8 * 4 + column / 2)->c[row / 8 * 2 + column % 2];
+      for (int half = 0; half < 2; ++half)
+        for (int q = 0; q < 4; ++q)
+          for (int e = 0; e < in_register; ++e)
+            c += widen(at(row % 8 * 4 + q)->a[half * 2 + row / 8], e) * widen(at(column * 4 + q)->b[half], e);
+    }
+}
+
+}  // namespace emulation
+
+namespace fastlm::cuda {
+
+inline float widen(Bf16 x) { return emulation::bits<float>(uint32_t(x.bits) << 16); }
+inline float widen(Fp16 x) { return emulation::bits<_Float16>(x.bits); }
+inline void narrow(float x, Fp16& y) { y.bits = emulation::bits<uint16_t>(_Float16(x)); }
+inline void narrow(float x, Bf16& y) {
+  const uint32_t from = emulation::bits<uint32_t>(x);
+  y.bits = uint16_t(std::isnan(x) ? 0x7fff : (from + 0x7fff + (from >> 16 & 1)) >> 16);
+}
+inline float round_tf32(float x) {
+  return emulation::bits<float>((emulation::bits<uint32_t>(x) + 0x1000) & ~0x1fffu);
+}
+
+template <class T>
+void mma(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  const emulation::Operands mine{c, {a0, a1, a2, a3}, {b0, b1}};
+  emulation::meet(&mine, [](const emulation::Lane* lanes) {
+    emulation::multiply(lanes, 4 / sizeof(T), [](uint32_t x, int e) {
+      if constexpr (sizeof(T) == 4)
+        return emulation::bits<float>(x & ~0x1fffu);
+      else
+        return widen(T{uint16_t(x >> 16 * e)});
+    });
+  });
+}
+
+inline void sync_warp() {
+  emulation::meet(nullptr, [](const emulation::Lane*) {});
+}
+
+template <class T>
+void publish(T* place, T value) {
+  emulation::block().unpublished.push_back([=] { *place = value; });
+}
+inline uint4 load_published(const uint4* place) { return *place; }
+inline void raise(int* flag, int value) {
+  for (const auto& store : emulation::block().unpublished) store();
+  emulation::block().unpublished.clear();
+  *flag = value;
+  ++emulation::moves;
+}
+inline int flag(const int* place) {
+  static const bool wait = emulation::unless_zero("FASTLM_EMULATED_FLAGS");
+  emulation::yield();
+  return wait ? *place : 1 << 30;
+}
+
+}  // namespace fastlm::cuda
