@@ -552,10 +552,10 @@ void define_cuda(py::module_ m) {
           if (int(directions.size()) != pass.layer.directions) throw std::invalid_argument("rnn: directions");
           cuda::RnnForward d[2] = {};
           for (size_t i = 0; i < directions.size(); ++i) {
-            const Pack a("rnn_forward", std::get<0>(directions[i]), 9);
+            const Pack a("rnn_forward", std::get<0>(directions[i]), 10);
             d[i] = {a.address<void>(0), a.address<void>(1), a.address<void>(2), a.address<void>(3),
                     a.address<void>(4), a.address<void>(5), a.address<void>(6), a.address<void>(7),
-                    a.address<void>(8), std::get<1>(directions[i]), std::get<2>(directions[i])};
+                    a.address<void>(8), a.address<void>(9), std::get<1>(directions[i]), std::get<2>(directions[i])};
           }
           py::gil_scoped_release release;
           cuda::rnn_forward(pass, d, train, pointer<void>(stream));

@@ -66,6 +66,7 @@ __device__ void forward_group(const Forward& a, const Team<P>& team) {
       const Pair pair(team, p);
       if (!pair.owned) continue;
       if (pair.sequence < now.alive) {
+        if (d.before) static_cast<T*>(d.before)[(now.row + pair.sequence) * H + pair.unit] = to<T>(h[p]);
         V sums[4];
 #pragma unroll
         for (int g = 0; g < 4; ++g)

@@ -30,6 +30,7 @@ struct RnnForward {
   const void* c0;     // [B, H] LSTM only
   void* y;            // [N, H] out
   void* c;            // [N, H] out, LSTM in training, else null; float64 for float64, else float32
+  void* before;       // [N, H] out: h of the step before; packed sequences in training, else null
   void* hn;           // [B, H] out
   void* cn;           // [B, H] out, LSTM only
   int64_t gates_row;  // numbers from one row of gates to the next

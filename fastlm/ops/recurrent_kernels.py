@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, transformed
-from fastlm.dispatch import build_report
 from fastlm.ops import recurrent
+from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
-CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
@@ -78,17 +76,6 @@ def _precision():
 _precision._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
 
 
-def cuda_missing(native: ModuleType) -> str | None:
-    """Return why the extension cannot use a GPU here, None where it can."""
-    if not hasattr(native, "cuda"):
-        return f"the extension was built without CUDA: {build_report()['skipped'].get('cuda', 'reason not recorded')}"
-    built, known = native.cuda.built_version // 1000, native.cuda.driver_version() // 1000
-    if known < built:
-        return f"the extension was built with CUDA {built}, " + (
-            f"the NVIDIA driver is for CUDA {known}" if known else "there is no NVIDIA driver")
-    return None
-
-
 class Layers:
     """One cell's `cannot` and `run`, and the differentiable layer in one direction that they are made of.
 
@@ -101,16 +88,14 @@ class Layers:
     def __init__(self, native: ModuleType, cell: str, step: Callable):
         self.native, self.cell, self.step = native, cell, step
         self.gates, self.states = GATES[cell], 2 if cell == "lstm" else 1
-        self.no_cuda = cuda_missing(native)
+        self.cuda = CudaLayers(native, cell, step)
         self.kernels = Differentiable(
             f"{cell}_layer", statics="bool reverse", outputs=1 + self.states, forward=self.forward, fake=self.fake,
             backward=self.backward, reference=self.reference, reads_results=True)
 
     def cannot(self, data, batch_sizes, hx, params, *options) -> str | None:
-        if data.is_cuda and self.no_cuda:
-            return self.no_cuda
-        if data.is_cuda and torch.cuda.get_device_properties(data.device).major < 8:
-            return "the GPU is older than compute capability 8.0"
+        if data.is_cuda:
+            return self.cuda.cannot(data, batch_sizes, hx, params, *options)
         if data.dtype not in DTYPES:
             return f"dtype {data.dtype}"
         if hx[0].shape[-1] * self.gates != params[1].shape[0]:
@@ -122,6 +107,8 @@ class Layers:
 
         It does not for relu, where a state that is rounded across the kink has another derivative: errors by chance.
         """
+        if data.is_cuda:
+            return self.cuda.run(data, batch_sizes, hx, params, has_biases, *options)
         found = None if batch_sizes is not None else self.stream(data, hx, params, has_biases, *options)
         if found is not None:
             return found
@@ -166,7 +153,7 @@ class Layers:
         """Tell whether there is so little to compute that packed weights would not pay for their packing."""
         steps = batch_sizes.numel() if batch_sizes is not None else x.shape[1 if batch_first else 0]
         _, batch, hidden = hx[0].shape
-        return not x.is_cuda and x.shape[-1] > 0 and hidden >= 64 and (steps == 1 or batch * steps <= 16)
+        return x.shape[-1] > 0 and hidden >= 64 and (steps == 1 or batch * steps <= 16)
 
     def result_dtype(self, data, batch_sizes, hx) -> torch.dtype:
         """Return what stock returns: under autocast the dense LSTM and the RNN lower it, the others keep hx's."""
@@ -188,7 +175,7 @@ class Layers:
             return self.direct(tensors, any(needs), reverse)
         train, hidden, wide = any(needs), w_hh.shape[1], w_hh.shape[0]
         rows, w_hh, states = x.reshape(-1, x.shape[-1]), w_hh.contiguous(), as_states(states)
-        bias, b_hn = self.biases(b_ih, b_hh)
+        bias, b_hn = split_biases(self.cell, b_ih, b_hh)
         y = rows.new_empty(rows.shape[0], hidden)
         kept = self.columns(hidden) if train else wide
         c = torch.empty_like(y, dtype=state_dtype(y)) if train and self.cell == "lstm" else None
@@ -278,13 +265,6 @@ class Layers:
         """Return how many numbers of each row the backward pass reads and makes: GRU has U h of gate n besides."""
         return 4 * hidden if self.cell == "gru" else self.gates * hidden
 
-    def biases(self, b_ih, b_hh):
-        """Return the bias that may be added outside the loop, and the one that may not: GRU's b_hn."""
-        if b_ih is None or self.cell != "gru":
-            return None if b_ih is None else b_ih + b_hh, None
-        outside = b_ih.shape[0] // 3 * 2
-        return torch.cat([b_ih[:outside] + b_hh[:outside], b_ih[outside:]]), b_hh[outside:].contiguous()
-
     def blocks(self, y, batch_sizes, problem, reverse):
         """Return blocks of time in the order of visit, each ((first, last) step, slice of rows), and the most rows.
 
@@ -293,7 +273,7 @@ class Layers:
         """
         _, _, steps, batch, hidden, *_ = problem
         size = y.shape[0] * self.columns(hidden) * y.element_size()
-        count = 1 if y.is_cuda or y.element_size() == 2 else min(steps, 1 + size // BLOCK_BYTES)
+        count = 1 if y.element_size() == 2 else min(steps, 1 + size // BLOCK_BYTES)
         rows = range(0, steps * batch + 1, batch or 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
         ends = [steps * i // count for i in range(count + 1)]
         found = [((t, u), slice(rows[t], rows[u])) for t, u in itertools.pairwise(ends)] if batch else [
@@ -313,20 +293,12 @@ class Layers:
         precision = PRECISIONS[torch.get_float32_matmul_precision()]
         return CELLS[self.cell], reverse, steps, batch, hidden, sizes, torch.get_num_threads(), precision
 
-    def library(self, like):
-        return self.native.cuda if like.is_cuda else self.native
-
     def workspace(self, like, problem, backward):
         size = like.element_size()
-        return like.new_empty(self.library(like).rnn_workspace((*problem, 0, problem[2]), backward, size) // size)
+        return like.new_empty(self.native.rnn_workspace((*problem, 0, problem[2]), backward, size) // size)
 
     def call(self, name, like, problem, steps, *args):
-        """Run a kernel on the device of `like`; a GPU's is queued on PyTorch's current stream there."""
-        kernel = getattr(self.library(like), name)
-        if not like.is_cuda:
-            return kernel((*problem, *steps), like.element_size(), *args)
-        with torch.cuda.device(like.device):
-            return kernel((*problem, *steps), like.element_size(), *args, torch.cuda.current_stream().cuda_stream)
+        getattr(self.native, name)((*problem, *steps), like.element_size(), *args)
 
     def addresses(self, buffers, kinds, like, weight=None):
         """Check what the kernel takes for granted, and return where the tensors lie (0 for None).
@@ -351,11 +323,6 @@ def state_dtype(like: Tensor) -> torch.dtype:
 
 def as_states(tensors: list[Tensor]) -> list[Tensor]:
     return [t.to(state_dtype(t)).contiguous() for t in tensors]
-
-
-def pair(states):
-    """Return (h, c), or (h, None) for a cell that has no c."""
-    return states if len(states) == 2 else [*states, None]
 
 
 def padded(columns: int, size: int) -> int:

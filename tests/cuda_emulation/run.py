@@ -1,11 +1,13 @@
 """Run lstm, gru and rnn through an extension whose CUDA kernels are emulated, and hold them to the error rule.
 
 Usage: python run.py EXTENSION [SAMPLE], in a process of its own: the extension takes the place of `fastlm._native`.
-Prints a line `op dtype sample: ok` or `op dtype sample: ERROR` for each call.
+Prints a line `op dtype sample: ok` or `op dtype sample: ERROR` for each call, and at the end the tiles that were run.
 """
 
+import contextlib
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import torch
 
@@ -16,47 +18,73 @@ sys.modules["fastlm._native"] = native
 
 from fastlm import measure, ops  # noqa: E402
 from fastlm.dispatch import Sample  # noqa: E402
-from fastlm.ops import recurrent, recurrent_kernels  # noqa: E402
+from fastlm.ops import recurrent, recurrent_cuda  # noqa: E402
 
 GATES_AND_STATES = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
 FEATURES = {"no bias", "packed", "packed bidirectional layers", "no sequences", "outliers", "not a number",
             "not contiguous", "relu plain", "relu packed bidirectional layers"}
+HOPPER = 227 << 10
+# Name -> shape, (multiprocessors, shared memory of a block): few multiprocessors make teams small and take turns.
 SIZES = {
-    **{f"T{t} B{b} H{h}": {"steps": t, "batch": b, "hidden": h}
-       for t, b, h in ((1, 1, 1), (3, 33, 3), (7, 3, 17), (2, 17, 33), (17, 1, 7), (3, 65, 40))},
-    # More sequences than a block takes, whose number changes from step to step, in both directions.
-    "tall packed": {"lengths": (4,) * 3 + (3,) * 20 + (2,) * 12 + (1,) * 6, "hidden": 17, "bidirectional": True},
+    "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), (1, HOPPER)),
+    "T3 B1 H33": (dict(steps=3, batch=1, hidden=33), (132, HOPPER)),
+    "T7 B3 H7 both ways": (dict(steps=7, batch=3, hidden=7, bidirectional=True), (4, HOPPER)),
+    "T2 B17 H33": (dict(steps=2, batch=17, hidden=33), (9, HOPPER)),
+    "T3 B17 H64": (dict(steps=3, batch=17, hidden=64), (8, HOPPER)),
+    "T3 B33 H70 one team": (dict(steps=3, batch=33, hidden=70), (10, HOPPER)),
+    # More sequences than a group takes, whose number changes from step to step, in both directions.
+    "tall packed": (dict(lengths=(4,) * 3 + (3,) * 20 + (2,) * 12 + (1,) * 6, hidden=17, bidirectional=True),
+                    (6, HOPPER)),
 }
 
-launched = []
+chip, launched, tiles = None, [], set()
 
 
-def call(self, name, like, problem, steps, *args):
-    launched.append(name)
-    getattr(native.cuda, name)((*problem, *steps), like.element_size(), *args, 0)
+def counted(name):
+    kernel = getattr(native.cuda, name)
+
+    def run(layer, chip, *rest):
+        plan = native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
+        launched.append(name)
+        tiles.add((name, layer[1], plan["m_tiles"], plan["n_tiles"]))
+        kernel(layer, chip, *rest)
+    return run
 
 
-recurrent_kernels.Layers.library = lambda self, like: native.cuda
-recurrent_kernels.Layers.call = call
+# Tensors say that they are on a GPU, and the GPU is what `chip` says.
+torch.Tensor.is_cuda = property(lambda self: True)
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(
+    major=9, multi_processor_count=chip[0], shared_memory_per_block_optin=chip[1])
+torch.cuda.device = lambda device: contextlib.nullcontext()
+torch.cuda.current_stream = lambda: SimpleNamespace(cuda_stream=0)
+for kernel in ("rnn_forward", "rnn_backward"):
+    setattr(native.cuda, kernel, counted(kernel))
 
 
 def cases(op):
-    """Yield (dtype, sample): sizes in float64, where an index is right or far off, and features in float32."""
+    """Yield (dtype, chip, sample): sizes in float64, where an index is right or far off, and all else in 16 bits too.
+
+    Sizes run in every format, features in float32 alone.
+    """
     for sample in op.samples("test", torch.float32, "cpu"):
         if sample.name in FEATURES:
-            yield torch.float32, sample
-    for name, shape in SIZES.items():
-        args = recurrent.make_args(*GATES_AND_STATES[op.name], torch.float64, "cpu", **shape)
-        yield torch.float64, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
+            yield torch.float32, (7, HOPPER), sample
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for name, (shape, chip) in SIZES.items():
+            args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
+            yield dtype, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
 
 
 torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled with NaN
 for op in ops.ALL:
     if op.name in GATES_AND_STATES:
-        for dtype, sample in cases(op):
+        for dtype, chip, sample in cases(op):  # noqa: B007 get_device_properties reads chip
             if sys.argv[2:] not in ([], [sample.name]):
                 continue
             launched.clear()
+            recurrent_cuda.chip_of.cache_clear()
+            recurrent_cuda.misfit.cache_clear()
             wrong = [error for error in measure.errors(op, "native", sample.args) if not error.ok]
-            assert set(launched) == {"rnn_forward", "rnn_backward"}, (op, sample.name, launched)
-            print(f"{op.name} {str(dtype)[6:]} {sample.name}:", wrong or "ok")
+            assert set(launched) == ({"rnn_forward", "rnn_backward"} if sample.args[2][0].numel() else set()), launched
+            print(f"{op.name} {str(dtype)[6:]} {sample.name}:", wrong or "ok", flush=True)
+print("tiles", sorted(tiles))
