@@ -26,9 +26,10 @@ Kernels kernels_fp16(const Plan&);
 
 template <template <class, int, int> class Product, class T, int m, int n>
 void take(const Plan& plan, Kernels& found) {
-  if constexpr (tiles_exist(Product<T, m, n>::kTensorCore, m, n))
-    if (plan.m_tiles == m && plan.n_tiles == n)
-      found = {forward_kernel<Product<T, m, n>>, backward_kernel<Product<T, m, n>>};
+  using P = Product<T, m, n>;
+  if (plan.m_tiles != m || plan.n_tiles != n) return;
+  if constexpr (tiles_exist(P::kTensorCore, false, m, n)) found.forward = forward_kernel<P>;
+  if constexpr (tiles_exist(P::kTensorCore, true, m, n)) found.backward = backward_kernel<P>;
 }
 
 template <template <class, int, int> class Product, class T, int... i>

@@ -51,9 +51,9 @@ struct Plan {
   double cost;           // estimated clocks of a step, times the groups that a team takes
 };
 
-// Products whose sums fit the registers of a thread.
-constexpr bool tiles_exist(bool tensor_core, int m_tiles, int n_tiles) {
-  return m_tiles * n_tiles <= (tensor_core ? 16 : 2);
+// Products whose sums fit the registers of a thread. Backward, where a row is a unit, kPairs allows no more.
+constexpr bool tiles_exist(bool tensor_core, bool backward, int m_tiles, int n_tiles) {
+  return m_tiles * n_tiles <= (!tensor_core ? 2 : backward ? 4 : 16);
 }
 
 FASTLM_INLINE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -115,7 +115,7 @@ constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
   Plan best{};
   for (const int m_tiles : kTiles)
     for (const int n_tiles : kTiles) {
-      if (!tiles_exist(by_tensor_core(l.number), m_tiles, n_tiles)) continue;
+      if (!tiles_exist(by_tensor_core(l.number), backward, m_tiles, n_tiles)) continue;
       const Plan p = plan_tiles(l, backward, chip, m_tiles, n_tiles);
       if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
     }

@@ -128,9 +128,9 @@ class CudaLayers:
     def fake(self, tensors, needs):
         x, batch_sizes, hx, _ = self.unpack(tensors)
         count, _, hidden = hx[0].shape
-        y = x.new_empty(*x.shape[:-1], count * hidden)
-        saved = self.saved(y.view(x.shape[:-1].numel(), count * hidden), batch_sizes, hidden, count) if any(needs) else {}
-        return [y, *(s.new_empty(s.shape) for s in hx), *saved.values()]
+        y = x.new_empty(x.shape[:-1].numel(), count * hidden)
+        saved = self.saved(y, batch_sizes, hidden, count) if any(needs) else {}
+        return [y.view(*x.shape[:-1], count * hidden), *(s.new_empty(s.shape) for s in hx), *saved.values()]
 
     def backward(self, grads, saved, tensors, needs):
         x, batch_sizes, hx, weights = self.unpack(tensors)

@@ -115,7 +115,7 @@ class Layers:
         result = self.result_dtype(data, batch_sizes, hx)
         # A step reads every weight once: to convert them first would cost more than the step itself.
         in_place = batch_sizes is None and not torch.is_grad_enabled() and self.few(data, None, hx, options[-1])
-        tiles = self.native.tiles and not in_place and not data.is_cuda and self.cell != "relu"
+        tiles = self.native.tiles and not in_place and self.cell != "relu"
         as_is = result is torch.float64 or (result is torch.bfloat16 and tiles)
         compute = result if as_is else torch.float32
 

@@ -59,6 +59,9 @@ struct cudaLaunchConfig_t {
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+#pragma GCC push_options
+#pragma GCC optimize("O2")
+
 namespace emulation {
 
 constexpr int kSharedMemory = 227 << 10;  // of a block
@@ -76,9 +79,10 @@ struct Block {
   std::vector<std::function<void()>> unpublished;
 };
 
-inline std::mt19937 draw;
+inline std::minstd_rand draw;
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
+inline std::vector<unsigned> ready;  // fibers of the next round
 inline std::vector<Block> blocks;
 inline unsigned current, threads;
 inline const std::function<void()>* body;
@@ -94,7 +98,11 @@ inline Block& block() { return blocks[current / threads]; }
 inline uint4* dynamic_shared() { return reinterpret_cast<uint4*>(block().shared.get()); }
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 inline void wake(unsigned first, unsigned count) {
-  for (unsigned i = first; i < first + count; ++i) fibers[i].waits = false;
+  for (unsigned i = first; i < first + count; ++i)
+    if (fibers[i].waits) {
+      fibers[i].waits = false;
+      ready.push_back(i);
+    }
   ++moves;
 }
 
@@ -108,30 +116,36 @@ inline void run_thread() {
 // Runs all threads of the launch; false where nothing moves any more.
 inline bool run(unsigned count) {
   if (fibers.size() < count) fibers.resize(count);
-  std::vector<unsigned> order(count);
+  ready.clear();
   for (unsigned i = 0; i < count; ++i) {
-    Fiber& fiber = fibers[order[i] = i];
+    Fiber& fiber = fibers[i];
     fiber.done = fiber.waits = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Fiber::kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_thread, 0);
+    ready.push_back(i);
   }
-  for (int idle = 0; !order.empty() && idle < 3;) {
+  unsigned done = 0;
+  for (int idle = 0; !ready.empty() && idle < 3;) {
     const long before = moves;
-    std::shuffle(order.begin(), order.end(), draw);
-    for (const unsigned i : order) {
-      if (fibers[i].waits) continue;
+    std::vector<unsigned> now;
+    now.swap(ready);
+    for (size_t i = now.size(); i > 1; --i) std::swap(now[i - 1], now[draw() % i]);
+    for (const unsigned i : now) {
       current = i;
       threadIdx = dim3(i % threads);
       blockIdx = dim3(i / threads);
       swapcontext(&scheduler, &fibers[i].context);
+      if (fibers[i].done)
+        ++done;
+      else if (!fibers[i].waits)
+        ready.push_back(i);
     }
     idle = moves == before ? idle + 1 : 0;
-    order.erase(std::remove_if(order.begin(), order.end(), [](unsigned i) { return fibers[i].done; }), order.end());
   }
-  return order.empty();
+  return done == count;
 }
 
 }  // namespace emulation
@@ -190,3 +204,5 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = CUDART_VERSION;
   return cudaSuccess;
 }
+
+#pragma GCC pop_options

@@ -5,6 +5,9 @@
 #include <cmath>
 #include <cstring>
 
+#pragma GCC push_options
+#pragma GCC optimize("O2")
+
 #define FASTLM_DYNAMIC_SHARED(name) uint4* const name = emulation::dynamic_shared()
 
 inline float __expf(float x) { return std::exp(x); }
@@ -48,17 +51,23 @@ struct Operands {
 };
 
 // PTX ISA, fragments of mma.m16n8k16 (16 bits) and mma.m16n8k8 (TF32): lane 4·r + q.
-template <class Widen>
-void multiply(const Lane* lanes, int in_register, const Widen& widen) {
-  const auto at = [&](int lane) { return static_cast<const Operands*>(lanes[lane].argument); };
+template <int in_register, class Widen>
+void multiply(const Lane* lanes, const Widen& widen) {
+  constexpr int depth = 8 * in_register;
+  float a[16][depth], b[8][depth];
+  const auto at = [&](int lane) -> const Operands& { return *static_cast<const Operands*>(lanes[lane].argument); };
+  for (int lane = 0; lane < 32; ++lane)
+    for (int half = 0; half < 2; ++half)
+      for (int e = 0; e < in_register; ++e) {
+        const int row = lane / 4, k = (half * 4 + lane % 4) * in_register + e;
+        a[row][k] = widen(at(lane).a[half * 2], e);
+        a[row + 8][k] = widen(at(lane).a[half * 2 + 1], e);
+        b[row][k] = widen(at(lane).b[half], e);
+      }
   for (int row = 0; row < 16; ++row)
-    for (int column = 0; column < 8; ++column) {
-      float& c = at(row % 8 * 4 + column / 2)->c[row / 8 * 2 + column % 2];
-      for (int half = 0; half < 2; ++half)
-        for (int q = 0; q < 4; ++q)
-          for (int e = 0; e < in_register; ++e)
-            c += widen(at(row % 8 * 4 + q)->a[half * 2 + row / 8], e) * widen(at(column * 4 + q)->b[half], e);
-    }
+    for (int column = 0; column < 8; ++column)
+      for (int k = 0; k < depth; ++k)
+        at(row % 8 * 4 + column / 2).c[row / 8 * 2 + column % 2] += a[row][k] * b[column][k];
 }
 
 }  // namespace emulation
@@ -80,7 +89,7 @@ template <class T>
 void mma(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   const emulation::Operands mine{c, {a0, a1, a2, a3}, {b0, b1}};
   emulation::meet(&mine, [](const emulation::Lane* lanes) {
-    emulation::multiply(lanes, 4 / sizeof(T), [](uint32_t x, int e) {
+    emulation::multiply<4 / sizeof(T)>(lanes, [](uint32_t x, int e) {
       if constexpr (sizeof(T) == 4)
         return emulation::bits<float>(x & ~0x1fffu);
       else
@@ -111,3 +120,5 @@ inline int flag(const int* place) {
 }
 
 }  // namespace fastlm::cuda
+
+#pragma GCC pop_options
