@@ -229,7 +229,6 @@ def misfit(native: ModuleType, cell: int, number: int, hidden: int, bidirectiona
     return None
 
 
-@torch.compiler.assume_constant_result
 def _misfit(*args) -> str | None:
     return misfit(*args)
 
@@ -239,9 +238,12 @@ def number_of(dtype: torch.dtype) -> int:
     return NUMBERS["tf32" if dtype is torch.float32 and _tf32() else dtype]
 
 
-@torch.compiler.assume_constant_result
 def _tf32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
+
+
+for constant in (_misfit, _tf32):  # to a graph; torch.compiler.assume_constant_result would import the compiler
+    constant._dynamo_marked_constant = True
 
 
 def missing(native: ModuleType) -> str | None:

@@ -1,8 +1,8 @@
 // Enough of the CUDA runtime to run the kernels of csrc/cuda on the host, for tests: no speed, but every thread.
 //
 // All threads of all blocks of a launch are fibers of one operating system thread. They run one after the other until
-// they wait, in an order that is drawn anew each round: a result that depends on an order that CUDA does not promise
-// comes out wrong. A launch in which nothing moves any more fails. Shared memory begins as NaN.
+// they wait, in an order that is drawn anew each round, and half of the warps sleep for some rounds: a result that
+// depends on an order that CUDA does not promise comes out wrong. A launch in which nothing moves any more fails. Shared memory begins as NaN.
 // FASTLM_EMULATED_BARRIERS=0 leaves __syncthreads out, to show that this is noticed; see emulated_device.h for flags.
 #pragma once
 
@@ -128,12 +128,19 @@ inline bool run(unsigned count) {
     ready.push_back(i);
   }
   unsigned done = 0;
-  for (int idle = 0; !ready.empty() && idle < 3;) {
+  std::vector<bool> sleeps(count / 32);
+  for (int idle = 0, round = 0; !ready.empty() && idle < 100; ++round) {
+    if (round % 8 == 0)
+      for (size_t warp = 0; warp < sleeps.size(); ++warp) sleeps[warp] = draw() % 2;
     const long before = moves;
     std::vector<unsigned> now;
     now.swap(ready);
     for (size_t i = now.size(); i > 1; --i) std::swap(now[i - 1], now[draw() % i]);
     for (const unsigned i : now) {
+      if (sleeps[i / 32]) {
+        ready.push_back(i);
+        continue;
+      }
       current = i;
       threadIdx = dim3(i % threads);
       blockIdx = dim3(i / threads);
