@@ -23,12 +23,17 @@ test: extension
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
-# On a machine with a GPU: no network, no pip, the Python that is there.
+# On a machine with a GPU: no network, no pip, the Python that is there. The sanitizer sees small recurrent layers.
+SANITIZED := tests/test_ops.py -q --device cuda -k "error_rule and native and float16 and (lstm or gru or rnn)"
 gpu-check:
 	FASTLM_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) benchmarks/cudnn_rnn.py $(RESULTS)
 	$(PYTHON) -m pytest tests/test_ops.py tests/test_nn.py tests/cases --device cuda $(ARGS)
+	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) || exit 1; done; fi
+	for suite in rnn-cuda head norms attention; do \
+		$(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS) || exit 1; done
 	$(PYTHON) -m fastlm bench --device cuda --every --full --out $(RESULTS)
-	for suite in norms attention; do $(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS); done
 
 extension: $(VENV)/installed
 	@$(RUN) setup.py -q build_ext --inplace

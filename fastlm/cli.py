@@ -153,7 +153,7 @@ def doctor(device: Device = None):
 @clear_errors
 def bench(
     suite: Annotated[str, typer.Option(help="all (ops, modules, models), one of these, or a family held to its goals: "
-                                           "rnn-cpu, head, norms, attention.")] = "all",
+                                           "rnn-cpu, rnn-cuda, head, norms, attention.")] = "all",
     device: Device = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")] = None,
     only: Annotated[str, typer.Option(help="Measure only rows whose name and case contain this.")] = "",

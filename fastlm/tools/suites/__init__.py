@@ -16,7 +16,7 @@ from fastlm import measure
 from fastlm.dispatch import Op
 
 EVERYTHING = ("ops", "modules", "models")
-FAMILIES = ("rnn-cpu", "norms", "attention", "head")
+FAMILIES = ("rnn-cpu", "rnn-cuda", "norms", "attention", "head")
 SUITES = EVERYTHING + FAMILIES
 
 

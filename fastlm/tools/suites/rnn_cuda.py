@@ -1,0 +1,96 @@
+"""Recurrent layers on an NVIDIA GPU against torch.nn's, which are cuDNN's: forward and training.
+
+Inputs are as wide as the hidden state. A row's share is of a floor that any kernel with the weights on the chip has.
+"""
+
+import functools
+import importlib.util
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import fastlm
+from fastlm import measure
+from fastlm.tools.suites import Case, Goal, Subject, module_subject
+
+STEPS = 512
+HIDDEN, BATCH = (256, 512, 650, 768, 1024), (1, 16, 64)
+FLASHRNN = (1024, 16, 768)  # steps, sequences, hidden units of the figure in FlashRNN's paper
+GATES = {"LSTM": 4, "GRU": 3}
+MODES = ("forward", "training")
+MEAN = {("LSTM", torch.bfloat16): 2.0, ("GRU", torch.bfloat16): 2.0, ("GRU", torch.float16): 2.0}
+SHARE = 0.5
+# Of the floor, from Hopper's data sheet: what a flag takes from block to block, bytes a second of L2, shared memory of
+# a multiprocessor.
+HANDSHAKE, L2, SHARED = 1e-6, 5.5e12, 227 << 10
+
+
+def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[Case]:
+    wanted = dtypes or (torch.bfloat16, torch.float16)
+    for dtype, cell, hidden, batch in itertools.product(wanted, GATES, HIDDEN, BATCH):
+        yield _case(cell, dtype, device, STEPS, batch, hidden)
+    if torch.bfloat16 in wanted and importlib.util.find_spec("flashrnn"):
+        yield _case("LSTM", torch.bfloat16, device, *FLASHRNN, against="FlashRNN")
+
+
+def _case(cell, dtype, device, steps, batch, hidden, against=""):
+    goals = {mode: _goal(cell, dtype, mode, batch, hidden, against) for mode in MODES}
+    case = f"T{steps} B{batch} H{hidden}" + (f" against {against}" if against else "")
+    build = functools.partial(_layer, cell, dtype, device, steps, batch, hidden, against)
+    return Case("rnn-cuda", cell, case, dtype, build, MODES, goals, ("native",))
+
+
+def _goal(cell, dtype, mode, batch, hidden, against):
+    if against:
+        return Goal(1.0)
+    mean = MEAN.get((cell, dtype))
+    if mean:
+        return Goal(share=SHARE, means={f"{cell} {str(dtype)[6:]} {mode}": mean})
+    friendly = hidden % 128 == 0 and batch % 8 == 0  # where cuDNN's own persistent kernel runs
+    return Goal(1.0 if friendly else None, share=SHARE)
+
+
+def _layer(cell, dtype, device, steps, batch, hidden, against) -> Subject:
+    if torch.device(device).type != "cuda":
+        raise ValueError("rnn-cuda: needs an NVIDIA GPU (--device cuda), there is none here" if not
+                         torch.cuda.is_available() else "rnn-cuda: measures a GPU: --device cuda")
+    torch.manual_seed(0)
+    stock, ours = (getattr(namespace, cell)(hidden, hidden, device=device, dtype=dtype)
+                   for namespace in (torch.nn, fastlm.nn))
+    x = torch.randn(steps, batch, hidden, device=device).to(dtype)
+    floors = [functools.partial(floor, cell, dtype, device, steps, batch, hidden, mode) for mode in MODES]
+    subject = module_subject(stock, ours, lambda module, x: module(x)[0], x, floor=floors[0],
+                             training_floor=floors[1])
+    if against:
+        subject.baselines[against] = _flashrnn
+    return subject
+
+
+def floor(cell: str, dtype: torch.dtype, device: str, steps: int, batch: int, hidden: int, mode: str) -> float:
+    """Return seconds: weights read once, at each step a handshake and h through L2, and the products that do not recur.
+
+    Each multiprocessor that is needed to hold the weights reads the h of all sequences; backward, the gates' gradients.
+    """
+    gates, size = GATES[cell], dtype.itemsize
+    flops, copy = measure.peaks(device, dtype)
+    weights = gates * hidden * hidden * size
+    step = HANDSHAKE + batch * hidden * size * math.ceil(weights / SHARED) / L2
+    seconds = weights / copy + steps * step + 2 * gates * hidden * hidden * steps * batch / flops
+    if mode == "forward":
+        return seconds
+    back = HANDSHAKE + gates * (step - HANDSHAKE)
+    return seconds + weights / copy + steps * back + 3 * 2 * gates * hidden * hidden * steps * batch / flops
+
+
+def _flashrnn(x, params):
+    """Run FlashRNN's fused kernel with one head and our input projection."""
+    from flashrnn import flashrnn
+
+    w_ih, w_hh, b_ih, b_hh = params
+    hidden = w_hh.shape[1]
+    projected = torch.nn.functional.linear(x, w_ih).transpose(0, 1).reshape(*x.shape[1::-1], 4, 1, hidden)
+    states, _ = flashrnn(projected, w_hh.view(4, 1, hidden, hidden), (b_ih + b_hh).view(4, 1, hidden),
+                         function="lstm", backend="cuda_fused", dtype=str(x.dtype)[6:])
+    return states[0]
