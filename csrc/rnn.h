@@ -7,8 +7,7 @@
 //
 // The steps may be visited in blocks, a call each: what is made for one block alone (R rows) stays in the caches.
 //
-// A GPU implementation has the same functions in namespace fastlm::cuda, with `void* stream` as last argument;
-// there batch_sizes, alone, stays a host pointer, and one call visits all steps.
+// The GPU has its own interface, with the same layouts: cuda/rnn.h.
 #pragma once
 
 #include <cstdint>
