@@ -92,5 +92,5 @@ def _flashrnn(x, params):
     hidden = w_hh.shape[1]
     projected = torch.nn.functional.linear(x, w_ih).transpose(0, 1).reshape(*x.shape[1::-1], 4, 1, hidden)
     states, _ = flashrnn(projected, w_hh.view(4, 1, hidden, hidden), (b_ih + b_hh).view(4, 1, hidden),
-                         function="lstm", backend="cuda_fused", dtype=str(x.dtype)[6:])
+                         function="lstm", backend="cuda_fused")
     return states[0]
