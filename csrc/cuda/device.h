@@ -64,7 +64,14 @@ template <class T>
 __device__ inline void publish(T* place, T value) {
   *place = value;
 }
-__device__ inline uint4 load_published(const uint4* place) { return __ldcg(place); }
+__device__ inline uint4 load_published(const uint4* place) {  // not __ldcg, which the compiler may move past a flag
+  uint4 x;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(place)
+               : "memory");
+  return x;
+}
 __device__ inline void raise(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
