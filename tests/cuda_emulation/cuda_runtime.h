@@ -129,7 +129,8 @@ inline bool run(unsigned count) {
   }
   unsigned done = 0;
   std::vector<bool> sleeps(count / 32);
-  for (int idle = 0, round = 0; !ready.empty() && idle < 100; ++round) {
+  // Half of the warps sleep for eight rounds: a thousand rounds in which nothing moves are no chance.
+  for (int idle = 0, round = 0; !ready.empty() && idle < 1000; ++round) {
     if (round % 8 == 0)
       for (size_t warp = 0; warp < sleeps.size(); ++warp) sleeps[warp] = draw() % 2;
     const long before = moves;
