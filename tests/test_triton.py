@@ -222,13 +222,13 @@ def distillation_cases(generation):
 
 
 def attention_cases(generation):
+    other = generation != 90  # one stands for all where only loads and comparisons are added
     masks = {kind: tensor(1, 16, 2048, 2048, dtype=kind) for kind in (torch.bool, torch.float32)}
     for dim in (64, 128, 256):
-        yield from attention(generation, f"D={dim} float16 causal", dim, torch.float16, is_causal=True)
+        yield from attention(generation, f"D={dim} float16 causal", dim, torch.float16, is_causal=True,
+                             deep=dim > 128 and other)
         yield from attention(generation, f"D={dim} float32 causal", dim, torch.float32, is_causal=True,
-                             deep=dim > 64 or generation == 100)
-    # One generation stands for all where only loads and comparisons are added.
-    other = generation != 90
+                             deep=dim > 64 or other)
     for kind, mask in masks.items():
         yield from attention(generation, f"D=64 bfloat16 {kind} mask", 64, torch.bfloat16, mask=mask, deep=other)
         yield from attention(generation, f"D=128 bfloat16 {kind} mask", 128, torch.bfloat16, mask=mask, deep=True)

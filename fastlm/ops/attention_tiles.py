@@ -54,7 +54,7 @@ class Tile(NamedTuple):
 
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     """Write the output and the log-sum-exp of a call; they may be views."""
-    if _skips(call) or not call.key.size(2):
+    if _skips(call) or not out.numel() or not call.key.size(2):
         out.zero_()
         lse.fill_(torch.inf) if call.sinks is None else lse.copy_(call.sinks[:, None])
     if not out.numel() or not call.key.size(2):
