@@ -1,11 +1,13 @@
 """Options and fixtures that every test file shares."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+from fastlm import measure
+from fastlm.ops import head
+from tests.parity import INTERPRETED, skip_misinterpreted
+
+if INTERPRETED:
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -43,3 +45,19 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch, poisoned):
+    """Hold an implementation to the error rule on a named sample, in blocks of 7 rows and tiles of 9 classes."""
+    for name, value in dict(MIN_ROWS=7, BLOCK_BYTES=0, GPU_ROWS=7, TILE=9).items():
+        monkeypatch.setattr(head, name, value)
+
+    def check(op, name, dtype, sample, device):
+        sample = next(s for s in op.samples("test", dtype, device) if s.name == sample)
+        if reason := op.implementations[name].cannot(*sample.args):
+            pytest.skip(reason)
+        skip_misinterpreted(dtype)
+        for error in measure.errors(op, name, sample.args):
+            assert error.ok, error
+    return check

@@ -19,7 +19,7 @@ STATICS = ("str divergence, float beta, float temperature, float hard_weight, in
 
 ACCEPTS = {*DIVERGENCES, *(f"{d}, {form}" for d in DIVERGENCES for form in ("temperature", "hard", "logits, none")),
            "jsd of 0.0", "jsd of 0.1", "jsd of 1.0", "top-k", "top-k, jsd", "sum", "hard only", "all ignored",
-           "several blocks", "many classes", "one class", "one row", "no rows", "outliers"}
+           "many classes", "one class", "one row", "no rows", "outliers"}
 
 
 class Sweep:

@@ -9,12 +9,12 @@ from torch import Tensor
 from fastlm.ops.loss_kernels import accumulator
 
 # Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
-# and each block reads and writes the whole gradient of W. benchmarks/LOG.md 2026-11-23.
+# and each block reads and writes the whole gradient of W. benchmarks/LOG.md 2026-11-24.
 BLOCK_BYTES = 104 << 20
 MIN_ROWS = 256
 GPU_ROWS = 2048
 
-TILE = 8192  # classes whose weights are converted at a time, where products need another dtype
+TILE = 4096  # classes whose weights are converted at a time, where products need another dtype
 
 
 def block_rows(rows: int, classes: int, dtype: torch.dtype, cuda: bool) -> int:
@@ -24,8 +24,6 @@ def block_rows(rows: int, classes: int, dtype: torch.dtype, cuda: bool) -> int:
     else:
         most = max(MIN_ROWS, BLOCK_BYTES // (dtype.itemsize * max(classes, 1)))
     blocks = -(-rows // most)
-    if blocks == 1 and rows > MIN_ROWS:
-        blocks = 2
     return -(-rows // max(blocks, 1))
 
 

@@ -17,7 +17,7 @@ from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
 
 ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
            "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",
-           "several blocks", "many classes", "one class", "one row", "no rows", "outliers", "probabilities",
+           "many classes", "one class", "one row", "no rows", "outliers", "probabilities",
            "probabilities, none", "strided input"}
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import fastlm
 from fastlm.ops import linear_distillation
+from fastlm.ops.distillation import op
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
@@ -36,6 +37,13 @@ def test_the_definition(kind, temperature, device):
     student = F.linear(x, weight, rest["student_bias"])
     wanted = expected(student, F.linear(rest["teacher_input"], rest["teacher_weight"]), kind, 0.3, temperature)
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sample", ["forward_kl, temperature", "jsd, hard", "reverse_kl, logits, none", "top-k"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_several_blocks_of_rows_and_tiles_of_classes(name, dtype, sample, small_blocks, device):
+    small_blocks(op, name, dtype, sample, device)
 
 
 def test_hard_targets_are_mixed_in_and_ignored_rows_count_nothing(device):

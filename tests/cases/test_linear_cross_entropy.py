@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import fastlm
 from fastlm.ops import linear_cross_entropy, shift_targets
+from fastlm.ops.linear_cross_entropy import op
 
 
 def problem(n=33, h=12, v=70, dtype=torch.float32, device="cpu"):
@@ -42,6 +43,13 @@ def test_upstream_gradient_is_applied_and_left_alone(device):
     for a, b, c in zip(found, again, expected, strict=True):
         torch.testing.assert_close(a, c)
         torch.testing.assert_close(b, c)
+
+
+@pytest.mark.parametrize("sample", ["none", "bias", "everything, mean", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["native", "blocked", "triton"])
+def test_several_blocks_of_rows_and_tiles_of_classes(name, dtype, sample, small_blocks, device):
+    small_blocks(op, name, dtype, sample, device)
 
 
 def test_loss_without_gradients(device):
