@@ -46,7 +46,7 @@ sanitize: extension
 		FASTLM_LDFLAGS="-fsanitize=address,undefined" $(RUN) setup.py -q build_ext --build-lib build/sanitize
 	cp -rn fastlm build/sanitize/
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(abspath $(RUN)) -m pytest ../../tests/test_ops.py ../../tests/cases/test_recurrent.py \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:../.. $(abspath $(RUN)) -m pytest ../../tests/test_ops.py ../../tests/cases/test_recurrent.py \
 		../../tests/cases/test_nn_recurrent.py -k "(error_rule and native) or (not compiled and not opcheck and \
 		(test_cell or test_stream or (recurrent and not nn_recurrent)))" $(ARGS)
 	$(RUN) -m pytest tests/test_amx_sources.py --deep $(ARGS)
