@@ -52,6 +52,18 @@ def test_several_blocks_of_rows_and_tiles_of_classes(name, dtype, sample, small_
     small_blocks(op, name, dtype, sample, device)
 
 
+@pytest.mark.parametrize("name", ["native", "blocked", "triton"])
+def test_entropy_of_more_classes_than_a_kernel_reads_at_once(name, device):
+    x, weight, target = problem(5, 16, 9001, device=device)
+    if reason := op.implementations[name].cannot(x, weight, target, None, None, "mean", -100, 0.0, None, 0.0, 0.0, True,
+                                                 ""):
+        pytest.skip(reason)
+    with fastlm.backend(name):
+        _, found = linear_cross_entropy(x, weight, target, return_aux=True)
+    log_p = F.linear(x.double(), weight.double()).log_softmax(1)
+    torch.testing.assert_close(found.entropy.double(), -(log_p.exp() * log_p).sum(1), rtol=1e-5, atol=1e-5)
+
+
 def test_loss_without_gradients(device):
     x, weight, target = problem(device=device)
     with torch.no_grad():
