@@ -133,6 +133,16 @@ def check_batch_sizes(name: str, batch_sizes: Tensor, rows: int) -> None:
         raise RuntimeError(f"{name}: batch_sizes sum to {sum(sizes)}, but input has {rows} rows")
 
 
+def steps_of(name: str, x: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[int, int]:
+    """Return what a kernel is told of time: how many steps, and the address of their sizes or 0; check the sizes."""
+    if batch_sizes is None:
+        return x.shape[0], 0
+    check_batch_sizes(name, batch_sizes, x.shape[0])
+    if int(batch_sizes[0]) != batch:
+        raise RuntimeError(f"{name}: hx is for {batch} sequences, batch_sizes for {int(batch_sizes[0])}")
+    return batch_sizes.numel(), batch_sizes.data_ptr()
+
+
 # --- layers ----------------------------------------------------------------------------------------------------
 
 

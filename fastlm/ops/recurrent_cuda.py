@@ -193,12 +193,7 @@ class CudaLayers:
     def launch(self, name, y, shape, x, batch_sizes, directions, *options):
         """Queue a pass on PyTorch's current stream."""
         count, batch, hidden = shape
-        steps, sizes = x.shape[0], 0
-        if batch_sizes is not None:
-            recurrent.check_batch_sizes(self.cell, batch_sizes, x.shape[0])
-            if int(batch_sizes[0]) != batch:
-                raise RuntimeError(f"{self.cell}: hx is for {batch} sequences, batch_sizes for {int(batch_sizes[0])}")
-            steps, sizes = batch_sizes.numel(), batch_sizes.data_ptr()
+        steps, sizes = recurrent.steps_of(self.cell, x, batch_sizes, batch)
         layer = (CELLS[self.cell], number_of(y.dtype), batch, hidden, count)
         chip = chip_of(str(y.device))
         with torch.cuda.device(y.device):

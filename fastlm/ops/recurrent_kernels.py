@@ -284,12 +284,7 @@ class Layers:
 
     def problem(self, x, batch_sizes, h0, reverse):
         _, batch, hidden = h0.shape
-        steps, sizes = x.shape[0], 0
-        if batch_sizes is not None:
-            recurrent.check_batch_sizes(self.cell, batch_sizes, x.shape[0])
-            if int(batch_sizes[0]) != batch:
-                raise RuntimeError(f"{self.cell}: hx is for {batch} sequences, batch_sizes for {int(batch_sizes[0])}")
-            steps, sizes = batch_sizes.numel(), batch_sizes.data_ptr()
+        steps, sizes = recurrent.steps_of(self.cell, x, batch_sizes, batch)
         precision = PRECISIONS[torch.get_float32_matmul_precision()]
         return CELLS[self.cell], reverse, steps, batch, hidden, sizes, torch.get_num_threads(), precision
 
