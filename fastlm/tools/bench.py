@@ -7,7 +7,6 @@ against float64 beside stock's own, and the peak memory of both. Where stock ran
 import dataclasses
 import functools
 import itertools
-import math
 import platform
 import statistics
 import subprocess
@@ -140,7 +139,7 @@ def means(rows: list[Row]) -> list[dict]:
     for row in rows:
         for name, wanted in row.goal.get("means", {}).items():
             groups.setdefault((name, wanted), []).append(row.ratio)
-    return [{"name": name, "found": math.prod(ratios) ** (1 / len(ratios)), "wanted": wanted, "least": min(ratios),
+    return [{"name": name, "found": statistics.geometric_mean(ratios), "wanted": wanted, "least": min(ratios),
              "rows": len(ratios)}
             for (name, wanted), ratios in groups.items()]
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import statistics
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -85,6 +86,7 @@ def mean_cells(mean: dict) -> tuple[str, ...]:
 
 
 MEAN_HEADINGS = ("group", "rows", "least ratio", "geometric mean", "to reach")
+SUMMARY_HEADINGS = ("what", "type, mode", "rows", "least ratio", "geometric mean")
 
 
 def tables(result: dict):
@@ -162,16 +164,33 @@ def _svg(figure):
 
 
 def markdown(result: dict) -> str:
-    """Return the README's tables: groups of rows by their geometric means, the other rows one by one."""
-    means = _markdown_table(MEAN_HEADINGS, map(mean_cells, result["means"]))
-    rows = [r for r in result["rows"] if r["ran"] != "stock" and not r["goal"].get("means")]
+    """Return the README's tables: means with a figure to reach, rows with one of their own, the rest op by op."""
+    ran = [r for r in result["rows"] if r["ran"] != "stock"]
+    alone = [r for r in ran if _stands_alone(r)]
+    rest = [r for r in ran if not _stands_alone(r) and not r["goal"].get("means")]
     lines = [f"{result['machine']['device']}, {result['machine']['threads']} threads, torch "
-             f"{result['machine']['torch']}, {result['machine']['date'][:10]}:", *means,
-             *_markdown_table(HEADINGS[:-1], (cells(row)[:-1] for row in rows))]
-    names = sorted({r["name"] for r in result["rows"]} - {r["name"] for r in result["rows"] if r["ran"] != "stock"})
+             f"{result['machine']['torch']}, {result['machine']['date'][:10]}:",
+             *_markdown_table(MEAN_HEADINGS, map(mean_cells, result["means"])),
+             *_markdown_table(HEADINGS[:-1], (cells(row)[:-1] for row in alone)),
+             *_markdown_table(SUMMARY_HEADINGS, _summary(rest))]
+    names = sorted({r["name"] for r in result["rows"]} - {r["name"] for r in ran})
     if names:
         lines += ["", f"Stock PyTorch ran, nothing of ours being faster or measured here, for: {', '.join(names)}."]
     return "\n".join(lines) + "\n"
+
+
+def _stands_alone(row):
+    """Whether a row is to reach more than not to be slower."""
+    goal = row["goal"]
+    return not goal.get("means") and (goal.get("ratio", 0) > 1 or "memory" in goal or "share" in goal)
+
+
+def _summary(rows):
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["dtype"], row["mode"]), []).append(row["ratio"])
+    return [(name, f"{SHORT.get(dtype, dtype)} {mode}", str(len(ratios)), f"{min(ratios):.2f}×",
+             f"{statistics.geometric_mean(ratios):.2f}×") for (name, dtype, mode), ratios in groups.items()]
 
 
 def _markdown_table(headings, rows):
