@@ -6,8 +6,13 @@ given the tile's mask and, in backward, the log-sum-exp with the sinks in it; an
 kernel lacks: softcap, dropout, Dv ≠ D, the gradients of a mask and through the log-sum-exp; and for the gradients of
 ALiBi, whose far weights are denormal numbers, which take that kernel four times as long. Backward computes the
 probabilities again from the log-sum-exp. A query that sees nothing has a log-sum-exp of +∞ here: exp(s - lse) is 0.
+
+Cores work side by side, each on heads or rows of the batch of its own (`lanes`). Where they share each operation of a
+tile, which takes a millisecond, all wait for the last one; with another process on a core that took ten times as long.
 """
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -20,6 +25,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 ROWS = 128  # queries in a tile
 TILE_BYTES = 4 << 20  # of scores in a tile that is computed by matrix products
+LANES = 8  # at most, as each has such tiles
+LANE_SCORES = 1 << 21  # fewer are done before threads have started
 TINY = 2e-28  # weights up to this count as 0
 ID_BLOCK = 64  # keys that are skipped together if their documents are none of the tile's
 
@@ -59,10 +66,10 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         lse.fill_(torch.inf) if call.sinks is None else lse.copy_(call.sinks[:, None])
     if not out.numel() or not call.key.size(2):
         return
-    if call.options.softcap or call.options.dropout_p or out.size(3) != call.query.size(3):
-        _forward_products(call, out, lse)
-    else:
-        _forward_flash(call, out, lse)
+    products = call.options.softcap or call.options.dropout_p or out.size(3) != call.query.size(3)
+    engine = _forward_products if products else _forward_flash
+    _side_by_side([functools.partial(engine, lane.part(call), lane.of_queries(out), lane.of_queries(lse))
+                   for lane in lanes(call)])
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
@@ -84,7 +91,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
         products = (options.softcap or options.dropout_p or needs[3] or through_lse or call.slopes is not None
                     or out.size(3) != call.query.size(3))
         if any(needs[:4]):
-            (_backward_products if products else _backward_flash)(call, out, lse, dout, delta, found)
+            _backward(_backward_products if products else _backward_flash, call, (out, lse, dout, delta), found)
     if needs[4]:
         found[4] = -((call.sinks[:, None] - lse).exp() * delta).sum((0, 2))
     return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
@@ -95,6 +102,94 @@ def _skips(call: Call) -> bool:
     options = call.options
     return (options.is_causal or options.left >= 0 or options.right >= 0 or call.key_lengths is not None
             or call.query_ids is not None)
+
+
+# --- cores -----------------------------------------------------------------------------------------------------
+
+
+class Lane(NamedTuple):
+    """Rows of the batch and heads of keys for one core; `group` heads of queries share one of keys."""
+
+    number: int
+    batch: slice
+    heads: slice
+    group: int
+
+    def of_keys(self, x: Tensor | None) -> Tensor | None:
+        """View the lane's part of `x` `[B or 1, H_kv or 1, …]`."""
+        return _cut(_cut(x, 0, self.batch), 1, self.heads)
+
+    def of_queries(self, x: Tensor | None) -> Tensor | None:
+        """View the lane's part of `x` `[B or 1, H or 1, …]`."""
+        return _cut(_cut(x, 0, self.batch), 1, self._query_heads)
+
+    def part(self, call: Call) -> Call:
+        """Return the lane's part of a call."""
+        lengths, query_ids, key_ids = (_cut(x, 0, self.batch) for x in call[6:9])
+        seed = None if call.seed is None else call.seed + self.number
+        return Call(self.of_queries(call.query), self.of_keys(call.key), self.of_keys(call.value),
+                    self.of_queries(call.mask), _cut(call.sinks, 0, self._query_heads), self.of_queries(call.slopes),
+                    lengths, query_ids, key_ids, seed, call.options)
+
+    @property
+    def _query_heads(self):
+        return slice(self.heads.start * self.group, self.heads.stop * self.group)
+
+
+def lanes(call: Call) -> list[Lane]:
+    """Cut a call into lanes: by heads, of which all take as long, or by rows of the batch if that makes more lanes."""
+    batch, heads, queries, _ = call.query.shape
+    _, kv_heads, keys, _ = call.key.shape
+    # What dropout draws depends on the lanes: as many in backward, whatever happens to the number of threads.
+    most = LANES if call.seed is not None else min(LANES, torch.get_num_threads())
+    if batch * heads * queries * keys < LANE_SCORES:
+        most = 1
+    by_rows = min(batch, most) > min(kv_heads, most)
+    length = batch if by_rows else kv_heads
+    step = -(-length // most)
+    cuts = [slice(first, min(first + step, length)) for first in range(0, length, step)]
+    return [Lane(i, cut if by_rows else slice(0, batch), slice(0, kv_heads) if by_rows else cut, heads // kv_heads)
+            for i, cut in enumerate(cuts)]
+
+
+def _cut(x, dim, at):
+    return x if x is None or x.size(dim) == 1 else x.narrow(dim, at.start, at.stop - at.start)
+
+
+def _backward(engine, call, saved, found):
+    """Let an engine write the gradients in `found` but for the sinks'; lanes that share a mask's take turns."""
+    cut, (dq, dk, dv, dmask, _) = lanes(call), found
+    shared = dmask is not None and len(cut) > 1 and cut[0].of_queries(dmask).shape == dmask.shape
+
+    def run(lane):
+        own = torch.zeros_like(dmask) if shared else lane.of_queries(dmask)
+        engine(lane.part(call), *map(lane.of_queries, saved),
+               [lane.of_queries(dq), lane.of_keys(dk), lane.of_keys(dv), own, None])
+        if shared:
+            dmask.add_(own)
+
+    _side_by_side([functools.partial(run, lane) for lane in cut], 1 if shared else LANES)
+
+
+def _side_by_side(jobs, most: int = LANES) -> None:
+    """Run jobs, at most so many at a time, in threads of Python that share out PyTorch's threads."""
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    workers = min(threads, most, len(jobs))
+    if workers == 1:
+        for job in jobs:
+            job()
+        return
+
+    def alone(job):
+        with torch.inference_mode(inference), torch.no_grad():  # which are each thread's own
+            job()
+
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            for done in [pool.submit(alone, job) for job in jobs]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)  # what threads to come begin with
 
 
 # --- which keys a tile needs -----------------------------------------------------------------------------------
@@ -359,7 +454,8 @@ class _Products:
         alone = total.shape == (*self.call.query.shape[:3], self.call.key.size(2))
         if not alone or self.group > 1 or len(piece.tile.runs) > 1:
             return None
-        return self.queries(total, piece)[..., piece.tile.runs[0]]
+        found = self.queries(total, piece)[..., piece.tile.runs[0]]
+        return found if _flattens(found) else None
 
     def give_mask(self, total: Tensor, piece: Piece, slope: Tensor) -> None:
         """Add the gradient of the piece's scores to that of the mask, summed where the mask is broadcast."""
@@ -391,10 +487,15 @@ class _Products:
 def _give_product(total: Tensor, piece: Piece, a: Tensor, b: Tensor) -> None:
     """Add a·b `[b·h, C, …]` to the rows of the piece's keys in `total` `[B, H_kv, Sk, …]`."""
     total, runs = total[piece.tile.batch, piece.heads], piece.tile.runs
-    if len(runs) == 1:
+    if len(runs) == 1 and _flattens(total):
         total[:, :, runs[0]].view(a.size(0), a.size(1), b.size(2)).baddbmm_(a, b)
     else:
         _give(total, 2, runs, torch.bmm(a, b).unflatten(0, piece.shape[:2]))
+
+
+def _flattens(x: Tensor) -> bool:
+    """Tell whether the first two dimensions can be viewed as one."""
+    return x.size(0) == 1 or x.stride(0) == x.size(1) * x.stride(1)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -462,14 +563,15 @@ def _backward_products(call, out, lse, dout, delta, found):
 
 def dropped(call: Call) -> Tensor:
     """Return which weights the call drops, `[B, H, Sq, Sk]`."""
-    work = _Products(call, 1)
     found = torch.zeros(*call.query.shape[:3], call.key.size(2), dtype=torch.bool)
-    for piece in work.pieces:
-        drawn, start = work.kept(piece) == 0, 0
-        for run in piece.tile.runs:
-            end = start + run.stop - run.start
-            work.queries(found, piece)[..., run] = drawn[..., start:end]
-            start = end
+    for lane in lanes(call):
+        work = _Products(lane.part(call), 1)
+        for piece in work.pieces:
+            drawn, start = work.kept(piece) == 0, 0
+            for run in piece.tile.runs:
+                end = start + run.stop - run.start
+                work.queries(lane.of_queries(found), piece)[..., run] = drawn[..., start:end]
+                start = end
     return found
 
 

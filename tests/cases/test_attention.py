@@ -209,6 +209,7 @@ def weights_of(seed, options, n=60, heads=2):
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0, "window_size": (9, 30)}], ids=str)
 def test_dropout_drops_the_same_weights_in_backward_and_again_under_the_same_seed(options, monkeypatch):
     monkeypatch.setattr(fastlm.ops.attention_tiles, "TILE_BYTES", 60 * 16 * 8)
+    monkeypatch.setattr(fastlm.ops.attention_tiles, "LANE_SCORES", 0)
     q, k, dropped = weights_of(1, options | {"dropout_p": 0.3})
     with torch.no_grad(), fastlm.backend("reference"):
         whole = attention(q, k, torch.eye(60, dtype=torch.float64).expand(1, 2, 60, 60), **options)
@@ -263,6 +264,42 @@ def test_what_runs_on_the_cpu():
         with torch.profiler.profile() as profile, torch.no_grad():
             attention(*tensors)
         assert any("flash" in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("options", [
+    {"window_size": (9, 0)}, {"softcap": 2.0}, {"sinks": torch.randn(4)}, {"key_lengths": torch.tensor([20, 0, 7])},
+    *({"attn_mask": torch.randn(shape)} for shape in ((20, 20), (1, 4, 20, 20), (3, 1, 1, 20), (3, 4, 20, 20)))],
+    ids=["window", "softcap", "sinks", "lengths", "mask", "mask for heads", "mask for rows", "mask for both"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_lanes_are_parts_of_a_call(kv_heads, options, monkeypatch):
+    """Heads or rows of the batch in threads of their own give what one thread gives, gradients included."""
+    tensors = leaves((3, 4, 20, 8), (3, kv_heads, 20, 8), (3, kv_heads, 20, 8))
+    wanted = [*tensors, *(x.detach().requires_grad_() for x in options.values()
+                          if isinstance(x, torch.Tensor) and x.is_floating_point())]
+    options = dict(zip(options, wanted[3:], strict=True)) if wanted[3:] else options
+    found, threads = [], torch.get_num_threads()
+    for few in (1 << 20, 0):
+        monkeypatch.setattr(fastlm.ops.attention_tiles, "LANE_SCORES", few)
+        torch.set_num_threads(3)
+        with fastlm.backend("blocked"):
+            out = attention(*tensors, enable_gqa=True, **options)
+            found.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(threads)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_lanes_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(fastlm.ops.attention_tiles, "LANE_SCORES", 0)
+    q, k, v = (t.detach() for t in leaves(*[(1, 2, 9, 8)] * 3))
+    for options in ({"softcap": 2.0}, {"window_size": (3, 0)}):
+        with torch.inference_mode():
+            with fastlm.backend("blocked"):
+                found = attention(q, k, v, **options)
+            assert found.is_inference()
+            with fastlm.backend("reference"):
+                torch.testing.assert_close(found, attention(q, k, v, **options))
 
 
 @pytest.mark.parametrize("make", [

@@ -92,10 +92,14 @@ def combinations(names, size):
 
 @pytest.fixture(autouse=True, params=["one tile", "many tiles"])
 def tiles(request, monkeypatch):
-    """Cut also such small calls as these into tiles."""
+    """Cut also such small calls as these into tiles and lanes."""
+    threads = torch.get_num_threads()
     if request.param == "many tiles":
-        for name, value in dict(ROWS=2, ID_BLOCK=2, TILE_BYTES=8 * 2 * 7).items():
+        for name, value in dict(ROWS=2, ID_BLOCK=2, TILE_BYTES=8 * 2 * 7, LANE_SCORES=0).items():
             monkeypatch.setattr(attention_tiles, name, value)
+        torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 CASES = [*combinations(features(3, 3), 1), *combinations(features(3, 3), 2)]
