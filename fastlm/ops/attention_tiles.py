@@ -26,7 +26,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 ROWS = 128  # queries in a tile
 TILE_BYTES = 4 << 20  # of scores in a tile that is computed by matrix products
 LANES = 8  # at most, as each has such tiles
-LANE_SCORES = 1 << 21  # fewer are done before threads have started
+LANE_SCORES = 1 << 24  # in fewer, the threads that were busy before still spin on the cores
 TINY = 2e-28  # weights up to this count as 0
 ID_BLOCK = 64  # keys that are skipped together if their documents are none of the tile's
 
@@ -396,7 +396,7 @@ class _Products:
         self.far = call.slopes is not None or _skips(call) or (call.mask is not None and call.mask.dtype is torch.bool)
         self.query, self.key, self.value = (t.to(dtype).contiguous() for t in call[:3])
         self.pieces = []
-        height = min(queries, ROWS, max(16, room // (self.group * keys)))
+        height = min(queries, ROWS if _skips(call) else queries, max(16, room // (self.group * keys)))
         for tile in tiles(call, height, max(1, room // (heads * height * keys))):
             rows, height = min(tile.batch.stop, batch) - tile.batch.start, tile.rows.stop - tile.rows.start
             step = kv_heads if rows > 1 else max(1, min(kv_heads, room // (self.group * height * tile.keys)))
