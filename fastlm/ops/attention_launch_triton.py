@@ -6,13 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
+from fastlm.ops.attention_backward_kernels_triton import delta_kernel
 from fastlm.ops.attention_common import Options
-from fastlm.ops.attention_kernels_triton import (
-    attention_kernel,
-    combine_kernel,
-    delta_kernel,
-    documents_kernel,
-)
+from fastlm.ops.attention_forward_kernels_triton import combine_kernel
+from fastlm.ops.attention_kernels_triton import attention_kernel
+from fastlm.ops.attention_score_kernels_triton import documents_kernel
 from fastlm.ops.triton_kernels import INTERPRETED, cannot_here, launch, multiprocessors
 
 LOG2_E = 1.4426950408889634

@@ -1,0 +1,107 @@
+"""Attention's forward in Triton: FlashAttention-2's tiling with an online softmax in base 2, and the merge of parts."""
+
+import triton
+import triton.language as tl
+
+from fastlm.ops.attention_score_kernels_triton import (
+    LN_2,
+    LOG2_E,
+    align,
+    as_score,
+    dot,
+    drop,
+    ends,
+    exp_below,
+    keys_seen,
+    load_keys,
+    load_query,
+    query_and_head,
+    row_numbers,
+    scores,
+    store_rows,
+)
+
+
+@triton.jit
+def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, start, end, N: tl.constexpr,
+            CUT: tl.constexpr):
+    """Add the keys from `start` to `end` to the running output, sum and maximum of a tile of queries."""
+    i, head = query_and_head(queries, r[:, None])
+    for begin in range(start, end, N):
+        j = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, N), N), N)
+        key, value = load_keys(keys, j, band, size, not CUT)
+        s = dot(query, key.T, None, scoring.EXACT)
+        s, _ = scores(s, i, head, j[None, :], queries, keys, band, scoring, CUT, not CUT)
+        new = tl.maximum(highest, tl.max(s, 1))
+        base = tl.where(new == -float("inf"), 0.0, new)
+        p = exp_below(s, base[:, None], scoring)
+        shrink = exp_below(highest, base, scoring)
+        total = total * shrink + tl.sum(p, 1)
+        highest = new
+        if queries.draws is not None:
+            p = drop(p, i, head, j[None, :], queries, band, scoring)
+        acc = dot(p.to(value.dtype), value, acc * shrink[:, None], scoring.EXACT)
+    return acc, total, highest
+
+
+@triton.jit
+def forward_tile(tile, split, splits, rows_in_all, band, queries, keys, scoring, size, sinks, ranges, o, lse,
+                 M: tl.constexpr, N: tl.constexpr):
+    """Compute the output and log-sum-exp of a tile of rows, over one of `splits` parts of the keys if not None."""
+    r = tile * M + tl.arange(0, M)
+    first, last = ends(tile, queries, band, M)
+    start, end, low, high = keys_seen(first, last, band, ranges)
+    highest = tl.full((M,), -float("inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    i, head = query_and_head(queries, r)
+    inside = i < band.queries
+    if sinks is not None:
+        highest = as_score(tl.load(sinks + head).to(tl.float32), scoring)
+        if split is not None:
+            highest = tl.where(split == 0, highest, -float("inf"))
+        total = tl.where(highest == -float("inf"), 0.0, 1.0)
+    at = row_numbers(queries, r)
+    if split is not None:
+        start = start // N * N
+        part = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), N), splits) * N
+        start += split * part
+        end = tl.minimum(end, start + part)
+        at += split * rows_in_all
+    start, low, high, end = align(start, end, low, high, N)
+    query = load_query(queries, r, band, size)
+    acc = tl.zeros((M, size.BLOCK_DV), tl.float32)
+    if band.LOWER:
+        acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, start, low,
+                                      N, True)
+    acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, low, high,
+                                  N, False)
+    acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, high, end,
+                                  N, True)
+    total = tl.where(total == 0.0, 1.0, total)  # of rows that see nothing, whose maximum is -∞
+    if not scoring.SCALED:
+        highest = highest * scoring.scale
+    tl.store(lse + at, highest + tl.log2(total) * LN_2, inside)
+    acc = acc / total[:, None]
+    store_rows(o, at * size.DV, inside, acc, size.DV, size.BLOCK_DV)
+
+
+@triton.jit
+def combine_kernel(parts, part_lse, o, lse, rows_in_all, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Merge the parts of a row's keys: each counts by its share of the exponentials' sum."""
+    row = tl.program_id(0).to(tl.int64)
+    highest = tl.full((), -float("inf"), tl.float32)
+    for split in range(0, splits):
+        highest = tl.maximum(highest, tl.load(part_lse + split * rows_in_all + row))
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    column = tl.arange(0, BLOCK_DV)
+    acc = tl.zeros((BLOCK_DV,), tl.float32)
+    total = tl.zeros((), tl.float32)
+    for split in range(0, splits):
+        at = split * rows_in_all + row
+        share = tl.exp2((tl.load(part_lse + at) - base) * LOG2_E)
+        part = tl.load(parts + at * DV + column, column < DV, 0.0)
+        acc += tl.where(share > 0, share * part, 0.0)  # nobody wrote the part of a row of no sequence
+        total += share
+    total = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse + row, highest + tl.log2(total) * LN_2)
+    tl.store(o + row * DV + column, (acc / total).to(o.dtype.element_ty), column < DV)

@@ -1,0 +1,350 @@
+"""What attention's kernels share: tiles in memory, who sees whom, and the scores.
+
+The rows of a tile are queries of the G heads that share a head of keys: row r is query r // G of the group's head
+r % G. So few queries with many heads still fill a tile, and keys are read once for the group. All that bars keys by
+position is one band, lower ≤ j - i ≤ upper. Tiles that its edges or the end of the keys cut are walked in loops of
+their own; the tiles between compare no positions. An argument that is None is a feature that is off, and costs nothing.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Band(NamedTuple):
+    """Queries and keys of a row of the batch; query i sees key j where lower ≤ j - i ≤ upper. `ahead` is Sk - Sq."""
+
+    queries: tl.tensor
+    keys: tl.tensor
+    ahead: tl.tensor
+    lower: tl.tensor
+    upper: tl.tensor
+    LOWER: tl.constexpr
+    UPPER: tl.constexpr
+
+
+class Scoring(NamedTuple):
+    """What all scores depend on; `factor` is what exp2 multiplies them by: log2(e), times the scale unless SCALED."""
+
+    factor: tl.tensor
+    scale: tl.tensor
+    cap: tl.tensor
+    threshold: tl.tensor
+    boost: tl.tensor
+    SCALED: tl.constexpr
+    EXACT: tl.constexpr
+
+
+class Keys(NamedTuple):
+    """The keys and values of one head: in a row, or in the pages of a table."""
+
+    k: tl.tensor
+    v: tl.tensor
+    k_b: tl.tensor
+    k_s: tl.tensor
+    k_d: tl.tensor
+    v_b: tl.tensor
+    v_s: tl.tensor
+    v_d: tl.tensor
+    table: tl.tensor
+    page_size: tl.tensor
+    pages: tl.tensor
+    documents: tl.tensor
+
+
+class Queries(NamedTuple):
+    """The queries of the heads that share one head of keys: of `group` heads from `head` on.
+
+    What has one row for each query and head (output, log-sum-exp, delta, dq) is contiguous and shares row numbers.
+    """
+
+    q: tl.tensor
+    q_h: tl.tensor
+    q_s: tl.tensor
+    q_d: tl.tensor
+    do: tl.tensor
+    do_h: tl.tensor
+    do_s: tl.tensor
+    do_d: tl.tensor
+    mask: tl.tensor
+    mask_h: tl.tensor
+    mask_s: tl.tensor
+    mask_d: tl.tensor
+    slopes: tl.tensor
+    documents: tl.tensor
+    draws: tl.tensor
+    row: tl.tensor
+    row_h: tl.tensor
+    row_s: tl.tensor
+    head: tl.tensor
+    group: tl.tensor
+
+
+class Size(NamedTuple):
+    """Widths of keys and values, and of the tiles that hold them."""
+
+    D: tl.constexpr
+    DV: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
+
+
+# --- tiles in memory -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(base, offset, inside, stride_d, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a tile `[R, BLOCK]` whose rows begin at `offset` `[R]`: 0 beyond D and, unless None, where not `inside`."""
+    column = tl.arange(0, BLOCK)
+    pointers = base + offset[:, None] + (column.to(tl.int64) * stride_d)[None, :]
+    if inside is None:
+        if D == BLOCK:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, (column < D)[None, :], 0.0)
+    elif D == BLOCK:
+        tile = tl.load(pointers, inside[:, None], 0.0)
+    else:
+        tile = tl.load(pointers, inside[:, None] & (column < D)[None, :], 0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(base, offset, inside, tile, D: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    tl.store(base + offset[:, None] + column[None, :], tile.to(base.dtype.element_ty),
+             inside[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def load_keys(source, j, band, size, WHOLE: tl.constexpr):
+    """Load the keys and values at positions j `[N]`; WHOLE promises that all are there."""
+    inside = None
+    if not WHOLE:
+        inside = j < band.keys
+    if source.table is None:
+        at_k, at_v = j.to(tl.int64) * source.k_s, j.to(tl.int64) * source.v_s
+    else:
+        page = tl.load(source.table + j // source.page_size, j < band.keys, 0)
+        page = tl.minimum(tl.maximum(page, 0), source.pages - 1).to(tl.int64)
+        slot = (j % source.page_size).to(tl.int64)
+        at_k, at_v = page * source.k_b + slot * source.k_s, page * source.v_b + slot * source.v_s
+    key = load_rows(source.k, at_k, inside, source.k_d, size.D, size.BLOCK_D)
+    value = load_rows(source.v, at_v, inside, source.v_d, size.DV, size.BLOCK_DV)
+    return key, value
+
+
+@triton.jit
+def query_and_head(source, r):
+    """Return the query and the head of rows r."""
+    return r // source.group, source.head + r % source.group
+
+
+@triton.jit
+def row_numbers(source, r):
+    """Return the row numbers of rows r in the output and what is laid out like it."""
+    i, head = query_and_head(source, r)
+    return source.row + i.to(tl.int64) * source.row_s + head * source.row_h
+
+
+@triton.jit
+def load_query(source, r, band, size):
+    i, head = query_and_head(source, r)
+    at = i.to(tl.int64) * source.q_s + head * source.q_h
+    return load_rows(source.q, at, i < band.queries, source.q_d, size.D, size.BLOCK_D)
+
+
+@triton.jit
+def load_upstream(source, r, band, size, lse, delta, scoring):
+    """Load, of rows r, the outputs' gradients, the log-sum-exp as a score (∞ where nothing is seen), and delta."""
+    i, head = query_and_head(source, r)
+    inside = i < band.queries
+    at = i.to(tl.int64) * source.do_s + head * source.do_h
+    dout = load_rows(source.do, at, inside, source.do_d, size.DV, size.BLOCK_DV)
+    sums = tl.load(lse + row_numbers(source, r), inside, -float("inf"))
+    sums = tl.where(sums == -float("inf"), float("inf"), as_score(sums, scoring))
+    return dout, sums, tl.load(delta + row_numbers(source, r), inside, 0.0)
+
+
+# --- who sees whom ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def edges(ahead, left, right, CAUSAL: tl.constexpr):
+    """Return lower and upper of a Band; they mean nothing where there is no such edge."""
+    lower, upper = ahead, ahead
+    if left is not None:
+        lower = ahead - left
+    if right is not None:
+        upper = ahead + right
+        if CAUSAL:
+            upper = tl.minimum(upper, 0)
+    elif CAUSAL:
+        upper = ahead * 0
+    return lower, upper
+
+
+@triton.jit
+def ends(tile, queries, band, M: tl.constexpr):
+    """Return the first query of a tile of rows, and the one after its last."""
+    return tile * M // queries.group, tl.minimum((tile * M + M - 1) // queries.group + 1, band.queries)
+
+
+@triton.jit
+def keys_seen(first, last, band, ranges):
+    """Return the range of keys that queries from `first` to `last` see, and the range that every one of them sees."""
+    start, end, low, high = first * 0, band.keys, first * 0, band.keys
+    if band.LOWER:
+        start = tl.maximum(first + band.lower, 0)
+        low = last - 1 + band.lower
+    if band.UPPER:
+        end = tl.minimum(end, last + band.upper)
+        high = tl.minimum(high, first + band.upper + 1)
+    if ranges is not None:
+        start = tl.maximum(start, tl.load(ranges))
+        end = tl.minimum(end, tl.load(ranges + 1))
+    return start, end, low, high
+
+
+@triton.jit
+def queries_seeing(first, last, band, ranges):
+    """Return the range of queries that see keys from `first` to `last`, and the range of those that see every one."""
+    start, end, low, high = first * 0, band.queries, first * 0, band.queries
+    if band.UPPER:
+        start = tl.maximum(first - band.upper, 0)
+        low = last - 1 - band.upper
+    if band.LOWER:
+        end = tl.minimum(end, last - band.lower)
+        high = tl.minimum(high, first - band.lower + 1)
+    if ranges is not None:
+        start = tl.maximum(start, tl.load(ranges))
+        end = tl.minimum(end, tl.load(ranges + 1))
+    end = tl.where(first < band.keys, end, 0)
+    high = tl.where(last <= band.keys, high, 0)
+    return start, end, low, high
+
+
+@triton.jit
+def align(start, end, low, high, STEP: tl.constexpr):
+    """Return where a walk over a range starts, where its whole tiles start and end, and where it ends."""
+    start = start // STEP * STEP
+    low = tl.minimum(tl.cdiv(tl.maximum(low, start), STEP) * STEP, tl.maximum(end, start))
+    high = tl.maximum(tl.maximum(tl.minimum(high, end), 0) // STEP * STEP, low)
+    return start, low, high, end
+
+
+@triton.jit(do_not_specialize=["S", "others_S", "blocks", "group"])
+def documents_kernel(ids, others, ranges, S, others_S, blocks, group, M: tl.constexpr, STEP: tl.constexpr):
+    """Write for each tile of M rows of `ids` `[B, S]` the range of `others` that holds all its documents."""
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) % blocks
+    at = tl.minimum(tile * M // group + tl.arange(0, M), tl.minimum((tile * M + M - 1) // group, S - 1))
+    own = tl.load(ids + b * S + at)
+    low, high = tl.min(own, 0), tl.max(own, 0)
+    start, end = others_S, others_S * 0
+    for begin in range(0, others_S, STEP):
+        at = tl.minimum(begin + tl.arange(0, STEP), others_S - 1)
+        other = tl.load(others + b * others_S + at)
+        shared = (tl.min(other, 0) <= high) & (tl.max(other, 0) >= low)
+        start = tl.where(shared, tl.minimum(start, begin), start)
+        end = tl.where(shared, tl.minimum(begin + STEP, others_S), end)
+    tl.store(ranges + tl.program_id(0) * 2, start)
+    tl.store(ranges + tl.program_id(0) * 2 + 1, end)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dot(a, b, acc, EXACT: tl.constexpr):
+    """Return acc + a b; float32 in IEEE arithmetic if it is to be EXACT, else in TF32."""
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def exp_below(s, base, scoring):
+    """Return 2^((s - base)·factor); where it need not be EXACT, with the product and the sum in one instruction."""
+    if scoring.EXACT:
+        x = (s - base) * scoring.factor
+    else:
+        x = s * scoring.factor - base * scoring.factor
+    return tl.exp2(x)
+
+
+@triton.jit
+def as_score(x, scoring):
+    """Return a logit in the unit of the scores. A product there and back again would round it."""
+    if not scoring.SCALED:
+        x = x * (LOG2_E / scoring.factor)
+    return x
+
+
+@triton.jit
+def drop(x, i, head, j, queries, band, scoring):
+    """Return `x`, scaled up, where a weight is kept, else 0.
+
+    A weight's bits are the 64 random ones of its query's row mixed with its key (as MurmurHash3 ends): a Philox for
+    each weight would take longer than the products. `dropped` of attention_launch_triton.py does the same.
+    """
+    row = queries.row + i.to(tl.int64) * queries.row_s + head * queries.row_h
+    bits = tl.load(queries.draws + row, i < band.queries, 0)
+    mixed = (j.to(tl.uint32) * 0x9E3779B9) ^ bits.to(tl.uint32)
+    mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) ^ (bits >> 32).to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
+    mixed = mixed ^ (mixed >> 16)
+    return tl.where(mixed.to(tl.int32, bitcast=True) >= scoring.threshold, x * scoring.boost, 0.0)
+
+
+@triton.jit
+def _tanh(x):
+    """Return tanh x; near 0, where 1 - exp(-2x) cancels, by its series."""
+    a = tl.abs(x)
+    e = tl.exp2(a * (-2 * LOG2_E))
+    y = a * a
+    series = 2.1869488536155203e-2 + y * (-8.863235529902197e-3 + y * 3.592128036572481e-3)
+    series = -0.3333333333333333 + y * (0.13333333333333333 + y * (-5.396825396825397e-2 + y * series))
+    t = tl.where(a < 0.4, a + a * y * series, (1 - e) / (1 + e))
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def scores(s, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr, WHOLE: tl.constexpr):
+    """Return the scores made of the products s, -∞ where query i may not see key j, and the cap's derivative.
+
+    i, head and j broadcast to the shape of s. Unless SCALED, the scale is left to `factor`. Positions are compared in
+    tiles that are CUT only. WHOLE promises that all keys are there, which lets loads be vectors.
+    """
+    bend = 1.0
+    if scoring.cap is not None:
+        t = _tanh(s * (scoring.scale / scoring.cap))
+        s = t * scoring.cap
+        bend = 1.0 - t * t
+    elif scoring.SCALED:
+        s = s * scoring.scale
+    if queries.slopes is not None:
+        s -= tl.load(queries.slopes + head) * tl.abs(i + band.ahead - j).to(tl.float32)
+    if queries.mask is not None:
+        at = queries.mask + (head * queries.mask_h + i.to(tl.int64) * queries.mask_s) + j.to(tl.int64) * queries.mask_d
+        inside = i < band.queries
+        if not WHOLE:
+            inside = inside & (j < band.keys)
+        if queries.mask.dtype.element_ty == tl.int1:
+            s = tl.where(tl.load(at, inside, 0), s, -float("inf"))
+        else:
+            s += tl.load(at, inside, 0.0).to(tl.float32)
+    if queries.documents is not None:
+        own, other = tl.load(queries.documents + i, i < band.queries, 0), tl.load(keys.documents + j, j < band.keys, 0)
+        s = tl.where(own == other, s, -float("inf"))
+    if CUT:
+        seen = j < band.keys
+        if band.LOWER:
+            seen &= j - i >= band.lower
+        if band.UPPER:
+            seen &= j - i <= band.upper
+        s = tl.where(seen, s, -float("inf"))
+    return s, bend
