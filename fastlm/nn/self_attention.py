@@ -37,10 +37,13 @@ class KVCache:
         """Append keys and values `[batch, num_kv_heads, T, ...]`; return all so far, views of the cache.
 
         Raises:
+            TypeError: an argument is no tensor.
             ValueError: a shape does not fit, or T tokens more than `max_len` would be in the cache.
             RuntimeError: the dtype or device is another, or a gradient would be lost.
         """
         for name, new, kept in (("key", key, self.key), ("value", value, self.value)):
+            if not isinstance(new, Tensor):
+                raise TypeError(f"KVCache: {name} must be a Tensor, got {type(new).__name__}")
             if new.dim() != 4 or (*new.shape[:2], new.size(3)) != (*kept.shape[:2], kept.size(3)):
                 raise ValueError(f"KVCache: {name} has shape {list(new.shape)}, expected "
                                  f"{[*kept.shape[:2], 'T', kept.size(3)]}")
@@ -65,6 +68,8 @@ class KVCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i of the batch continue what was row `rows[i]` (beam search); `rows` is `[batch]`, integers."""
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"KVCache: rows must be a Tensor, got {type(rows).__name__}")
         if rows.shape != (self.key.size(0),) or rows.is_floating_point() or rows.dtype is torch.bool:
             raise ValueError(f"KVCache: rows is {rows.dtype}{list(rows.shape)}, expected integers [{self.key.size(0)}]")
         for kept in (self.key, self.value):
@@ -99,11 +104,13 @@ class SelfAttention(nn.Module):
                  device=None, dtype: torch.dtype | None = None):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(f"SelfAttention: embed_dim is {embed_dim}, expected a multiple of num_heads, {num_heads}")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"SelfAttention: num_heads is {num_heads}, expected a multiple of num_kv_heads, "
                              f"{num_kv_heads}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"SelfAttention: embed_dim is {embed_dim}, expected a multiple of num_heads, {num_heads}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"SelfAttention: dropout is {dropout}, expected a probability")
         if window is not None and (window < 0 or not is_causal):
             raise ValueError(f"SelfAttention: window is {window}, expected 0 or more, with is_causal")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads

@@ -23,6 +23,8 @@ from fastlm.ops.attention_common import (
     accumulator,
     check_floats,
     check_integers,
+    check_number,
+    check_scale,
     check_softcap,
     check_window,
     readable,
@@ -66,7 +68,7 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
             dropout: `[..., H, Sq]`, float32 (float64 for float64), differentiable, -∞ where it is empty.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor, or no number.
         ValueError: `window_size`, `softcap`, or (on the CPU) a length of `key_lengths` lies outside its range.
         RuntimeError: dtypes, devices or shapes do not fit, or `dropout_p` is no probability.
     """
@@ -90,7 +92,7 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     sinks = check_floats("sinks", sinks, query, ((num_heads,),), "attention")
     rows = _per_row(query, shape, alibi_slopes, key_lengths, document_ids)
     query, key, value = (_to_4d(t, batch) for t in (query, key, value))
-    scale = max(query.size(-1), 1) ** -0.5 if scale is None else float(scale)
+    scale = check_scale(scale, query.size(-1), "attention")
     options = Options(float(dropout_p), bool(is_causal), scale, *window_size, softcap, bool(return_lse))
     options = simplest(options, *shape[-2:], key_lengths)
     found = op(query, key, value, attn_mask, sinks, *rows, options)
@@ -106,6 +108,9 @@ def _checked(query, key, value, attn_mask, dropout_p):
     for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not isinstance(x, Tensor) and (name != "attn_mask" or x is not None):
             raise TypeError(f"attention: {name} must be a Tensor, got {type(x).__name__}")
+        if x is not None and (x.is_nested or x.layout is not torch.strided):
+            raise TypeError(f"attention: {name} is nested or sparse, expected a dense tensor (varlen_attn takes packed "
+                            "sequences)")
     query, key, value, attn_mask = autocast(query.device.type, query, key, value, attn_mask)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() < 2:
@@ -123,7 +128,7 @@ def _checked(query, key, value, attn_mask, dropout_p):
     for name, x in (("key", key), ("value", value), ("attn_mask", attn_mask)):
         if x is not None and x.device != query.device:
             raise RuntimeError(f"attention: {name} is on {x.device}, query is on {query.device}")
-    if not 0.0 <= dropout_p <= 1.0:
+    if not 0.0 <= check_number("dropout_p", dropout_p, "attention") <= 1.0:
         raise RuntimeError(f"attention: dropout_p is {dropout_p}, expected a probability")
     return query, key, value, attn_mask
 
@@ -143,9 +148,10 @@ def _per_row(query, shape, alibi_slopes, key_lengths, document_ids):
         if isinstance(document_ids, Tensor) and queries != keys:
             raise RuntimeError(f"attention: document_ids is one tensor, expected a pair for {queries} queries and "
                                f"{keys} keys")
-        pair = (document_ids, document_ids) if isinstance(document_ids, Tensor) else tuple(document_ids)
-        if len(pair) != 2:
-            raise RuntimeError(f"attention: document_ids has {len(pair)} parts, expected one tensor or a pair")
+        pair = (document_ids, document_ids) if isinstance(document_ids, Tensor) else document_ids
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or any(x is None for x in pair):
+            raise TypeError(f"attention: document_ids must be a Tensor or a pair of them, got "
+                            f"{type(document_ids).__name__}")
         ids = [check_integers("document_ids", x, query, ((*batch, length), (length,)), "attention")
                .expand(*batch, length).reshape(rows, length) for x, length in zip(pair, (queries, keys), strict=True)]
     return None if slopes is None else slopes.detach().reshape(-1, num_heads), lengths, *ids
@@ -237,15 +243,16 @@ def _masks(query, key, attn_mask, slopes, key_lengths, query_ids, key_ids, optio
 def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
     """Call SDPA, with a dense mask for what it lacks; where no mask can express that, compute the formula.
 
-    SDPA refuses a mask beside `is_causal`, misreads a float32 mask beside halves (cuDNN) and beside float64 (CPU), and
-    its CPU kernel wants the last dimension contiguous and has no second derivative.
+    SDPA refuses a mask beside `is_causal`, misreads a float32 mask beside halves (cuDNN) and beside float64 (CPU); its
+    CPU kernel wants the last dimension contiguous, has no second derivative, and gives NaN for `is_causal` with a scale
+    of 0 or less.
     """
     forward_mode = torch.autograd.forward_ad._current_level >= 0  # SDPA's kernels have none
     if options.softcap or sinks is not None or options.return_lse or forward_mode:
         return reference(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options)
     is_causal = options.is_causal
     dense = any(x is not None for x in (slopes, key_lengths, query_ids)) or options.left >= 0 or options.right >= 0
-    if dense or (attn_mask is not None and is_causal):
+    if dense or (is_causal and (attn_mask is not None or options.scale <= 0)):
         bias, seen = _masks(query, key, attn_mask, slopes, key_lengths, query_ids, key_ids, options)
         attn_mask = seen if bias is None else bias if seen is None else bias.masked_fill(~seen, -torch.inf)
         is_causal = False
@@ -336,6 +343,7 @@ def samples(scale: str, dtype: torch.dtype, device: str):
         yield call(f"head size {dim}", qkv(1, 1, 1, 18, 18, dim))
     yield call("wide values", qkv(1, 2, 1, 18, 21, 16, 48))
     yield call("scale", qkv(1, 1, 1, 18, 18, 16), scale=0.7)
+    yield call("negative scale", qkv(1, 1, 1, 18, 18, 16), scale=-0.3, is_causal=True)
     yield call("outliers", qkv(1, 1, 1, 40, 40, 16, gain=8.0))
     yield from _masked_samples(call, qkv, dtype, device)
     yield from _featured_samples(call, qkv, device)

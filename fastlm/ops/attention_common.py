@@ -102,9 +102,21 @@ def check_window(window_size, op: str) -> tuple[int, int]:
 
 def check_softcap(softcap: float | None, op: str) -> float:
     """Return the cap of the scores, 0 for none, or raise."""
-    if softcap is not None and not 0 <= softcap < math.inf:
+    if softcap is not None and not 0 <= check_number("softcap", softcap, op) < math.inf:
         raise ValueError(f"{op}: softcap is {softcap}, expected a positive number, or None")
     return float(softcap or 0)
+
+
+def check_scale(scale: float | None, dim: int, op: str) -> float:
+    """Return the factor of the scores of heads of size `dim`, or raise."""
+    return max(dim, 1) ** -0.5 if scale is None else check_number("scale", scale, op)
+
+
+def check_number(name: str, x, op: str) -> float:
+    """Return `x` as a float, or raise."""
+    if not hasattr(x, "__float__"):
+        raise TypeError(f"{op}: {name} must be a number, got {type(x).__name__}")
+    return float(x)
 
 
 def check_floats(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor | None:

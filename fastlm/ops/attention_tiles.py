@@ -299,6 +299,7 @@ def _flash_tiles(call):
     options = call.options
     masked = (call.slopes is not None or call.key_lengths is not None or call.query_ids is not None
               or options.left >= 0 or options.right >= 0)
+    masked |= options.is_causal and options.scale <= 0  # the kernel gives NaN
     if not masked and (call.mask is None or not (options.is_causal or call.mask.dtype is torch.bool)):
         everything = Tile(slice(0, call.query.size(0)), slice(0, call.query.size(2)), (slice(0, call.key.size(2)),))
         return [everything], options.is_causal

@@ -17,6 +17,7 @@ from fastlm.ops.attention_common import (
     accumulator,
     check_floats,
     check_integers,
+    check_scale,
     check_softcap,
     check_window,
     readable,
@@ -51,7 +52,7 @@ def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_
         softcap, alibi_slopes, sinks: as in `scaled_dot_product_attention`; slopes are `[H]` or `[N, H]`.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor, no number, or `return_aux` no AuxRequest.
         ValueError: numbers of heads do not fit, or (on the CPU) `cu_seq_q` or `cu_seq_k` do not rise or do not end at
             the number of tokens, a sequence is longer than `max_q` or `max_k`, `seqused_k` exceeds a sequence, or
             `block_table` names no page.
@@ -60,6 +61,11 @@ def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_
     query, key, value = _checked(query, key, value, enable_gqa, block_table is not None)
     window = check_window(window_size, "varlen_attn")
     cap = check_softcap(softcap, "varlen_attn")
+    for name, longest in (("max_q", max_q), ("max_k", max_k)):
+        if not hasattr(longest, "__index__"):
+            raise TypeError(f"varlen_attn: {name} must be an integer, got {type(longest).__name__}")
+    if return_aux is not None and not hasattr(return_aux, "lse"):
+        raise TypeError(f"varlen_attn: return_aux must be an AuxRequest, got {type(return_aux).__name__}")
     cu_seq_q, cu_seq_k, seqused_k, block_table = _checked_sequences(
         query, key, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, block_table)
     if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 0):
@@ -68,7 +74,7 @@ def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_
     slopes = check_floats("alibi_slopes", alibi_slopes, query, ((heads,), (sequences, heads)), "varlen_attn")
     slopes = None if slopes is None else slopes.detach().reshape(-1, heads)
     sinks = check_floats("sinks", sinks, query, ((heads,),), "varlen_attn")
-    scale = max(query.size(-1), 1) ** -0.5 if scale is None else float(scale)
+    scale = check_scale(scale, query.size(-1), "varlen_attn")
     lse = return_aux is not None and return_aux.lse
     options = Options(0.0, False, scale, *window, cap, lse)
     return op(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, int(max_q), int(max_k),

@@ -147,9 +147,16 @@ def test_bad_input_gets_an_error_that_names_it(message, device):
         BAD[message](q, m)
 
 
-def test_what_is_no_tensor_is_named(device):
+def test_what_is_no_tensor_or_number_is_named(device):
+    q = torch.randn(5, 8)
     with pytest.raises(TypeError, match="attention: value must be a Tensor, got list"):
-        attention(torch.randn(5, 8), torch.randn(5, 8), [1.0])
+        attention(q, q, [1.0])
+    for ids in (5, (None, torch.zeros(5)), (1, 2, 3)):
+        with pytest.raises(TypeError, match="attention: document_ids must be a Tensor or a pair of them"):
+            attention(q, q, q, document_ids=ids)
+    for name in ("scale", "softcap", "dropout_p"):
+        with pytest.raises(TypeError, match=f"attention: {name} must be a number, got str"):
+            attention(q, q, q, **{name: "x"})
 
 
 def test_autocast_gives_the_dtype_that_stock_gives(device):

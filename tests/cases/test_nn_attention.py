@@ -123,13 +123,18 @@ def test_bad_caches_and_sizes():
         cache.update(x, x)
     with pytest.raises(ValueError, match="rows is"):
         cache.reorder(torch.zeros(3, dtype=torch.int64))
+    for call, name in ((lambda: cache.reorder([0, 1]), "rows"), (lambda: cache.update(x.numpy(), x), "key")):
+        with pytest.raises(TypeError, match=f"KVCache: {name} must be a Tensor"):
+            call()
     for options, message in (({"num_kv_heads": 3}, "num_heads is 4"), ({"window": -1}, "window is -1"),
-                             ({"window": 2, "is_causal": False}, "window is 2"),
+                             ({"window": 2, "is_causal": False}, "window is 2"), ({"dropout": 2.0}, "dropout is 2.0"),
                              ({"head_dim": 3, "rope": True}, "expected an even one")):
         with pytest.raises(ValueError, match=message):
             SelfAttention(16, 4, **options)
     with pytest.raises(ValueError, match="embed_dim is 15"):
         SelfAttention(15, 4)
+    with pytest.raises(ValueError, match="num_heads is 0"):
+        SelfAttention(16, 0, 1)
     with pytest.raises(ValueError, match="x has shape"):
         make()(torch.zeros(2, 3, 15))
 
