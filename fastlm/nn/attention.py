@@ -128,7 +128,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, mask in given.items():
             if mask.dtype is not torch.bool and not mask.is_floating_point():
                 raise AssertionError(f"MultiheadAttention: {name} must be boolean or floating point, got {mask.dtype}")
-            if mask.shape not in shapes[name]:
+            if not any(mask.shape == shape for shape in shapes[name]):  # `in` does not know the compiler's symbols
                 expected = " or ".join(str(list(shape)) for shape in shapes[name])
                 # torch.nn's types: a mask of the right rank and the wrong size is a RuntimeError, but for padding.
                 error = RuntimeError if name == "attn_mask" and mask.dim() in (2, 3) else AssertionError

@@ -264,7 +264,7 @@ def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
         if _through_flash(query, key, value, attn_mask, options.dropout_p, is_causal):
             return _flash((query, key, value, additive(attn_mask, query.dtype)), is_causal, options.scale)[0]
     return F.scaled_dot_product_attention(query, key, value, attn_mask, options.dropout_p, is_causal,
-                                          scale=options.scale, enable_gqa=query.size(1) != key.size(1))
+                                          scale=options.scale, enable_gqa=_grouped(query, key))
 
 
 def additive(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -280,8 +280,15 @@ def _through_flash(query, key, value, attn_mask, dropout_p, is_causal) -> bool:
     if torch.compiler.is_compiling() or not (needed or transformed()):
         return False
     choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal,
-                                     enable_gqa=query.size(1) != key.size(1))
+                                     enable_gqa=_grouped(query, key))
     return choice == int(torch._C._SDPBackend.FLASH_ATTENTION)
+
+
+def _grouped(query, key) -> bool:
+    """Tell whether heads of queries share keys."""
+    if query.size(1) == key.size(1):  # noqa: SIM103 (SDPA wants a bool, which the compiler has of symbols in branches)
+        return False
+    return True
 
 
 def _flash_forward(tensors, needs, is_causal, scale):

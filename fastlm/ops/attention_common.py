@@ -112,11 +112,12 @@ def check_scale(scale: float | None, dim: int, op: str) -> float:
     return max(dim, 1) ** -0.5 if scale is None else check_number("scale", scale, op)
 
 
-def check_number(name: str, x, op: str) -> float:
-    """Return `x` as a float, or raise."""
-    if not hasattr(x, "__float__"):
-        raise TypeError(f"{op}: {name} must be a number, got {type(x).__name__}")
-    return float(x)
+def check_number(name: str, x, op: str, kind: type = float) -> float | int:
+    """Return `x` as a float, or as an int, or raise."""
+    try:
+        return kind(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} must be a number, got {x!r}") from None
 
 
 def check_floats(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor | None:
@@ -149,6 +150,6 @@ def _check_tensor(name, x, query, shapes, op):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
     if x.device != query.device:
         raise RuntimeError(f"{op}: {name} is on {x.device}, query is on {query.device}")
-    if tuple(x.shape) not in shapes:
+    if not any(x.shape == shape for shape in shapes):  # `in` does not know the compiler's symbols
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise RuntimeError(f"{op}: {name} has shape {list(x.shape)}, expected {expected}")

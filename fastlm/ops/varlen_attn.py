@@ -17,6 +17,7 @@ from fastlm.ops.attention_common import (
     accumulator,
     check_floats,
     check_integers,
+    check_number,
     check_scale,
     check_softcap,
     check_window,
@@ -61,9 +62,7 @@ def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_
     query, key, value = _checked(query, key, value, enable_gqa, block_table is not None)
     window = check_window(window_size, "varlen_attn")
     cap = check_softcap(softcap, "varlen_attn")
-    for name, longest in (("max_q", max_q), ("max_k", max_k)):
-        if not hasattr(longest, "__index__"):
-            raise TypeError(f"varlen_attn: {name} must be an integer, got {type(longest).__name__}")
+    max_q, max_k = check_number("max_q", max_q, "varlen_attn", int), check_number("max_k", max_k, "varlen_attn", int)
     if return_aux is not None and not hasattr(return_aux, "lse"):
         raise TypeError(f"varlen_attn: return_aux must be an AuxRequest, got {type(return_aux).__name__}")
     cu_seq_q, cu_seq_k, seqused_k, block_table = _checked_sequences(
@@ -77,7 +76,7 @@ def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_
     scale = check_scale(scale, query.size(-1), "varlen_attn")
     lse = return_aux is not None and return_aux.lse
     options = Options(0.0, False, scale, *window, cap, lse)
-    return op(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, int(max_q), int(max_k),
+    return op(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k,
               num_splits, options)
 
 

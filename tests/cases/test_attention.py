@@ -155,7 +155,7 @@ def test_what_is_no_tensor_or_number_is_named(device):
         with pytest.raises(TypeError, match="attention: document_ids must be a Tensor or a pair of them"):
             attention(q, q, q, document_ids=ids)
     for name in ("scale", "softcap", "dropout_p"):
-        with pytest.raises(TypeError, match=f"attention: {name} must be a number, got str"):
+        with pytest.raises(TypeError, match=f"attention: {name} must be a number, got 'x'"):
             attention(q, q, q, **{name: "x"})
 
 
@@ -362,6 +362,21 @@ def test_features_compile_whole_and_lengths_do_not_recompile():
         for a, b in zip(*(torch.autograd.grad(x, wanted) for x in (found, expected)), strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter runs inside opaque operators only")
+def test_numbers_may_be_symbols_of_the_compiler():
+    torch._dynamo.reset()
+    slopes = torch.rand(4)
+
+    def call(q, k, scale, cap):
+        return attention(q, k, k, enable_gqa=True) + attention(q, k, k, enable_gqa=True, scale=scale, softcap=cap,
+                                                               alibi_slopes=slopes)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, heads, scale, cap in ((8, 4, 0.5, 2.0), (9, 2, 0.6, 3.0)):
+        args = torch.randn(3, 4, n, 8), torch.randn(3, heads, n, 8), scale, cap
+        torch.testing.assert_close(compiled(*args), call(*args))
 
 
 def test_functional_transforms():

@@ -123,8 +123,8 @@ BAD = {
     "value has shape": (RuntimeError, dict(value=torch.zeros(14, 2, 8))),
     "query must be a Tensor": (TypeError, dict(query=1)),
     "num_splits": (ValueError, dict(num_splits=-3)),
-    "max_q must be an integer": (TypeError, dict(max_q="7")),
-    "max_k must be an integer": (TypeError, dict(max_k=None)),
+    "max_q must be a number": (TypeError, dict(max_q="x")),
+    "max_k must be a number": (TypeError, dict(max_k=None)),
     "return_aux must be an AuxRequest": (TypeError, dict(return_aux=True)),
     "scale must be a number": (TypeError, dict(scale="x")),
 }
