@@ -192,34 +192,35 @@ struct Address {
   }
 };
 
-// From (cell, reverse, steps, batch, hidden, batch_sizes, threads, precision, first, last).
+// From (cell, reverse, steps, batch, hidden, projection, batch_sizes, threads, precision, first, last).
 RnnProblem problem(const py::tuple& p) {
-  if (p.size() != 10) throw std::invalid_argument("rnn: expected 10 numbers");
+  if (p.size() != 11) throw std::invalid_argument("rnn: expected 11 numbers");
   const auto at = [&](int i) { return p[i].cast<int64_t>(); };
-  const RnnProblem found{static_cast<Cell>(at(0)), at(1) != 0, at(2), at(3), at(4),
-                         pointer<const int64_t>(p[5].cast<uintptr_t>()), static_cast<int>(at(6)),
-                         static_cast<Precision>(at(7)), at(8), at(9)};
-  if (at(0) < 0 || at(0) > 3 || at(7) < 0 || at(7) > 2 || found.steps < 1 || found.batch < 0 || found.hidden < 1 ||
-      found.threads < 1 || found.first < 0 || found.first >= found.last || found.last > found.steps)
+  const RnnProblem found{static_cast<Cell>(at(0)), at(1) != 0, at(2), at(3), at(4), at(5),
+                         pointer<const int64_t>(p[6].cast<uintptr_t>()), static_cast<int>(at(7)),
+                         static_cast<Precision>(at(8)), at(9), at(10)};
+  if (at(0) < 0 || at(0) > 3 || at(8) < 0 || at(8) > 2 || found.steps < 1 || found.batch < 0 || found.hidden < 1 ||
+      found.projection < 0 || (found.projection && found.cell != Cell::lstm) || found.threads < 1 || found.first < 0 ||
+      found.first >= found.last || found.last > found.steps)
     throw std::invalid_argument("rnn: sizes out of range");
   return found;
 }
 
 template <class T, class Kernel>
 void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, bool train) {
-  if (a.size() != 10) throw std::invalid_argument("rnn_forward: expected 10 addresses");
+  if (a.size() != 11) throw std::invalid_argument("rnn_forward: expected 11 addresses");
   const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
-  const RnnForward<T> call{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), train, at(9)};
+  const RnnForward<T> call{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), train, at(10)};
   py::gil_scoped_release release;
   kernel(p, call);
 }
 
 template <class T, class Kernel>
 void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld) {
-  if (a.size() != 13) throw std::invalid_argument("rnn_backward: expected 13 addresses");
+  if (a.size() != 14) throw std::invalid_argument("rnn_backward: expected 14 addresses");
   const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
-  const RnnBackward<T> call{at(0), at(1), at(2), at(3), at(4),  at(5),  at(6),
-                            at(7), at(8), at(9), ld,    at(10), at(11), at(12)};
+  const RnnBackward<T> call{at(0), at(1), at(2), at(3),  at(4), at(5),  at(6), at(7),
+                            at(8), at(9), at(10), ld,    at(11), at(12), at(13)};
   py::gil_scoped_release release;
   kernel(p, call);
 }
@@ -313,7 +314,7 @@ py::object rnn_step(int cell, int64_t batch, int64_t hidden, int64_t inputs, int
     to[i] = address(results[i]);
   }
   if (!fits) return py::none();
-  const RnnProblem p{Cell(cell), false, 1, batch, hidden, nullptr, threads, Precision::highest, 0, 1};
+  const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, nullptr, threads, Precision::highest, 0, 1};
   const auto run = [&](const auto& kernel, auto zero, Stored stored) {
     using T = decltype(zero);
     const RnnDirect<T> call{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
@@ -606,7 +607,7 @@ PYBIND11_MODULE(_native, m) {
             forward<typename std::decay_t<decltype(k)>::Number>(k.forward, p, addresses, train);
           });
         },
-        "Run RnnForward: addresses of w_hh, b_hn, gates, h0, c0, y, c, hn, cn, workspace.");
+        "Run RnnForward: addresses of w_hh, w_hr, b_hn, gates, h0, c0, y, c, hn, cn, workspace.");
   m.def("rnn_backward",
         [](const py::tuple& sizes, size_t number, int64_t ld, const py::tuple& addresses) {
           const RnnProblem p = problem(sizes);
@@ -614,7 +615,7 @@ PYBIND11_MODULE(_native, m) {
             backward<typename std::decay_t<decltype(k)>::Number>(k.backward, p, addresses, ld);
           });
         },
-        "Run RnnBackward: addresses of w_hh, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
+        "Run RnnBackward: addresses of w_hh, w_hr, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
   m.def("rnn_direct",
         [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses, int weights, int64_t inputs) {
           const RnnProblem p = problem(sizes);

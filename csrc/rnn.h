@@ -1,7 +1,8 @@
 // One recurrent layer in one direction: LSTM, GRU (PyTorch's form, reset gate after the product) or Elman.
 //
-// T steps, B sequences, H hidden units, G gates (LSTM 4: i f g o; GRU 3: r z n; Elman 1), N rows: all steps of all
-// sequences, step by step, the first batch_sizes[t] sequences at step t, so N = T·B for a dense batch.
+// T steps, B sequences, H hidden units, P numbers of h (H, but for an LSTM that projects it), G gates (LSTM 4: i f g o;
+// GRU 3: r z n; Elman 1), N rows: all steps of all sequences, step by step, the first batch_sizes[t] sequences at step
+// t, so N = T·B for a dense batch.
 // All pointers are contiguous row-major and belong to the caller; nothing is allocated, nothing read from Python.
 // The caller makes the large products that are not recurrent: W_ih x before, and dW, dX, db after.
 //
@@ -39,11 +40,14 @@ struct RnnProblem {
   int64_t steps;               // T ≥ 1
   int64_t batch;               // B ≥ 0
   int64_t hidden;              // H ≥ 1
+  int64_t projection;          // P ≥ 1 where w_hr projects h, LSTM only; else 0
   const int64_t* batch_sizes;  // [T], at most B, never rising, at least 1; null: B at each step
   int threads;                 // CPU: use at most so many
   Precision precision;         // used where the CPU has tiles and numbers are float32
   int64_t first, last;         // this call visits the steps first ≤ t < last; calls follow each other in reading order,
                                // or against it in the backward pass, with the same workspace
+
+  int64_t out() const { return projection ? projection : hidden; }  // P
 };
 
 // Bytes of workspace, aligned to 64, that the calls of one pass share.
@@ -51,16 +55,17 @@ struct RnnProblem {
 
 template <class T>
 struct RnnForward {
-  const T* w_hh;       // [G·H, H]
+  const T* w_hh;       // [G·H, P]
+  const T* w_hr;       // [P, H] of a projection, else null
   const T* b_hn;       // [H] b_hh of gate n, GRU only; null: zero. All other biases are in `gates` already.
   T* gates;            // [R, S·H] of this block; in: W_ih x + b in the first G·H columns of each row. S = 4 for LSTM,
                        // 1 for Elman, 3 for GRU, 4 for GRU when `train`. Out when `train`: LSTM i f g o, GRU r z n and
                        // U_n h + b_hn, after activation. Elman: may be the block's part of y.
-  const State<T>* h0;  // [B, H]
+  const State<T>* h0;  // [B, P]
   const State<T>* c0;  // [B, H] LSTM only
-  T* y;                // [N, H] out: h at each step
+  T* y;                // [N, P] out: h at each step
   State<T>* c;         // [N, H] out: cell states, LSTM when `train`, else null
-  State<T>* hn;        // [B, H] out: last h of each sequence; between the calls of a pass, the one before the block
+  State<T>* hn;        // [B, P] out: last h of each sequence; between the calls of a pass, the one before the block
   State<T>* cn;        // [B, H] out: last c of each sequence, likewise, LSTM only
   bool train;          // keep what the backward pass needs
   void* workspace;
@@ -68,25 +73,28 @@ struct RnnForward {
 
 template <class T>
 struct RnnBackward {
-  const T* w_hh;        // [G·H, H]
+  const T* w_hh;        // [G·H, P]
+  const T* w_hr;        // [P, H] of a projection, else null
   const T* gates;       // [R, 4·H] of this block as the forward pass left them; Elman: null
-  const T* y;           // [N, H]
+  const T* y;           // [N, P]
   const State<T>* c;    // [N, H] LSTM only
-  const State<T>* h0;   // [B, H]
+  const State<T>* h0;   // [B, P]
   const State<T>* c0;   // [B, H] LSTM only
-  const T* dy;          // [N, H] gradient of y
-  const State<T>* dhn;  // [B, H] gradient of hn
+  const T* dy;          // [N, P] gradient of y
+  const State<T>* dhn;  // [B, P] gradient of hn
   const State<T>* dcn;  // [B, H] gradient of cn, LSTM only
   T* dgates;            // [R, S·H] out: gradients before activation. LSTM S = 4: i f g o. Elman S = 1.
                         // GRU S = 4: n r z and U_n h + b_hn: columns 0..3H are of W_ih x (n r z),
                         // columns H..4H are of U h (r z n).
-  int64_t ld;           // numbers from one row of dgates to the next, at least S·H
-  State<T>* dh0;        // [B, H] out; between the calls of a pass, the gradient of the state before the block
+                        // A projection adds P columns, the whole gradient of h, and H, what was projected.
+  int64_t ld;           // numbers from one row of dgates to the next, at least its columns
+  State<T>* dh0;        // [B, P] out; between the calls of a pass, the gradient of the state before the block
   State<T>* dc0;        // [B, H] out, likewise, LSTM only
   void* workspace;
 };
 
-// The forward pass for few rows, on the CPU: the input projection is made inside and no weight is copied or packed.
+// The forward pass for few rows, on the CPU: the product with x is made inside and no weight is copied or packed. It
+// knows no projection.
 enum class Stored : int { f32, f64, bf16, f16 };
 
 template <class T>

@@ -242,12 +242,14 @@ struct TileProduct {
   using Gate = std::conditional_t<sizeof(T) == 2, F16, T>;
   static constexpr bool kInPlace = false;
   static constexpr int units(int gates) { return gates == 3 ? 2 : 4 / gates; }  // an even number of tiles
+  using Registers = Tiles;
 
   int64_t depth, padded, ld;
   int parts;
-  Tiles tiles;
+  Tiles* tiles;
 
-  TileProduct(const RnnProblem& p, int64_t depth) : depth(depth), padded(tiles_deep(depth) * kTileDepth) {
+  TileProduct(const RnnProblem& p, int64_t depth, Tiles* tiles = nullptr)
+      : depth(depth), padded(tiles_deep(depth) * kTileDepth), tiles(tiles) {
     parts = sizeof(T) > 2 && p.precision == Precision::high ? 2 : 1;
     ld = (parts * padded / kTileDepth | 1) * kTileDepth;  // an odd number of cache lines: rows share no sets
   }
@@ -263,27 +265,27 @@ struct TileProduct {
   }
 
   template <int G, int count>
-  void pack_gates(const T* w, int64_t hidden, int64_t u, Bf16* panel) const {
+  void pack_gates(const T* w, int64_t units, int64_t u, Bf16* panel) const {
     for (int t = 0; t < G * count; ++t) {
       const int64_t first = u + t / G * 16;
-      pack_rows(w + (t % G * hidden + first) * hidden, hidden - first, depth, place(panel, t, G * count), parts);
+      pack_rows(w + (t % G * units + first) * depth, units - first, depth, place(panel, t, G * count), parts);
     }
   }
   template <int count>
-  void pack_units(const T* w, int64_t hidden, int64_t u, int64_t n, Bf16* panel) const {
+  void pack_units(const T* w, int64_t units, int64_t u, int64_t n, Bf16* panel) const {
     for (int t = 0; t < count; ++t)
-      pack_columns(w + u + t * 16, n - t * 16, hidden, depth, place(panel, t, count), parts);
+      pack_columns(w + u + t * 16, n - t * 16, units, depth, place(panel, t, count), parts);
   }
   TilePlace place(Bf16* panel, int t, int count) const { return {panel, t, count, depth, parts}; }
 
   template <int count, class Fetch>
   void multiply(const Bf16* x, int64_t ldx, int64_t rows, const Bf16* panel, const Bf16*, float* out,
-                const Fetch& fetch) {
+                const Fetch& fetch) const {
     fetch(0, 1);
     if (sizeof(T) > 2 && parts == 2)
-      fastlm::FASTLM_ISA::multiply<2, count>(tiles, x, ldx, padded, rows, panel, depth, out);
+      fastlm::FASTLM_ISA::multiply<2, count>(*tiles, x, ldx, padded, rows, panel, depth, out);
     else
-      fastlm::FASTLM_ISA::multiply<1, count>(tiles, x, ldx, padded, rows, panel, depth, out);
+      fastlm::FASTLM_ISA::multiply<1, count>(*tiles, x, ldx, padded, rows, panel, depth, out);
   }
 };
 

@@ -160,11 +160,13 @@ struct VectorProduct {
   static constexpr bool kInPlace = true;  // gradients of gates are an operand as they are, and one sequence needs
                                           // no packed matrix: dot_rows and add_rows
   static constexpr int units(int gates) { return kPanel / gates; }  // vectors of units in a forward panel
+  struct Registers {};                    // what the products of one thread share
 
   int64_t depth;
   int64_t ld;  // between rows of the operand
 
-  VectorProduct(const RnnProblem&, int64_t depth) : depth(depth), ld((depth + 31) / 32 * 32 + 16) {
+  VectorProduct(const RnnProblem&, int64_t depth, Registers* = nullptr)
+      : depth(depth), ld((depth + 31) / 32 * 32 + 16) {
     if (ld * sizeof(T) % 4096 == 0) ld += 16;  // rows a page apart share cache sets
   }
   int64_t panel_numbers() const { return kLanes<T> * depth; }  // for each vector
@@ -173,16 +175,18 @@ struct VectorProduct {
   void put(T* row, int64_t at, const Vector<T>& x, int n) const { store(row + at, x, n); }
   void pad(T*) const {}
 
+  // Rows of w [G·units, depth].
   template <int G, int count>
-  void pack_gates(const T* w, int64_t hidden, int64_t u, T* panel) const {
+  void pack_gates(const T* w, int64_t units, int64_t u, T* panel) const {
     if constexpr (G == 1)
-      pack_rows<T, count>(w, kLanes<T>, kLanes<T>, hidden, hidden, u, panel);
+      pack_rows<T, count>(w, kLanes<T>, kLanes<T>, units, depth, u, panel);
     else
-      pack_rows<T, G>(w, hidden, 0, hidden, hidden, u, panel);
+      pack_rows<T, G>(w, units, 0, units, depth, u, panel);
   }
+  // n columns of w [depth, units].
   template <int count>
-  void pack_units(const T* w, int64_t hidden, int64_t u, int64_t n, T* panel) const {
-    pack_columns<T, count>(w, hidden, depth, u, n, panel);
+  void pack_units(const T* w, int64_t units, int64_t u, int64_t n, T* panel) const {
+    pack_columns<T, count>(w, units, depth, u, n, panel);
   }
   template <int count, class Fetch>
   void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* next, T* out,

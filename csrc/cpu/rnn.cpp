@@ -1,5 +1,5 @@
 // The recurrent layer on the CPU. One parallel region runs over time; each thread owns a range of hidden units and
-// the panels of W_hh that make them, and all meet once a step.
+// the panels of W_hh that make them, and all meet once a step; twice where the state is projected.
 //
 // P is how a step is multiplied by W_hh, by vectors or by tiles: see gemm.h and amx.h.
 
@@ -33,8 +33,10 @@ constexpr int kept_of(Cell cell) { return cell == Cell::lstm || cell == Cell::gr
 // One sequence needs no packed matrix where vectors multiply.
 template <class P>
 bool is_alone(const RnnProblem& p) {
-  return P::kInPlace && p.batch == 1;
+  return P::kInPlace && p.batch == 1 && !p.projection;
 }
+
+constexpr int64_t vectors_in(int64_t units, int lanes) { return (units + lanes - 1) / lanes; }
 
 // The block's steps in the order of reading, or against it, with the first row of each step among all and in the block.
 struct Walk {
@@ -75,34 +77,45 @@ class Workspace {
   using S = State<typename P::Number>;
   char* const base;
   const int threads;
-  int64_t of_panels, of_operand, of_scratch, of_partial;
+  int64_t of_panels, of_operand, of_projection = 0, of_projected = 0, of_scratch, of_partial;
 
  public:
   Workspace(const RnnProblem& p, bool backward, void* memory) : base(static_cast<char*>(memory)), threads(p.threads) {
     const int gates = gates_of(p.cell), wide = gates * P::units(gates), lanes = kLanes<S>;
-    const int64_t vectors = (p.hidden + lanes - 1) / lanes * (backward ? 1 : gates);
-    const P product(p, backward ? gates * p.hidden : p.hidden);
+    const int64_t vectors = backward ? vectors_in(p.out(), lanes) : vectors_in(p.hidden, lanes) * gates;
+    const P product(p, backward ? gates * p.hidden : p.out());
     const auto lines = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
     of_panels = is_alone<P>(p) ? 0 : lines(vectors * product.panel_numbers() * sizeof(Operand));
     of_operand = backward && P::kInPlace ? 0 : lines(p.batch * product.ld * sizeof(Operand));
+    if (p.projection) {
+      const P second(p, backward ? p.projection : p.hidden);
+      const int64_t columns = vectors_in(backward ? p.hidden : p.projection, lanes);
+      of_projection = lines(columns * second.panel_numbers() * sizeof(Operand));
+      of_projected = backward && P::kInPlace ? 0 : lines(p.batch * second.ld * sizeof(Operand));
+    }
     of_scratch = lines(p.batch * (wide > kPanel ? wide : kPanel) * lanes * sizeof(S));
     of_partial = backward && is_alone<P>(p) ? lines(p.hidden * sizeof(S)) : 0;
   }
-  size_t bytes() const { return of_panels + 2 * of_operand + threads * (of_scratch + 2 * of_partial); }
+  size_t bytes() const { return shared() + threads * (of_scratch + 2 * of_partial); }
   Operand* panels() const { return reinterpret_cast<Operand*>(base); }
-  // What all threads multiply, for steps in turn.
+  // What all threads multiply by W_hh, for steps in turn.
   Operand* operand(int turn) const { return reinterpret_cast<Operand*>(base + of_panels + turn * of_operand); }
+  // W_hr, and what all threads multiply by it.
+  Operand* projection() const { return operand(2); }
+  Operand* projected() const { return reinterpret_cast<Operand*>(base + shared() - of_projected); }
   // Of one thread: the products of a panel, and its share of a sum, for steps in turn.
-  S* scratch(int i) const { return reinterpret_cast<S*>(base + of_panels + 2 * of_operand + i * of_scratch); }
+  S* scratch(int i) const { return reinterpret_cast<S*>(base + shared() + i * of_scratch); }
   S* partial(int turn, int i) const {
-    return reinterpret_cast<S*>(base + of_panels + 2 * of_operand + threads * of_scratch +
-                                (turn * threads + i) * of_partial);
+    return reinterpret_cast<S*>(base + shared() + threads * of_scratch + (turn * threads + i) * of_partial);
   }
+
+ private:
+  int64_t shared() const { return of_panels + 2 * of_operand + of_projection + of_projected; }
 };
 
 int team_size(const RnnProblem& p, int lanes) {
-  const int64_t vectors = (p.hidden + lanes - 1) / lanes;
-  const int64_t worthwhile = 1 + p.batch * p.hidden * p.hidden * gates_of(p.cell) / 32768;
+  const int64_t vectors = vectors_in(p.hidden, lanes);
+  const int64_t worthwhile = 1 + p.batch * p.hidden * p.out() * gates_of(p.cell) / 32768;
   int64_t n = p.threads < vectors ? p.threads : vectors;
   return int(n < worthwhile ? n : worthwhile);
 }
@@ -115,12 +128,12 @@ void with_count(int64_t n, const F& f) {
   f(std::integral_constant<int, most>{});
 }
 
-// Calls f(u, count, next) for this member's units, in panels of `most` vectors or the `count` that are left, from
-// unit u on; `next` is the unit that comes after, u at the end. Every other step runs `back`, so that it starts with
-// the weights that the caches still hold.
+// Calls f(u, count, next) for this member's share of `units`, in panels of `most` vectors or the `count` that are
+// left, from unit u on; `next` is the unit that comes after, u at the end. Every other step runs `back`, so that it
+// starts with the weights that the caches still hold.
 template <int lanes, int most, class F>
-void for_units(const Member& me, int64_t hidden, bool back, const F& f) {
-  const int64_t vectors = (hidden + lanes - 1) / lanes, begin = me.begin(vectors), end = me.end(vectors);
+void for_units(const Member& me, int64_t units, bool back, const F& f) {
+  const int64_t vectors = vectors_in(units, lanes), begin = me.begin(vectors), end = me.end(vectors);
   const int64_t panels = (end - begin + most - 1) / most;
   for (int64_t i = 0; i < panels; ++i) {
     const int64_t v = begin + most * (back ? panels - 1 - i : i);
@@ -130,13 +143,13 @@ void for_units(const Member& me, int64_t hidden, bool back, const F& f) {
 }
 
 template <int lanes>
-int lanes_left(int64_t hidden, int64_t u) {
-  return hidden - u < lanes ? int(hidden - u) : lanes;
+int lanes_left(int64_t units, int64_t u) {
+  return units - u < lanes ? int(units - u) : lanes;
 }
 
 // --- forward ------------------------------------------------------------------------------------------------------
 
-// Turn the products of one sequence and one vector of units, s [G vectors], into its next state.
+// Turn the products of one sequence and one vector of units, s [G vectors], into its next state h, not projected.
 template <class P, Cell cell>
 Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnForward<typename P::Number>& a,
                                                 const Walk& at, int64_t b, int64_t u, int n,
@@ -146,8 +159,7 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
   using V = Vector<S>;
   using Gate = typename P::Gate;
   constexpr int lanes = kLanes<S>;
-  const int64_t H = p.hidden, row = at.row + b, block_row = at.row_in_block + b;
-  S* const running = a.hn + b * H + u;
+  const int64_t H = p.hidden, block_row = at.row_in_block + b;
   V h;
   if constexpr (cell == Cell::lstm) {
     T* x = a.gates + block_row * 4 * H + u;
@@ -162,14 +174,14 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
       store(kept + H, f, n);
       store(kept + 2 * H, g, n);
       store(kept + 3 * H, o, n);
-      store(a.c + row * H + u, c, n);
+      store(a.c + (at.row + b) * H + u, c, n);
     }
   } else if constexpr (cell == Cell::gru) {
     T* x = a.gates + block_row * (a.train ? 4 : 3) * H + u;
     V r = load(x, n) + load(s), z = load(x + H, n) + load(s + lanes), g = load(x + 2 * H, n);
     V hn = load(s + 2 * lanes);
     if (a.b_hn) hn += load(a.b_hn + u, n);
-    gru_forward<Math<S>>(r, z, g, hn, load(running, n), h);
+    gru_forward<Math<S>>(r, z, g, hn, load(a.hn + b * H + u, n), h);
     if (a.train) {
       Gate* const kept = reinterpret_cast<Gate*>(x);
       store(kept, r, n);
@@ -184,18 +196,27 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
     else
       h = h < 0 ? V{} : h;
   }
-  store(a.y + row * H + u, h, n);
-  store(running, h, n);
   return h;
 }
 
+// Store a vector of h, and put it into `out`, the operand of the next step.
+template <class P>
+void store_state(const RnnProblem& p, const RnnForward<typename P::Number>& a, const P& product, const Walk& at,
+                 int64_t b, int64_t u, int n, const Vector<State<typename P::Number>>& h, typename P::Operand* out) {
+  store(a.y + (at.row + b) * p.out() + u, h, n);
+  store(a.hn + b * p.out() + u, h, n);
+  product.put(out + b * product.ld, u, h, n);
+}
+
+// `out` is the operand of the next product: of the next step, or of the projection, then `second`.
 template <class P, Cell cell, int count>
-void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a, P& product, const Walk& at, int64_t u,
-                   const typename P::Operand* panel, const typename P::Operand* next, const typename P::Operand* in,
-                   typename P::Operand* out, State<typename P::Number>* scratch) {
+void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a, const P& product, const P& second,
+                   const Walk& at, int64_t u, const typename P::Operand* panel, const typename P::Operand* next,
+                   const typename P::Operand* in, typename P::Operand* out, State<typename P::Number>* scratch) {
+  const bool projects = cell == Cell::lstm && p.projection;
   constexpr int G = gates_of(cell), lanes = kLanes<State<typename P::Number>>, width = G * count * lanes;
   if constexpr (P::kInPlace) {
-    if (p.batch == 1)
+    if (is_alone<P>(p))
       for (int g = 0; g < G; ++g) {
         const int64_t left = p.hidden - u, n = left < count * lanes ? left : count * lanes;
         dot_rows(a.w_hh + (g * p.hidden + u) * p.hidden, p.hidden, int(n), in, scratch + g * lanes);
@@ -205,8 +226,8 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
     const int64_t columns = (G == 3 && a.train ? 4 : G) * p.hidden;
     for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b) {
       for (int g = 0; g < G; ++g) prefetch(a.gates + (at.row_in_block + b) * columns + g * p.hidden + u, count);
-      prefetch_to_write(out + b * product.ld + u, count);
-      prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count);
+      prefetch_to_write(out + b * (projects ? second : product).ld + u, count);
+      if (!projects) prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count);
       if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count);
     }
   };
@@ -216,41 +237,77 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
       const int64_t v = u + j * lanes;
       const int n = lanes_left<lanes>(p.hidden, v);
       const auto h = forward_gates<P, cell>(p, a, at, b, v, n, scratch + b * width + j * G * lanes);
-      product.put(out + b * product.ld, v, h, n);
+      if (projects)
+        second.put(out + b * second.ld, v, h, n);
+      else
+        store_state(p, a, product, at, b, v, n, h, out);
+    }
+}
+
+// h [rows, count vectors from u on] = what is projected · W_hrᵀ
+template <class P, int count>
+void project(const RnnProblem& p, const RnnForward<typename P::Number>& a, const P& product, const P& second,
+             const Walk& at, int64_t u, const typename P::Operand* panel, const typename P::Operand* next,
+             const typename P::Operand* in, typename P::Operand* out, State<typename P::Number>* scratch) {
+  constexpr int lanes = kLanes<State<typename P::Number>>;
+  second.template multiply<count>(in, second.ld, at.rows(), panel, next, scratch, [](int64_t, int64_t) {});
+  for (int64_t b = 0; b < at.rows(); ++b)
+    for (int j = 0; j < count; ++j) {
+      const int64_t v = u + j * lanes;
+      store_state(p, a, product, at, b, v, lanes_left<lanes>(p.projection, v), load(scratch + (b * count + j) * lanes),
+                  out);
     }
 }
 
 template <class P, Cell cell>
 void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
   using S = State<typename P::Number>;
-  constexpr int G = gates_of(cell), lanes = kLanes<S>, most = P::units(G);
+  constexpr int G = gates_of(cell), lanes = kLanes<S>, most = P::units(G), most_projected = P::units(1);
   const Workspace<P> space(p, false, a.workspace);
-  const int64_t H = p.hidden;
+  const int64_t H = p.hidden, out = p.out();
+  const bool projects = cell == Cell::lstm && p.projection;
   parallel(team_size(p, lanes), [&](Member& me) {
-    P product(p, H);
+    typename P::Registers registers;
+    const P product(p, out, &registers), second(p, H, &registers);
     S* const scratch = space.scratch(me.index);
     const auto panel_of = [&](int64_t u) { return space.panels() + u / lanes * G * product.panel_numbers(); };
+    const auto second_panel_of = [&](int64_t u) { return space.projection() + u / lanes * second.panel_numbers(); };
     Walk at(p, false);
-    for (int turn = 0; turn < 2; ++turn)
-      for (int64_t b = me.begin(p.batch); b < me.end(p.batch); ++b) product.pad(space.operand(turn) + b * product.ld);
-    for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
-      if (!is_alone<P>(p) && at.begins()) product.template pack_gates<G, count>(a.w_hh, H, u, panel_of(u));
+    for (int64_t b = me.begin(p.batch); b < me.end(p.batch); ++b) {
+      for (int turn = 0; turn < 2; ++turn) product.pad(space.operand(turn) + b * product.ld);
+      if (projects) second.pad(space.projected() + b * second.ld);
+    }
+    if (at.begins())
+      for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
+        if (!is_alone<P>(p)) product.template pack_gates<G, count>(a.w_hh, H, u, panel_of(u));
+        const int64_t n = H - u < count * lanes ? H - u : count * lanes;
+        for (int64_t b = 0; b < p.batch && cell == Cell::lstm; ++b)
+          std::memcpy(a.cn + b * H + u, a.c0 + b * H + u, n * sizeof(S));
+      });
+    for_units<lanes, most_projected>(me, out, false, [&](int64_t u, auto count, int64_t) {
+      if (projects && at.begins()) second.template pack_gates<1, count>(a.w_hr, out, u, second_panel_of(u));
       for (int64_t b = 0; b < p.batch; ++b)
-        for (int64_t v = u; v < u + count * lanes && v < H; v += lanes) {
-          const int n = lanes_left<lanes>(H, v);
-          if (at.begins()) store(a.hn + b * H + v, load(a.h0 + b * H + v, n), n);
-          if (at.begins() && cell == Cell::lstm) store(a.cn + b * H + v, load(a.c0 + b * H + v, n), n);
+        for (int64_t v = u; v < u + count * lanes && v < out; v += lanes) {
+          const int n = lanes_left<lanes>(out, v);
+          if (at.begins()) store(a.hn + b * out + v, load(a.h0 + b * out + v, n), n);
           // Both operands: a sequence read backwards joins late, whichever of the two is then its turn.
           for (int turn = 0; turn < 2; ++turn)
-            product.put(space.operand(turn) + b * product.ld, v, load(a.hn + b * H + v, n), n);
+            product.put(space.operand(turn) + b * product.ld, v, load(a.hn + b * out + v, n), n);
         }
     });
     me.meet();
     int turn = 0;
     for (bool back = true; !at.done(); at.next(), back = !back, turn ^= 1) {
+      auto* const state = space.operand(turn ^ 1);
       for_units<lanes, most>(me, H, back, [&](int64_t u, auto count, int64_t next) {
-        forward_units<P, cell, count>(p, a, product, at, u, panel_of(u), panel_of(next), space.operand(turn),
-                                      space.operand(turn ^ 1), scratch);
+        forward_units<P, cell, count>(p, a, product, second, at, u, panel_of(u), panel_of(next), space.operand(turn),
+                                      projects ? space.projected() : state, scratch);
+      });
+      me.meet();
+      if (!projects) continue;
+      for_units<lanes, most_projected>(me, out, back, [&](int64_t u, auto count, int64_t next) {
+        project<P, count>(p, a, product, second, at, u, second_panel_of(u), second_panel_of(next), space.projected(),
+                          state, scratch);
       });
       me.meet();
     }
@@ -259,17 +316,17 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
 
 // --- backward -----------------------------------------------------------------------------------------------------
 
-// Turn the gradient of one sequence's state, one vector of units, into those of its gates and what passes them by.
+// Turn the gradient of one sequence's state before projection, one vector of units, into those of its gates, and dh
+// into what passes them by.
 template <class P, Cell cell>
 void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
-                    int64_t b, int64_t u, int n, typename P::Operand* operand) {
+                    int64_t b, int64_t u, int n, typename P::Operand* operand,
+                    Vector<State<typename P::Number>>& dh) {
   using T = typename P::Number;
   using S = State<T>;
   using V = Vector<S>;
   const int64_t H = p.hidden, row = at.row + b, block_row = at.row_in_block + b;
-  S* const carried = a.dh0 + b * H + u;
   T* const d = a.dgates + block_row * a.ld + u;
-  V dh = load(carried, n) + load(a.dy + row * H + u, n);
   const T* const x = a.gates + block_row * 4 * H + u;
   const auto* const kept = reinterpret_cast<const typename P::Gate*>(x);
   // Gate k of those that U h goes into.
@@ -282,7 +339,7 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
     V dc = load(carried_c, n);
     lstm_backward<Math<S>>(i, f, g, o, load(a.c + row * H + u, n), at.before(a.c, a.c0, b, u, n), dh, dc);
     store(carried_c, dc, n);
-    store(carried, V{}, n);
+    dh = V{};
     const V all[] = {i, f, g, o};
     for (int k = 0; k < 4; ++k) {
       store(d + k * H, all[k], n);
@@ -291,22 +348,36 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
   } else if constexpr (cell == Cell::gru) {
     V r = load(kept, n), z = load(kept + H, n), g = load(kept + 2 * H, n), hn = load(x + 3 * H, n);
     gru_backward<Math<S>>(r, z, g, hn, at.before(a.y, a.h0, b, u, n), dh);
-    store(carried, dh, n);
     const V all[] = {g, r, z, hn};
     for (int k = 0; k < 4; ++k) store(d + k * H, all[k], n);
     for (int k = 0; k < 3; ++k) hand_back(k, all[k + 1]);
   } else {
     const V h = load(a.y + row * H + u, n);
     const V dx = cell == Cell::tanh ? dh * (1 - h * h) : h <= 0 ? V{} : dh;
-    store(carried, V{}, n);
+    dh = V{};
     store(d, dx, n);
     hand_back(0, dx);
   }
 }
 
+// The gradient of one sequence's h, one vector of it: what its result and the steps visited before hand back.
+template <class P>
+Vector<State<typename P::Number>> gradient_of_state(const RnnProblem& p, const RnnBackward<typename P::Number>& a,
+                                                    const Walk& at, int64_t b, int64_t u, int n) {
+  return load(a.dh0 + b * p.out() + u, n) + load(a.dy + (at.row + b) * p.out() + u, n);
+}
+
+template <class P, Cell cell>
+void backward_state(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
+                    int64_t b, int64_t u, int n, typename P::Operand* operand) {
+  auto dh = gradient_of_state<P>(p, a, at, b, u, n);
+  backward_gates<P, cell>(p, a, product, at, b, u, n, operand, dh);
+  store(a.dh0 + b * p.hidden + u, dh, n);
+}
+
 // dh0 [rows, count vectors from u on] += what the gates of the step visited before, d, hand back
 template <class P, int count>
-void backward_product(const RnnProblem& p, const RnnBackward<typename P::Number>& a, P& product, int64_t u,
+void backward_product(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, int64_t u,
                       const typename P::Operand* panel, const typename P::Operand* next, const typename P::Operand* d,
                       int64_t rows, State<typename P::Number>* scratch) {
   constexpr int lanes = kLanes<State<typename P::Number>>;
@@ -315,9 +386,32 @@ void backward_product(const RnnProblem& p, const RnnBackward<typename P::Number>
                                    [](int64_t, int64_t) {});
   for (int64_t b = 0; b < rows; ++b)
     for (int j = 0; j < count; ++j) {
-      const int n = lanes_left<lanes>(p.hidden, u + j * lanes);
-      auto* const to = a.dh0 + b * p.hidden + u + j * lanes;
+      const int n = lanes_left<lanes>(p.out(), u + j * lanes);
+      auto* const to = a.dh0 + b * p.out() + u + j * lanes;
       store(to, load(to, n) + load(scratch + (b * count + j) * lanes), n);
+    }
+}
+
+// Gradients of gates [rows, count vectors from u on], from that of h, projected back: dh · W_hr.
+template <class P, int count>
+void backward_projection(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product,
+                         const P& second, const Walk& at, int64_t u, const typename P::Operand* panel,
+                         const typename P::Operand* next, const typename P::Operand* dh, typename P::Operand* operand,
+                         State<typename P::Number>* scratch) {
+  using S = State<typename P::Number>;
+  constexpr int lanes = kLanes<S>;
+  const int64_t H = p.hidden;
+  second.template multiply<count>(dh, P::kInPlace ? a.ld : second.ld, at.rows(), panel, next, scratch,
+                                  [](int64_t, int64_t) {});
+  for (int64_t b = 0; b < at.rows(); ++b)
+    for (int j = 0; j < count; ++j) {
+      const int64_t v = u + j * lanes, block_row = at.row_in_block + b;
+      const int n = lanes_left<lanes>(H, v);
+      const auto* const kept = reinterpret_cast<const typename P::Gate*>(a.gates + block_row * 4 * H + v);
+      store(a.dgates + block_row * a.ld + 4 * H + p.projection + v,
+            load(kept + 3 * H, n) * Math<S>::tanh(load(a.c + (at.row + b) * H + v, n)), n);
+      Vector<S> dm = load(scratch + (b * count + j) * lanes);
+      backward_gates<P, Cell::lstm>(p, a, product, at, b, v, n, operand, dm);
     }
 }
 
@@ -332,24 +426,33 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
   using S = State<typename P::Number>;
   constexpr int G = gates_of(cell), lanes = kLanes<S>, most = kPanel;
   const Workspace<P> space(p, true, a.workspace);
-  const int64_t H = p.hidden, depth = G * H;
+  const int64_t H = p.hidden, out = p.out();
+  const bool projects = cell == Cell::lstm && p.projection;
   parallel(team_size(p, lanes), [&](Member& me) {
-    P product(p, depth);
+    typename P::Registers registers;
+    const P product(p, G * H, &registers), second(p, out, &registers);
     S* const scratch = space.scratch(me.index);
     const auto panel_of = [&](int64_t u) { return space.panels() + u / lanes * product.panel_numbers(); };
+    const auto second_panel_of = [&](int64_t u) { return space.projection() + u / lanes * second.panel_numbers(); };
     Walk at(p, true);
     if constexpr (!P::kInPlace)
-      for (int turn = 0; turn < 2; ++turn)
-        for (int64_t b = me.begin(p.batch); b < me.end(p.batch); ++b) product.pad(space.operand(turn) + b * product.ld);
-    if (at.begins())
-      for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
-        const int64_t n = H - u < count * lanes ? H - u : count * lanes;
-        product.template pack_units<count>(a.w_hh, H, u, n, panel_of(u));
-        for (int64_t b = 0; b < p.batch; ++b) {
-          std::memcpy(a.dh0 + b * H + u, a.dhn + b * H + u, n * sizeof(S));
-          if (cell == Cell::lstm) std::memcpy(a.dc0 + b * H + u, a.dcn + b * H + u, n * sizeof(S));
-        }
+      for (int64_t b = me.begin(p.batch); b < me.end(p.batch); ++b) {
+        for (int turn = 0; turn < 2; ++turn) product.pad(space.operand(turn) + b * product.ld);
+        if (projects) second.pad(space.projected() + b * second.ld);
+      }
+    if (at.begins()) {
+      for_units<lanes, most>(me, out, false, [&](int64_t u, auto count, int64_t) {
+        const int64_t n = out - u < count * lanes ? out - u : count * lanes;
+        product.template pack_units<count>(a.w_hh, out, u, n, panel_of(u));
+        for (int64_t b = 0; b < p.batch; ++b) std::memcpy(a.dh0 + b * out + u, a.dhn + b * out + u, n * sizeof(S));
       });
+      if (cell == Cell::lstm)
+        for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
+          const int64_t n = H - u < count * lanes ? H - u : count * lanes;
+          if (projects) second.template pack_units<count>(a.w_hr, H, u, n, second_panel_of(u));
+          for (int64_t b = 0; b < p.batch; ++b) std::memcpy(a.dc0 + b * H + u, a.dcn + b * H + u, n * sizeof(S));
+        });
+    }
     const typename P::Operand* d = nullptr;  // of the step visited before, and its rows
     int64_t visited = 0;
     int turn = 0;
@@ -358,20 +461,42 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
       backward_product<P, count>(p, a, product, u, panel_of(u), panel_of(next), d, visited, scratch);
     };
     for (; !at.done(); at.next(), back = !back, turn ^= 1) {
-      for_units<lanes, most>(me, H, back, [&](int64_t u, auto count, int64_t next) {
+      auto* const dh_rows = a.dgates + at.row_in_block * a.ld + G * H;  // of a projection
+      for_units<lanes, most>(me, out, back, [&](int64_t u, auto count, int64_t next) {
         add_product(u, count, next);
         for (int64_t b = 0; b < at.rows(); ++b)
-          for (int64_t v = u; v < u + count * lanes && v < H; v += lanes)
-            backward_gates<P, cell>(p, a, product, at, b, v, lanes_left<lanes>(H, v), space.operand(turn));
+          for (int64_t v = u; v < u + count * lanes && v < out; v += lanes) {
+            const int n = lanes_left<lanes>(out, v);
+            if (!projects) {
+              backward_state<P, cell>(p, a, product, at, b, v, n, space.operand(turn));
+              continue;
+            }
+            const auto dh = gradient_of_state<P>(p, a, at, b, v, n);
+            store(dh_rows + b * a.ld + v, dh, n);
+            if constexpr (!P::kInPlace) second.put(space.projected() + b * second.ld, v, dh, n);
+            store(a.dh0 + b * out + v, Vector<S>{}, n);
+          }
       });
       me.meet();
+      if (projects) {
+        const typename P::Operand* dh;
+        if constexpr (P::kInPlace)
+          dh = dh_rows;
+        else
+          dh = space.projected();
+        for_units<lanes, most>(me, H, back, [&](int64_t u, auto count, int64_t next) {
+          backward_projection<P, count>(p, a, product, second, at, u, second_panel_of(u), second_panel_of(next), dh,
+                                        space.operand(turn), scratch);
+        });
+        me.meet();
+      }
       if constexpr (P::kInPlace)
         d = hidden_part<typename P::Number, cell>(p, a, at);
       else
         d = space.operand(turn);
       visited = at.rows();
     }
-    for_units<lanes, most>(me, H, back, add_product);
+    for_units<lanes, most>(me, out, back, add_product);
   });
 }
 
@@ -383,7 +508,7 @@ void backward_alone(const RnnProblem& p, const RnnBackward<typename P::Number>& 
   constexpr int G = gates_of(cell), lanes = kLanes<T>;
   const Workspace<P> space(p, true, a.workspace);
   const P product(p, G * p.hidden);
-  const int64_t H = p.hidden, vectors = (H + lanes - 1) / lanes;
+  const int64_t H = p.hidden, vectors = vectors_in(H, lanes);
   if (Walk(p, true).begins()) {
     std::memcpy(a.dh0, a.dhn, H * sizeof(T));
     if (cell == Cell::lstm) std::memcpy(a.dc0, a.dcn, H * sizeof(T));
@@ -401,7 +526,7 @@ void backward_alone(const RnnProblem& p, const RnnBackward<typename P::Number>& 
     };
     for (Walk at(p, true); !at.done(); at.next(), turn ^= 1) {
       for (int64_t u = u0; u < u1; u += lanes)
-        backward_gates<P, cell>(p, a, product, at, 0, u, lanes_left<lanes>(H, u), nullptr);
+        backward_state<P, cell>(p, a, product, at, 0, u, lanes_left<lanes>(H, u), nullptr);
       T* const mine = space.partial(turn, me.index);
       std::memset(mine, 0, H * sizeof(T));
       const T* const d = hidden_part<T, cell>(p, a, at);
@@ -429,7 +554,7 @@ void forward_any(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
 template <class P, Cell cell>
 void backward_cell(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
   if constexpr (P::kInPlace) {
-    if (p.batch == 1) return backward_alone<P, cell>(p, a);
+    if (is_alone<P>(p)) return backward_alone<P, cell>(p, a);
   }
   backward<P, cell>(p, a);
 }

@@ -143,6 +143,12 @@ def steps_of(name: str, x: Tensor, batch_sizes: Tensor | None, batch: int) -> tu
     return batch_sizes.numel(), batch_sizes.data_ptr()
 
 
+def projects(params: Sequence[Tensor], has_biases: bool, options: Sequence) -> bool:
+    """Tell whether each layer and direction has a w_hr besides; `options` are num_layers, dropout, train, ..."""
+    num_layers, _, _, bidirectional, _ = options
+    return len(params) > (4 if has_biases else 2) * num_layers * (2 if bidirectional else 1)
+
+
 # --- layers ----------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +363,10 @@ TEST_SHAPES = {
 PROJECTED = {
     "projection": {"proj": 5},
     "packed projection": {"proj": 5, "lengths": (5, 3, 1), "layers": 2, "bidirectional": True},
+    "wide projection": {"proj": 70, "hidden": 131, "batch": 14, "bidirectional": True},
+    "projection of one sequence": {"proj": 33, "hidden": 66, "batch": 1, "steps": 7},
+    "one step of a projection": {"proj": 17, "hidden": 64, "steps": 1, "bias": False},
+    "projection to one": {"proj": 1, "hidden": 3, "layers": 2, "batch_first": True},
 }
 BENCH_SHAPES = ((128, 32, 256), (128, 32, 512), (32, 64, 1024), (512, 1, 512), (35, 20, 650), (1, 1, 512))
 

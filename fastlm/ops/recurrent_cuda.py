@@ -44,7 +44,7 @@ class CudaLayers:
             return "the GPU is older than compute capability 8.0"
         if data.dtype not in NUMBERS:
             return f"dtype {data.dtype}"
-        if hx[0].shape[-1] * self.gates != params[1].shape[0]:
+        if recurrent.projects(params, has_biases, (num_layers, dropout, train, bidirectional, batch_first)):
             return "proj_size: not yet in the kernel"
         if batch_sizes is not None and hx[0].shape[1] > self.native.cuda.packed_sequences:
             return f"more than {self.native.cuda.packed_sequences} packed sequences"

@@ -43,8 +43,10 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     if (dtype is torch.bfloat16 and native.bf16_arithmetic) or (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
-    batch, hidden = hx[0].shape[1:]
+    batch, hidden = hx[-1].shape[1:]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
+    if recurrent.projects(params, options[0], options[1:]):  # which stock does without oneDNN, step by step
+        return f"slower than torch below 8 steps of a projection: {ROW}" if steps < 8 else None
     # Without gradients few rows run in place, which pays sooner.
     in_place = batch_sizes is None and not trains and hidden >= 64 and batch * steps <= 16
     if steps == 1 and batch_sizes is None:
@@ -98,8 +100,6 @@ class Layers:
             return self.cuda.cannot(data, batch_sizes, hx, params, *options)
         if data.dtype not in DTYPES:
             return f"dtype {data.dtype}"
-        if hx[0].shape[-1] * self.gates != params[1].shape[0]:
-            return "proj_size: not yet in the kernel"
         return None
 
     def run(self, data, batch_sizes, hx, params, has_biases, *options) -> tuple[Tensor, ...]:
@@ -109,22 +109,24 @@ class Layers:
         """
         if data.is_cuda:
             return self.cuda.run(data, batch_sizes, hx, params, has_biases, *options)
-        found = None if batch_sizes is not None else self.stream(data, hx, params, has_biases, *options)
+        projects = recurrent.projects(params, has_biases, options)
+        found = None if batch_sizes is not None or projects else self.stream(data, hx, params, has_biases, *options)
         if found is not None:
             return found
         result = self.result_dtype(data, batch_sizes, hx)
         # A step reads every weight once: to convert them first would cost more than the step itself.
-        in_place = batch_sizes is None and not torch.is_grad_enabled() and self.few(data, None, hx, options[-1])
+        in_place = not projects and batch_sizes is None and not torch.is_grad_enabled() \
+            and self.few(data, None, hx, options[-1])
         tiles = self.native.tiles and not in_place and self.cell != "relu"
         as_is = result is torch.float64 or (result is torch.bfloat16 and tiles)
         compute = result if as_is else torch.float32
 
         def one(x, batch_sizes, states, weights, reverse):
-            w_ih, w_hh, b_ih, b_hh, _ = weights
+            w_ih, w_hh, *others = weights
             if not (in_place and w_ih.dtype is w_hh.dtype is data.dtype):
                 w_ih, w_hh = cast((w_ih, w_hh), compute)
-            x, b_ih, b_hh, *states = cast((x, b_ih, b_hh, *states), compute)
-            return self.kernels([x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh], reverse)
+            x, b_ih, b_hh, w_hr, *states = cast((x, *others, *states), compute)
+            return self.kernels([x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, w_hr], reverse)
 
         layer = recurrent.directions(one, has_biases, options[3])
         return cast(recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options), result)
@@ -165,22 +167,23 @@ class Layers:
 
     def reference(self, tensors, reverse):
         x, batch_sizes, *rest = tensors
-        return recurrent.scan(self.step, x, batch_sizes, rest[:self.states], (*rest[self.states:], None), reverse)
+        return recurrent.scan(self.step, x, batch_sizes, rest[:self.states], rest[self.states:], reverse)
 
     # --- one layer in one direction ---
 
     def forward(self, tensors, needs, reverse):
-        x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = tensors
-        if x.dtype is not torch.bfloat16 and self.few(x, batch_sizes, states):
+        x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, w_hr = tensors
+        if w_hr is None and x.dtype is not torch.bfloat16 and self.few(x, batch_sizes, states):
             return self.direct(tensors, any(needs), reverse)
-        train, hidden, wide = any(needs), w_hh.shape[1], w_hh.shape[0]
-        rows, w_hh, states = x.reshape(-1, x.shape[-1]), w_hh.contiguous(), as_states(states)
+        train, wide, hidden = any(needs), w_hh.shape[0], states[-1].shape[-1]
+        rows, states = x.reshape(-1, x.shape[-1]), as_states(states)
+        w_hh, w_hr = as_weights(w_hh, w_hr)
         bias, b_hn = split_biases(self.cell, b_ih, b_hh)
-        y = rows.new_empty(rows.shape[0], hidden)
+        y = rows.new_empty(rows.shape[0], w_hh.shape[1])
         kept = self.columns(hidden) if train else wide
-        c = torch.empty_like(y, dtype=state_dtype(y)) if train and self.cell == "lstm" else None
+        c = y.new_empty(y.shape[0], hidden, dtype=state_dtype(y)) if train and self.cell == "lstm" else None
         last = [torch.empty_like(s) for s in states]
-        problem = self.problem(x, batch_sizes, states[0], reverse)
+        problem = self.problem(x, batch_sizes, states, w_hr, reverse)
         blocks, most = self.blocks(y, batch_sizes, problem, reverse)
         # Without gradients the gates live for a block only; those of an Elman network turn into y.
         gates = y if self.gates == 1 else rows.new_empty(rows.shape[0] if train else most, kept)
@@ -191,15 +194,15 @@ class Layers:
                 torch.mm(rows[part], w_ih.t(), out=now[:, :wide])
             else:
                 torch.addmm(bias, rows[part], w_ih.t(), out=now[:, :wide])
-            buffers = w_hh, b_hn, now, *pair(states), y, c, *pair(last), workspace
-            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, "nnnssnsssn", like=y))
+            buffers = w_hh, w_hr, b_hn, now, *pair(states), y, c, *pair(last), workspace
+            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, "nnnnssnsssn", like=y))
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
-        return [y.view(*x.shape[:-1], hidden), *(s.to(x.dtype) for s in last), *saved]
+        return [y.view(*x.shape[:-1], y.shape[1]), *(s.to(x.dtype) for s in last), *saved]
 
     def direct(self, tensors, train, reverse):
         """Do what `forward` does without packing, copying or converting a weight matrix."""
-        x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh = [t if t is None else t.contiguous() for t in tensors]
-        problem, hidden, rows = self.problem(x, batch_sizes, states[0], reverse), w_hh.shape[1], x.shape[:-1].numel()
+        x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, _ = [t if t is None else t.contiguous() for t in tensors]
+        problem, hidden, rows = self.problem(x, batch_sizes, states, None, reverse), w_hh.shape[1], x.shape[:-1].numel()
         last, once = [torch.empty_like(s) for s in states], batch_sizes is None and x.shape[0] == 1
         y = torch.empty_like(states[0]) if once else x.new_empty(*x.shape[:-1], hidden)
         gates = None if self.gates == 1 or (once and not train) else x.new_empty(rows, 4 * hidden)
@@ -210,41 +213,42 @@ class Layers:
         return [y, *last, *(t for t in (gates, c) if train and t is not None)]
 
     def fake(self, tensors, needs, reverse):
-        x, _, *states, _, w_hh, _, _ = tensors
-        hidden, rows = w_hh.shape[1], x.shape[:-1].numel()
-        results = [x.new_empty(*x.shape[:-1], hidden), *(s.new_empty(s.shape) for s in states)]
+        x, _, *states, _, w_hh, _, _, _ = tensors
+        hidden, rows = states[-1].shape[-1], x.shape[:-1].numel()
+        results = [x.new_empty(*x.shape[:-1], w_hh.shape[1]), *(s.new_empty(s.shape) for s in states)]
         if not any(needs) or self.gates == 1:
             return results
         c = [x.new_empty(rows, hidden, dtype=state_dtype(x))] if self.cell == "lstm" else []
         return [*results, x.new_empty(rows, 4 * hidden), *c]
 
     def backward(self, grads, saved, tensors, needs, reverse):
-        x, batch_sizes, *states, w_ih, w_hh, _, _ = tensors
+        x, batch_sizes, *states, w_ih, w_hh, _, _, w_hr = tensors
         y, *saved = saved[:1] + saved[1 + self.states:]
         gates, c = [*saved, None, None][:2]
-        hidden, wide = w_hh.shape[1], w_hh.shape[0]
-        h0, w_hh, states = states[0], w_hh.contiguous(), as_states(states)
+        wide, out, hidden = *w_hh.shape, states[-1].shape[-1]
+        h0, states = states[0], as_states(states)
+        w_hh, w_hr = as_weights(w_hh, w_hr)
         dy, d_last = grads[0].contiguous(), as_states(grads[1:])
-        rows, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, hidden)
+        rows, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, out)
         # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side.
         turn = hidden if self.cell == "gru" else 0
-        need_x, _, *_, need_w, need_u, need_b, need_bu = needs
+        need_x, _, *_, need_w, need_u, need_b, need_bu, need_hr = needs
         w_in = w_ih.roll(turn, 0) if need_x and turn else w_ih
-        problem = self.problem(x, batch_sizes, states[0], reverse)
+        problem = self.problem(x, batch_sizes, states, w_hr, reverse)
         blocks, most = self.blocks(y, batch_sizes, problem, not reverse)
         before = states_before(y, h0[0], batch_sizes, reverse) if need_u else None
         columns = self.columns(hidden)
-        d_all = y.new_empty(most, padded(columns, y.element_size()))
+        d_all = y.new_empty(most, padded(columns if w_hr is None else columns + out + hidden, y.element_size()))
         d_states = [torch.empty_like(s) for s in states]
         workspace = self.workspace(y, problem, True)
         dx = rows.new_empty(rows.shape) if need_x else None
-        dw = du = total = None
+        dw = du = dhr = total = None
         for steps, part in blocks:
             d = d_all[: part.stop - part.start]
-            buffers = (w_hh, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
+            buffers = (w_hh, w_hr, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
                        *pair(d_states), workspace)
             self.call("rnn_backward", y, problem, steps, d.shape[1],
-                      self.addresses(buffers, "nnnsssnssnssn", like=y))
+                      self.addresses(buffers, "nnnnsssnssnssn", like=y))
             d_in, d_hidden = d[:, :wide], d[:, turn: turn + wide]
             if need_x:
                 torch.mm(d_in, w_in, out=dx[part])
@@ -252,6 +256,9 @@ class Layers:
                 dw = add_product(dw, d_in, rows[part])
             for piece, h in before(part) if need_u else ():
                 du = add_product(du, d_hidden[piece], h)
+            if need_hr:
+                d_out, unprojected = d[:, columns: columns + out], d[:, columns + out: columns + out + hidden]
+                dhr = add_product(dhr, d_out, unprojected)
             if need_b or need_bu:
                 sums = d[:, :columns].sum(0)
                 total = sums if total is None else total.add_(sums)
@@ -259,10 +266,13 @@ class Layers:
         dbu = total[turn: turn + wide].clone() if need_bu else None
         d_states = [s.to(x.dtype) for s in d_states]
         return [dx.view(x.shape) if need_x else None, None, *d_states, dw.roll(-turn, 0) if need_w and turn else dw, du,
-                db, dbu]
+                db, dbu, dhr]
 
     def columns(self, hidden):
-        """Return how many numbers of each row the backward pass reads and makes: GRU has U h of gate n besides."""
+        """Return how many numbers of each row the backward pass reads and makes: GRU has U h of gate n besides.
+
+        A projection's two products are no part of it.
+        """
         return 4 * hidden if self.cell == "gru" else self.gates * hidden
 
     def blocks(self, y, batch_sizes, problem, reverse):
@@ -282,11 +292,12 @@ class Layers:
 
     # --- what crosses into C++ ---
 
-    def problem(self, x, batch_sizes, h0, reverse):
-        _, batch, hidden = h0.shape
+    def problem(self, x, batch_sizes, states, w_hr, reverse):
+        _, batch, hidden = states[-1].shape
+        projection = 0 if w_hr is None else w_hr.shape[0]
         steps, sizes = recurrent.steps_of(self.cell, x, batch_sizes, batch)
         precision = PRECISIONS[torch.get_float32_matmul_precision()]
-        return CELLS[self.cell], reverse, steps, batch, hidden, sizes, torch.get_num_threads(), precision
+        return CELLS[self.cell], reverse, steps, batch, hidden, projection, sizes, torch.get_num_threads(), precision
 
     def workspace(self, like, problem, backward):
         size = like.element_size()
@@ -314,6 +325,10 @@ def cast(tensors, dtype):
 def state_dtype(like: Tensor) -> torch.dtype:
     """Return what carries a state from step to step in a layer of such numbers."""
     return torch.float32 if like.dtype is torch.bfloat16 else like.dtype
+
+
+def as_weights(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def as_states(tensors: list[Tensor]) -> list[Tensor]:

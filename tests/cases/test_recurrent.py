@@ -276,7 +276,7 @@ def test_compiled_whole(name, implementation, options):
 def test_opcheck(cell, options):
     name = cell if cell in CELLS else "rnn"
     data, batch_sizes, hx, params, *_ = make(name, **options)
-    tensors = [data, batch_sizes, *hx, *params, *[None] * (4 - len(params))]
+    tensors = [data, batch_sizes, *hx, *params, *[None] * (5 - len(params))]
     slots = [-1 if t is None else int(t.is_floating_point()) for t in tensors]
     present = [t for t in tensors if t is not None]
     forward = getattr(torch.ops.fastlm, f"{cell}_layer").default

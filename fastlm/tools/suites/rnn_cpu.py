@@ -61,6 +61,8 @@ def _float32_cases():
     for cell, ratio in (("LSTM", 1.1), ("GRU", 1.5)):
         yield _case(cell, "2 layers, both ways, dropout 0.2, T128 B32 H256", f32, _deep, cell,
                     goals={"training": Goal(ratio, memory=1.0)})
+    yield _case("LSTM", "projected to 256, T128 B32 H512", f32, _projected, 512, 256,
+                goals={"forward": Goal(1.3), "training": Goal(1.3, memory=1.0)})
 
 
 def _case(cell, case, dtype, build, *args, goals):
@@ -127,6 +129,11 @@ def _packed(cell) -> Subject:
 def _deep(cell) -> Subject:
     stock, ours = _pair(cell, 256, 256, 2, bidirectional=True, dropout=0.2)
     return module_subject(stock, ours, _first, torch.randn(128, 32, 256), warm=_warm(cell, torch.float32))
+
+
+def _projected(hidden, projection) -> Subject:
+    stock, ours = _pair("LSTM", hidden, hidden, proj_size=projection)
+    return module_subject(stock, ours, _first, torch.randn(128, 32, hidden), warm=_warm("LSTM", torch.float32))
 
 
 def _warm(cell, dtype):
