@@ -90,11 +90,12 @@ class Op:
 
     def choose(self, args) -> tuple[str, dict[str, str]]:
         """Return the implementation that takes this call, and the reasons of those that were asked before it."""
-        wanted = [name for name in _order if name in self.implementations]
+        wanted = [name for name in _order if name in self.implementations] if _order else []
+        no_kernels = _forward_mode() or _foreign_device(args)
         declined: dict[str, str] = {}
         for name in wanted or self.default:
             implementation = self.implementations[name]
-            reason = None if name in ("torch", "reference") else _forward_mode() or _foreign_device(args)
+            reason = None if name in ("torch", "reference") else no_kernels
             reason = reason or implementation.cannot(*args)
             if reason is None and not wanted:
                 reason = implementation.loses(*args)

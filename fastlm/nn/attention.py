@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import dispatch, ops
-from fastlm.autograd import autocasts, transformed
+from fastlm.autograd import autocasts, plain, transformed
 
 FEW_SCORES = 1 << 21  # below, stock's fused functions are faster: benchmarks/LOG.md 2026-11-24
+FUSED = {"attention": "stock's fused function is faster: benchmarks/LOG.md 2026-11-24"}
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -44,14 +45,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask,
                                    average_attn_weights, is_causal)
-        batched = self._check(query, key, value)
         if is_causal and attn_mask is None:
             raise RuntimeError("MultiheadAttention: is_causal is a hint about attn_mask, which is missing")
         if attn_mask is None and key_padding_mask is None and query is key and key is value and self.fuses(
                 query, need_weights):
-            dispatch.note("multihead_attention", "torch", {"attention": "stock's fused function is faster: "
-                                                                        "benchmarks/LOG.md 2026-11-24"})
-            return super().forward(query, key, value, None, need_weights, None, average_attn_weights)
+            dispatch.note("multihead_attention", "torch", FUSED)
+            return torch._native_multi_head_attention(
+                query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias,
+                self.out_proj.weight, self.out_proj.bias, None, need_weights, average_attn_weights)
+        batched = self._check(query, key, value)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         # Causal attention needs no mask in memory, unless another one joins it or the weights are asked for.
@@ -76,12 +78,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         return output.transpose(0, 1) if self.batch_first else output, weights
 
     def fuses(self, x: Tensor, need_weights: bool = False) -> bool:
-        """Tell whether stock's fused function takes self-attention over `x` without masks, and is faster."""
+        """Tell whether stock's fused function takes self-attention over `x` without masks, and is faster.
+
+        These are the conditions under which stock calls it.
+        """
         if self.training or x.dim() != 3 or x.device.type != "cpu" or torch.compiler.is_compiling() or not (
                 self.batch_first and torch.backends.mha.get_fastpath_enabled()):
             return False
-        if self.in_proj_weight is None or self.in_proj_bias is None or self.bias_k is not None or (
-                self.add_zero_attn or self.num_heads % 2 or autocasts("cpu") or transformed()):
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is None or bias is None or self.bias_k is not None or self.add_zero_attn or self.num_heads % 2:
+            return False
+        if x.size(2) != self.embed_dim or x.dtype != weight.dtype or autocasts("cpu") or transformed() or not (
+                plain((x, weight, bias))):
             return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
             return False
@@ -152,7 +160,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             zeros = k.new_zeros(k.size(0), self.num_heads, 1, self.head_dim)
             k, v = torch.cat([k, zeros], 2), torch.cat([v, zeros], 2)
-        if mask is not None:
+        if mask is not None and mask.size(-1) != k.size(2):
             mask = F.pad(mask, (0, k.size(2) - mask.size(-1)))
         return k, v, mask
 

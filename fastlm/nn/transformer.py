@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import dispatch
-from fastlm.nn.attention import MultiheadAttention
+from fastlm.nn.attention import FUSED, MultiheadAttention
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -30,9 +30,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is None and src_key_padding_mask is None and not is_causal and self._fuses(src):
-            dispatch.note("transformer_encoder_layer", "torch", {"attention": "stock's fused layer is faster: "
-                                                                             "benchmarks/LOG.md 2026-11-24"})
-            return super().forward(src)
+            dispatch.note("transformer_encoder_layer", "torch", FUSED)
+            attention, norms = self.self_attn, (self.norm1, self.norm2)
+            return torch._transformer_encoder_layer_fwd(
+                src, attention.embed_dim, attention.num_heads, attention.in_proj_weight, attention.in_proj_bias,
+                attention.out_proj.weight, attention.out_proj.bias, self.activation_relu_or_gelu == 2, self.norm_first,
+                self.norm1.eps, *(x for norm in norms for x in (norm.weight, norm.bias)), self.linear1.weight,
+                self.linear1.bias, self.linear2.weight, self.linear2.bias)
         masks = (src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), *masks)
@@ -41,10 +45,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
     def _fuses(self, src):
-        """Tell whether stock's fused layer takes `src` and is faster."""
+        """Tell whether stock's fused layer takes `src` and is faster; stock calls no hooks there, so none may wait."""
         frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
         return (frozen and not self.training and self.self_attn.fuses(src) and bool(self.activation_relu_or_gelu)
-                and self.norm1.eps == self.norm2.eps)
+                and self.norm1.eps == self.norm2.eps
+                and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()))
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):

@@ -82,9 +82,11 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     shape = (*batch, num_heads, query.size(-2), key.size(-2))
     if key.size(-3) != value.size(-3):
         key, value = (t.repeat_interleave(num_heads // t.size(-3), -3) for t in (key, value))
-    query = query.expand(*query.shape[:-3], num_heads, -1, -1)
+    if query.size(-3) != num_heads:
+        query = query.expand(*query.shape[:-3], num_heads, -1, -1)
     if attn_mask is not None:
-        if _broadcast("attn_mask and scores", attn_mask.shape, shape) != shape:
+        sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
+        if attn_mask.dim() > len(shape) or any(size != 1 and size != whole for size, whole in sizes):
             raise RuntimeError(f"attention: attn_mask has shape {list(attn_mask.shape)}, expected one that "
                                f"broadcasts to {list(shape)}")
         attn_mask = attn_mask[(None,) * max(0, 3 - attn_mask.dim())]
@@ -96,6 +98,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     options = Options(float(dropout_p), bool(is_causal), scale, *window_size, softcap, bool(return_lse))
     options = simplest(options, *shape[-2:], key_lengths)
     found = op(query, key, value, attn_mask, sinks, *rows, options)
+    if rank == 4:
+        return found
     out = found[0] if return_lse else found
     out = out.reshape((*shape[:-1], value.size(-1))[-rank:])
     return (out, found[1].reshape(out.shape[:-1])) if return_lse else out
@@ -158,6 +162,8 @@ def _per_row(query, shape, alibi_slopes, key_lengths, document_ids):
 
 
 def _broadcast(what, *shapes):
+    if all(shape == shapes[0] for shape in shapes):  # torch.broadcast_shapes takes as long as a small call of SDPA
+        return tuple(shapes[0])
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
@@ -178,6 +184,8 @@ def _num_heads(query, key, value, enable_gqa):
 
 def _to_4d(x, batch):
     """View `x` as `[B, H, rows, columns]`, its leading dimensions broadcast to `batch` and flattened."""
+    if x.dim() == 4 and x.shape[:-3] == batch:
+        return x
     return x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])
 
 

@@ -117,7 +117,7 @@ BAD = {
     "value has length 3, key has 5": lambda q, m: attention(q, q, q[..., :3, :]),
     "heads of query, key and value": lambda q, m: attention(q, q[:, :3], q[:, :3]),
     "expected a multiple of key's 3": lambda q, m: attention(q, q[:, :3], q[:, :3], enable_gqa=True),
-    "attn_mask and scores do not broadcast": lambda q, m: attention(q, q, q, m[:, :4]),
+    "attn_mask has shape .5, 4.": lambda q, m: attention(q, q, q, m[:, :4]),
     "expected one that broadcasts": lambda q, m: attention(q, q, q, m.expand(3, 2, 4, 5, 5)),
     "attn_mask is torch.int32": lambda q, m: attention(q, q, q, m.int()),
     "attn_mask is torch.float64": lambda q, m: attention(q, q, q, m.double()),
