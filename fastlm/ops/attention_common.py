@@ -35,8 +35,9 @@ def relative(rows: Tensor, cols: Tensor, queries: int, keys: int, key_lengths: T
 
     Sk is `keys`, or each row's own length where `key_lengths` `[B]` are given.
     """
-    ahead = rows[:, None] - cols + (keys - queries)
-    return ahead[None, None] if key_lengths is None else ahead + (key_lengths[:, None, None, None] - keys)
+    if key_lengths is None:
+        return (rows[:, None] + (keys - queries) - cols)[None, None]
+    return rows[:, None] + (key_lengths[:, None, None, None] - queries) - cols
 
 
 def visible(rows: Tensor, cols: Tensor, queries: int, keys: int, key_lengths: Tensor | None, query_ids: Tensor | None,
