@@ -68,7 +68,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         return
     products = call.options.softcap or call.options.dropout_p or out.size(3) != call.query.size(3)
     engine = _forward_products if products else _forward_flash
-    _side_by_side([functools.partial(engine, lane.part(call), lane.of_queries(out), lane.of_queries(lse))
+    side_by_side([functools.partial(engine, lane.part(call), lane.of_queries(out), lane.of_queries(lse))
                    for lane in lanes(call)])
 
 
@@ -121,28 +121,32 @@ class Lane(NamedTuple):
 
     def of_queries(self, x: Tensor | None) -> Tensor | None:
         """View the lane's part of `x` `[B or 1, H or 1, …]`."""
-        return _cut(_cut(x, 0, self.batch), 1, self._query_heads)
+        return _cut(_cut(x, 0, self.batch), 1, self.query_heads)
 
     def part(self, call: Call) -> Call:
         """Return the lane's part of a call."""
         lengths, query_ids, key_ids = (_cut(x, 0, self.batch) for x in call[6:9])
         seed = None if call.seed is None else call.seed + self.number
         return Call(self.of_queries(call.query), self.of_keys(call.key), self.of_keys(call.value),
-                    self.of_queries(call.mask), _cut(call.sinks, 0, self._query_heads), self.of_queries(call.slopes),
+                    self.of_queries(call.mask), _cut(call.sinks, 0, self.query_heads), self.of_queries(call.slopes),
                     lengths, query_ids, key_ids, seed, call.options)
 
     @property
-    def _query_heads(self):
+    def query_heads(self) -> slice:
+        """The heads of queries that share those of keys."""
         return slice(self.heads.start * self.group, self.heads.stop * self.group)
 
 
-def lanes(call: Call) -> list[Lane]:
-    """Cut a call into lanes: by heads, of which all take as long, or by rows of the batch if that makes more lanes."""
+def lanes(call: Call, scores: int | None = None) -> list[Lane]:
+    """Cut a call into lanes: by heads, of which all take as long, or by rows of the batch if that makes more lanes.
+
+    `scores` is how many there are, where the call is one of several that are cut alike.
+    """
     batch, heads, queries, _ = call.query.shape
     _, kv_heads, keys, _ = call.key.shape
     # What dropout draws depends on the lanes: as many in backward, whatever happens to the number of threads.
     most = LANES if call.seed is not None else min(LANES, torch.get_num_threads())
-    if batch * heads * queries * keys < LANE_SCORES:
+    if (batch * heads * queries * keys if scores is None else scores) < LANE_SCORES:
         most = 1
     by_rows = min(batch, most) > min(kv_heads, most)
     length = batch if by_rows else kv_heads
@@ -168,10 +172,10 @@ def _backward(engine, call, saved, found):
         if shared:
             dmask.add_(own)
 
-    _side_by_side([functools.partial(run, lane) for lane in cut], 1 if shared else LANES)
+    side_by_side([functools.partial(run, lane) for lane in cut], 1 if shared else LANES)
 
 
-def _side_by_side(jobs, most: int = LANES) -> None:
+def side_by_side(jobs: list, most: int = LANES) -> None:
     """Run jobs, at most so many at a time, in threads of Python that share out PyTorch's threads."""
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     workers = min(threads, most, len(jobs))

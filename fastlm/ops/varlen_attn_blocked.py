@@ -1,4 +1,9 @@
-"""varlen_attn on the CPU: each sequence is a call of fastlm/ops/attention_tiles.py, in place in the packed tensors."""
+"""varlen_attn on the CPU: each sequence is a call of fastlm/ops/attention_tiles.py, in place in the packed tensors.
+
+Lanes are heads: each goes through all sequences.
+"""
+
+import functools
 
 import torch
 
@@ -48,22 +53,28 @@ def _options(scale, left, right, softcap, return_lse):
 
 
 def _calls(tensors, options):
-    """Yield (queries, keys, call) of each sequence that has queries; see `sequences` of varlen_attn.py."""
+    """Return (queries, keys, call) of each sequence that has queries (see `sequences` of varlen_attn.py), and lanes."""
     query, key, value, sinks, slopes, *where = tensors
-    flat = unpaged(key), unpaged(value)
+    flat, found = (unpaged(key), unpaged(value)), []
     for n, queries, keys in sequences(key, *where):
         slope = None if slopes is None else slopes[n % slopes.size(0), None]
         q, k, v = rows(query, queries), *(rows(x, keys) for x in flat)
-        yield queries, keys, attention_tiles.Call(q, k, v, None, sinks, slope, *[None] * 4,
-                                                  simplest(options, q.size(2), k.size(2)))
+        found.append((queries, keys, attention_tiles.Call(q, k, v, None, sinks, slope, *[None] * 4,
+                                                          simplest(options, q.size(2), k.size(2)))))
+    scores = sum(call.query.size(1) * call.query.size(2) * call.key.size(2) for _, _, call in found)
+    return found, attention_tiles.lanes(found[0][2], scores) if found else []
 
 
 def _forward(tensors, needs, *options):
     out, lse = _fake(tensors, needs, *options)
-    end = 0
-    for queries, _, call in _calls(tensors, _options(*options)):
-        attention_tiles.forward(call, rows(out, queries), rows(lse, queries))
-        end = queries.stop
+    calls, lanes = _calls(tensors, _options(*options))
+
+    def run(lane):
+        for queries, _, call in calls:
+            attention_tiles.forward(lane.part(call), *(lane.of_queries(rows(x, queries)) for x in (out, lse)))
+
+    attention_tiles.side_by_side([functools.partial(run, lane) for lane in lanes])
+    end = calls[-1][0].stop if calls else 0
     out[end:], lse[end:] = 0, torch.inf
     return [out, lse]
 
@@ -78,18 +89,22 @@ def _backward(grads, saved, tensors, needs, *options):
     found = [torch.zeros(t.shape, dtype=accumulator(t)) if n else None for t, n in zip(tensors, needs, strict=True)]
     dquery, dkey, dvalue, dsinks, *_ = found
     wanted = [*needs[:3], False, needs[3]]
-    for queries, keys, call in _calls(tensors, _options(*options)):
-        out, dout = (rows(x, queries) for x in (saved[0], grads[0]))
-        lse, dlse = (x[queries].T[None] for x in (saved[1], grads[1]))
-        dq, dk, dv, _, ds = attention_tiles.backward(call, out, lse, dout, dlse, wanted)
-        if dquery is not None:
-            dquery[queries] = dq[0].transpose(0, 1)
-        for total, part in ((dkey, dk), (dvalue, dv)):
-            if total is not None:
-                total = unpaged(total)
-                total[keys] = total[keys] + part[0].transpose(0, 1)
-        if dsinks is not None:
-            dsinks += ds
+    calls, lanes = _calls(tensors, _options(*options))
+
+    def run(lane):
+        for queries, keys, call in calls:
+            out, lse, dout, dlse = (lane.of_queries(rows(x, queries)) for x in (*saved, *grads))
+            dq, dk, dv, _, ds = attention_tiles.backward(lane.part(call), out, lse, dout, dlse, wanted)
+            if dquery is not None:
+                dquery[queries, lane.query_heads] = dq[0].transpose(0, 1)
+            for total, part in ((dkey, dk), (dvalue, dv)):
+                if total is not None:
+                    total = unpaged(total)[:, lane.heads]
+                    total[keys] = total[keys] + part[0].transpose(0, 1)
+            if dsinks is not None:
+                dsinks[lane.query_heads] += ds
+
+    attention_tiles.side_by_side([functools.partial(run, lane) for lane in lanes])
     return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
 

@@ -8,16 +8,22 @@ import torch
 from torch.nn.attention import varlen
 
 import fastlm
+from fastlm.ops import attention_tiles, varlen_attn
 from fastlm.ops import scaled_dot_product_attention as attention
-from fastlm.ops import varlen_attn
 
 NAMES = ["reference", "torch", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@pytest.fixture(params=NAMES)
-def implementation(request):
-    with fastlm.backend(request.param):
-        yield request.param
+@pytest.fixture(params=[*NAMES, "lanes"])
+def implementation(request, monkeypatch):
+    name, threads = request.param, torch.get_num_threads()
+    if name == "lanes":
+        name = "blocked"
+        monkeypatch.setattr(attention_tiles, "LANE_SCORES", 0)
+        torch.set_num_threads(2)
+    with fastlm.backend(name):
+        yield name
+    torch.set_num_threads(threads)
 
 
 def packed(queries=(3, 0, 7), keys=(5, 4, 6), heads=4, kv_heads=2, dim=8, dtype=torch.float32):
