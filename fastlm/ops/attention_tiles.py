@@ -179,7 +179,7 @@ def side_by_side(jobs: list, most: int = LANES) -> None:
     """Run jobs, at most so many at a time, in threads of Python that share out PyTorch's threads."""
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     workers = min(threads, most, len(jobs))
-    if workers == 1:
+    if workers < 2:
         for job in jobs:
             job()
         return
