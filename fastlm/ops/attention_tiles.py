@@ -7,26 +7,23 @@ kernel lacks: softcap, dropout, Dv ≠ D, the gradients of a mask and through th
 ALiBi, whose far weights are denormal numbers, which take that kernel four times as long. Backward computes the
 probabilities again from the log-sum-exp. A query that sees nothing has a log-sum-exp of +∞ here: exp(s - lse) is 0.
 
-Cores work side by side, each on heads or rows of the batch of its own (`lanes`). Where they share each operation of a
-tile, which takes a millisecond, all wait for the last one; with another process on a core that took ten times as long.
+Cores work side by side, each on a lane of its own (attention_lanes.py).
 """
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm.ops.attention_common import Options, accumulator, relative, seen_range, visible
+from fastlm.ops.attention_lanes import LANES, lanes, side_by_side
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 ROWS = 128  # queries in a tile
 TILE_BYTES = 4 << 20  # of scores in a tile that is computed by matrix products
-LANES = 8  # at most, as each has such tiles
-LANE_SCORES = 1 << 24  # in fewer, the threads that were busy before still spin on the cores
 TINY = 2e-28  # weights up to this count as 0
 ID_BLOCK = 64  # keys that are skipped together if their documents are none of the tile's
 
@@ -97,69 +94,6 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
     return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
 
-def _skips(call: Call) -> bool:
-    """Tell whether some scores may belong to no tile."""
-    options = call.options
-    return (options.is_causal or options.left >= 0 or options.right >= 0 or call.key_lengths is not None
-            or call.query_ids is not None)
-
-
-# --- cores -----------------------------------------------------------------------------------------------------
-
-
-class Lane(NamedTuple):
-    """Rows of the batch and heads of keys for one core; `group` heads of queries share one of keys."""
-
-    number: int
-    batch: slice
-    heads: slice
-    group: int
-
-    def of_keys(self, x: Tensor | None) -> Tensor | None:
-        """View the lane's part of `x` `[B or 1, H_kv or 1, …]`."""
-        return _cut(_cut(x, 0, self.batch), 1, self.heads)
-
-    def of_queries(self, x: Tensor | None) -> Tensor | None:
-        """View the lane's part of `x` `[B or 1, H or 1, …]`."""
-        return _cut(_cut(x, 0, self.batch), 1, self.query_heads)
-
-    def part(self, call: Call) -> Call:
-        """Return the lane's part of a call."""
-        lengths, query_ids, key_ids = (_cut(x, 0, self.batch) for x in call[6:9])
-        seed = None if call.seed is None else call.seed + self.number
-        return Call(self.of_queries(call.query), self.of_keys(call.key), self.of_keys(call.value),
-                    self.of_queries(call.mask), _cut(call.sinks, 0, self.query_heads), self.of_queries(call.slopes),
-                    lengths, query_ids, key_ids, seed, call.options)
-
-    @property
-    def query_heads(self) -> slice:
-        """The heads of queries that share those of keys."""
-        return slice(self.heads.start * self.group, self.heads.stop * self.group)
-
-
-def lanes(call: Call, scores: int | None = None) -> list[Lane]:
-    """Cut a call into lanes: by heads, of which all take as long, or by rows of the batch if that makes more lanes.
-
-    `scores` is how many there are, where the call is one of several that are cut alike.
-    """
-    batch, heads, queries, _ = call.query.shape
-    _, kv_heads, keys, _ = call.key.shape
-    # What dropout draws depends on the lanes: as many in backward, whatever happens to the number of threads.
-    most = LANES if call.seed is not None else min(LANES, torch.get_num_threads())
-    if (batch * heads * queries * keys if scores is None else scores) < LANE_SCORES:
-        most = 1
-    by_rows = min(batch, most) > min(kv_heads, most)
-    length = batch if by_rows else kv_heads
-    step = -(-length // most)
-    cuts = [slice(first, min(first + step, length)) for first in range(0, length, step)]
-    return [Lane(i, cut if by_rows else slice(0, batch), slice(0, kv_heads) if by_rows else cut, heads // kv_heads)
-            for i, cut in enumerate(cuts)]
-
-
-def _cut(x, dim, at):
-    return x if x is None or x.size(dim) == 1 else x.narrow(dim, at.start, at.stop - at.start)
-
-
 def _backward(engine, call, saved, found):
     """Let an engine write the gradients in `found` but for the sinks'; lanes that share a mask's take turns."""
     cut, (dq, dk, dv, dmask, _) = lanes(call), found
@@ -175,25 +109,11 @@ def _backward(engine, call, saved, found):
     side_by_side([functools.partial(run, lane) for lane in cut], 1 if shared else LANES)
 
 
-def side_by_side(jobs: list, most: int = LANES) -> None:
-    """Run jobs, at most so many at a time, in threads of Python that share out PyTorch's threads."""
-    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    workers = min(threads, most, len(jobs))
-    if workers < 2:
-        for job in jobs:
-            job()
-        return
-
-    def alone(job):
-        with torch.inference_mode(inference), torch.no_grad():  # which are each thread's own
-            job()
-
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-            for done in [pool.submit(alone, job) for job in jobs]:
-                done.result()
-    finally:
-        torch.set_num_threads(threads)  # what threads to come begin with
+def _skips(call: Call) -> bool:
+    """Tell whether some scores may belong to no tile."""
+    options = call.options
+    return (options.is_causal or options.left >= 0 or options.right >= 0 or call.key_lengths is not None
+            or call.query_ids is not None)
 
 
 # --- which keys a tile needs -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import functools
 import torch
 
 from fastlm.autograd import Differentiable
-from fastlm.ops import attention_tiles
+from fastlm.ops import attention_lanes, attention_tiles
 from fastlm.ops.attention_common import Options, accumulator, simplest
 from fastlm.ops.varlen_attn import reference, rows, sequences, unpaged
 
@@ -62,7 +62,7 @@ def _calls(tensors, options):
         found.append((queries, keys, attention_tiles.Call(q, k, v, None, sinks, slope, *[None] * 4,
                                                           simplest(options, q.size(2), k.size(2)))))
     scores = sum(call.query.size(1) * call.query.size(2) * call.key.size(2) for _, _, call in found)
-    return found, attention_tiles.lanes(found[0][2], scores) if found else []
+    return found, attention_lanes.lanes(found[0][2], scores) if found else []
 
 
 def _forward(tensors, needs, *options):
@@ -73,7 +73,7 @@ def _forward(tensors, needs, *options):
         for queries, _, call in calls:
             attention_tiles.forward(lane.part(call), *(lane.of_queries(rows(x, queries)) for x in (out, lse)))
 
-    attention_tiles.side_by_side([functools.partial(run, lane) for lane in lanes])
+    attention_lanes.side_by_side([functools.partial(run, lane) for lane in lanes])
     end = calls[-1][0].stop if calls else 0
     out[end:], lse[end:] = 0, torch.inf
     return [out, lse]
@@ -104,7 +104,7 @@ def _backward(grads, saved, tensors, needs, *options):
             if dsinks is not None:
                 dsinks[lane.query_heads] += ds
 
-    attention_tiles.side_by_side([functools.partial(run, lane) for lane in lanes])
+    attention_lanes.side_by_side([functools.partial(run, lane) for lane in lanes])
     return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
 

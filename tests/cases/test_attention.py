@@ -216,7 +216,7 @@ def weights_of(seed, options, n=60, heads=2):
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0, "window_size": (9, 30)}], ids=str)
 def test_dropout_drops_the_same_weights_in_backward_and_again_under_the_same_seed(options, monkeypatch):
     monkeypatch.setattr(fastlm.ops.attention_tiles, "TILE_BYTES", 60 * 16 * 8)
-    monkeypatch.setattr(fastlm.ops.attention_tiles, "LANE_SCORES", 0)
+    monkeypatch.setattr(fastlm.ops.attention_lanes, "LANE_SCORES", 0)
     q, k, dropped = weights_of(1, options | {"dropout_p": 0.3})
     with torch.no_grad(), fastlm.backend("reference"):
         whole = attention(q, k, torch.eye(60, dtype=torch.float64).expand(1, 2, 60, 60), **options)
@@ -286,7 +286,7 @@ def test_lanes_are_parts_of_a_call(kv_heads, options, monkeypatch):
     options = dict(zip(options, wanted[3:], strict=True)) if wanted[3:] else options
     found, threads = [], torch.get_num_threads()
     for few in (1 << 20, 0):
-        monkeypatch.setattr(fastlm.ops.attention_tiles, "LANE_SCORES", few)
+        monkeypatch.setattr(fastlm.ops.attention_lanes, "LANE_SCORES", few)
         torch.set_num_threads(3)
         with fastlm.backend("blocked"):
             out = attention(*tensors, enable_gqa=True, **options)
@@ -298,7 +298,7 @@ def test_lanes_are_parts_of_a_call(kv_heads, options, monkeypatch):
 
 
 def test_lanes_in_inference_mode(monkeypatch):
-    monkeypatch.setattr(fastlm.ops.attention_tiles, "LANE_SCORES", 0)
+    monkeypatch.setattr(fastlm.ops.attention_lanes, "LANE_SCORES", 0)
     q, k, v = (t.detach() for t in leaves(*[(1, 2, 9, 8)] * 3))
     for options in ({"softcap": 2.0}, {"window_size": (3, 0)}):
         with torch.inference_mode():

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 import fastlm
 from fastlm import measure
-from fastlm.ops import attention_tiles
+from fastlm.ops import attention_lanes, attention_tiles
 from fastlm.ops import scaled_dot_product_attention as attention
 
 NAMES = ["reference", "torch", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
@@ -95,8 +95,9 @@ def tiles(request, monkeypatch):
     """Cut also such small calls as these into tiles and lanes."""
     threads = torch.get_num_threads()
     if request.param == "many tiles":
-        for name, value in dict(ROWS=2, ID_BLOCK=2, TILE_BYTES=8 * 2 * 7, LANE_SCORES=0).items():
+        for name, value in dict(ROWS=2, ID_BLOCK=2, TILE_BYTES=8 * 2 * 7).items():
             monkeypatch.setattr(attention_tiles, name, value)
+        monkeypatch.setattr(attention_lanes, "LANE_SCORES", 0)
         torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import varlen
 
 import fastlm
-from fastlm.ops import attention_tiles, varlen_attn
+from fastlm.ops import attention_lanes, varlen_attn
 from fastlm.ops import scaled_dot_product_attention as attention
 
 NAMES = ["reference", "torch", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
@@ -19,7 +19,7 @@ def implementation(request, monkeypatch):
     name, threads = request.param, torch.get_num_threads()
     if name == "lanes":
         name = "blocked"
-        monkeypatch.setattr(attention_tiles, "LANE_SCORES", 0)
+        monkeypatch.setattr(attention_lanes, "LANE_SCORES", 0)
         torch.set_num_threads(2)
     with fastlm.backend(name):
         yield name
