@@ -9,7 +9,7 @@ ARGS        ?=
 VENV := .venv
 RUN  := $(VENV)/bin/python
 
-.PHONY: bench test lint gpu-check extension sanitize clean
+.PHONY: bench test lint gpu-check gpu-build gpu-parity gpu-bench extension sanitize clean
 .DELETE_ON_ERROR:
 
 bench: extension
@@ -23,14 +23,23 @@ test: extension
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
-# On a machine with a GPU: no network, no pip, the Python that is there. The sanitizer sees small recurrent layers.
+# On a machine with a GPU: no network, no pip, the Python that is there. Each stage is a target of its own, for machines
+# that are lent for minutes; SHARDS processes compile Triton's kernels side by side. The sanitizer sees small layers.
+SHARDS    ?= 8
 SANITIZED := tests/test_ops.py -q --device cuda -k "error_rule and native and float16 and (lstm or gru or rnn)"
-gpu-check:
+gpu-check: gpu-build gpu-parity gpu-bench
+
+gpu-build:
 	FASTLM_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) benchmarks/cudnn_rnn.py $(RESULTS)
-	$(PYTHON) -m pytest tests/test_ops.py tests/test_nn.py tests/cases --device cuda $(ARGS)
+
+gpu-parity: gpu-build
+	seq $(SHARDS) | xargs -P $(SHARDS) -I{} $(PYTHON) -m pytest tests/test_ops.py tests/test_nn.py tests/cases \
+		--device cuda --shard {}/$(SHARDS) $(ARGS)
 	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) || exit 1; done; fi
+
+gpu-bench: gpu-build
+	$(PYTHON) benchmarks/cudnn_rnn.py $(RESULTS)
 	for suite in rnn-cuda head norms attention; do \
 		$(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS) || exit 1; done
 	$(PYTHON) -m fastlm bench --device cuda --every --full --out $(RESULTS)

@@ -27,6 +27,12 @@ if INTERPRETED:
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu or cuda: where the parity matrix runs")
     parser.addoption("--deep", action="store_true", help="also run combinations that take long")
+    parser.addoption("--shard", default="1/1", help="i/n: run every n-th test from the i-th on, in one of n processes")
+
+
+def pytest_collection_modifyitems(config, items):
+    first, count = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[first - 1::count]
 
 
 @pytest.fixture(scope="session")
