@@ -166,6 +166,21 @@ Kernels choose_kernels() {
   return found;
 }
 
+// Whose speed a rule of `loses` knows, where AVX-512 is in use: two CPUs with one instruction set differ in what torch's
+// libraries make of them (MKL runs AVX2 code on AMD). Elsewhere the instruction set alone. AMD APM 3, CPUID leaf 1.
+std::string cpu_of(const Kernels& kernels) {
+  const std::string isa = kernels.name;
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0, none = 0;
+  if (isa == "avx512" && __get_cpuid(0, &none, &b, &c, &d) && __get_cpuid(1, &a, &none, &none, &none)) {
+    if (b == signature_INTEL_ebx) return "intel";
+    const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);  // the second counts where the first is 15
+    if (b == signature_AMD_ebx && family == 0x1a) return "zen5";
+  }
+#endif
+  return isa;
+}
+
 Kernels kernels;
 
 // Calls f with the kernels for numbers of so many bytes.
@@ -588,6 +603,7 @@ PYBIND11_MODULE(_native, m) {
   kernels = choose_kernels();
   m.doc() = "Kernels in C++ and CUDA; see csrc/*.h for what each pointer means.";
   m.attr("isa") = kernels.name;
+  m.attr("cpu") = cpu_of(kernels);
   m.attr("tiles") = kernels.rnn_bf16.forward != nullptr;
   m.attr("bf16_arithmetic") = Features().avx512_bf16;
   m.attr("fp16_arithmetic") = Features().avx512_fp16;

@@ -4,6 +4,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm.autograd import Differentiable
+from fastlm.ops.cpu import unmeasured
 from fastlm.ops.cross_entropy import reference
 from fastlm.ops.loss_kernels import Logits, LossKernels, Targets, new_sums
 
@@ -12,7 +13,7 @@ ACCEPTS = {"1 classes", "127 classes", "128 classes", "129 classes", "many class
            "everything, mean", "smoothing of one", "outliers", "no rows", "no rows, none", "images",
            "classes last in memory", "every other column", "probabilities"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
 LEAST_CLASSES, LEAST_LOGITS = 1000, 4_000_000
 
 _kernels = LossKernels(_native)
@@ -31,8 +32,10 @@ def cannot(input, target, weight, ignore_index, reduction, label_smoothing):
 
 
 def loses(input, *rest):
-    if _native.isa not in MEASURED or input.dtype is torch.float64:
-        return f"not yet measured with {_native.isa} in {input.dtype}"
+    if unknown := unmeasured(_native, *MEASURED):
+        return unknown
+    if input.dtype is torch.float64:
+        return "not yet measured in float64"
     if input.size(1) < LEAST_CLASSES or input.numel() < LEAST_LOGITS:
         return f"slower than torch below {LEAST_CLASSES} classes or {LEAST_LOGITS} logits: benchmarks/LOG.md 2026-11-24"
     return None

@@ -3,11 +3,12 @@
 import torch
 
 import fastlm._native as _native
+from fastlm.ops.cpu import unmeasured
 from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
 from fastlm.ops.loss_kernels import LossKernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
 
 
 def cannot(student, weight, *rest):
@@ -19,8 +20,8 @@ def cannot(student, weight, *rest):
 
 
 def loses(student, *rest):
-    if _native.isa not in MEASURED:
-        return f"not yet measured with {_native.isa}"
+    if unknown := unmeasured(_native, *MEASURED):
+        return unknown
     if student.dtype in (torch.bfloat16, torch.float16):
         return "not yet measured in 16 bits"
     return None

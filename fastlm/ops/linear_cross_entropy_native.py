@@ -3,11 +3,12 @@
 import torch
 
 import fastlm._native as _native
+from fastlm.ops.cpu import unmeasured
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
 from fastlm.ops.loss_kernels import LossKernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
 
 
 def cannot(input, *rest):
@@ -20,8 +21,8 @@ def loses(input, linear_weight, *rest):
     group = rest[-1]
     if group:
         return None
-    if _native.isa not in MEASURED:
-        return f"not yet measured with {_native.isa}"
+    if unknown := unmeasured(_native, *MEASURED):
+        return unknown
     if input.dtype is torch.bfloat16 and _native.bf16_arithmetic:
         return "not yet measured on a CPU with bfloat16 arithmetic"
     if input.dtype is torch.float16:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastlm.autograd import Differentiable, transformed
 from fastlm.ops import recurrent
+from fastlm.ops.cpu import unmeasured
 from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
@@ -21,7 +22,7 @@ ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 PLAIN = (Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
-MEASURED = {"avx512"}  # instruction sets timed in benchmarks/LOG.md
+MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-24"
 
 
@@ -33,8 +34,8 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     """
     if data.is_cuda:
         return "not yet run on a GPU"
-    if native.isa not in MEASURED:
-        return f"not yet measured with {native.isa}"
+    if unknown := unmeasured(native, *MEASURED):
+        return unknown
     dtype, precision = data.dtype, _precision()
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")

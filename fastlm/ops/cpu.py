@@ -1,0 +1,13 @@
+"""Which CPUs the rules of `loses` were measured on."""
+
+from types import ModuleType
+
+
+def unmeasured(native: ModuleType, *cpus: str) -> str | None:
+    """Return that nothing was measured on this CPU, None where it is among `cpus`.
+
+    Args:
+        native: the compiled extension; its `cpu` is "intel" or "zen5" where AVX-512 is in use there, else the
+            instruction set. On "intel" holds what an Ice Lake showed (benchmarks/LOG.md 2026-11-23 and 24).
+    """
+    return None if native.cpu in cpus else f"not yet measured on this CPU ({native.cpu})"
