@@ -179,6 +179,14 @@ def test_readme_is_filled_from_results(result, tmp_path):
     data.write_text(json.dumps(result))
     report.update_readme(readme, tmp_path)
     assert readme.read_text().count("≥1.50×") == 1
+    readme.write_text(f"<!-- summary: {data.name} {data.name} -->\n<!-- end of results -->\n")
+    report.update_readme(readme, tmp_path)
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("| linear_cross_entropy")]
+    assert len(lines) == 2
+    for line in lines:
+        first, second = line.split("|")[3:5]
+        assert first == second
+        assert re.fullmatch(r" \d+\.\d\d×( \(\d+\.\d\d–\d+\.\d\d\))?(, else stock)? ", first), first
 
 
 def test_profile_compares_three_variants(tmp_path):

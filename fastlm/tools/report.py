@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MARKS = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end of results -->)", re.S)
+MARKS = re.compile(r"(<!-- (?P<kind>results|summary): (?P<files>.+?) -->\n).*?(<!-- end of results -->)", re.S)
 
 
 def save(result: dict, folder: str | Path, name: str) -> list[Path]:
@@ -198,11 +198,32 @@ def _markdown_table(headings, rows):
     return ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings), *lines] if lines else []
 
 
+def summary(results: list[dict]) -> str:
+    """Return one table for several machines: each group's geometric mean ratio, the least and the most."""
+    groups = {}
+    for i, result in enumerate(results):
+        for row in result["rows"]:
+            key = row["name"], f"{SHORT.get(row['dtype'], row['dtype'])} {row['mode']}"
+            groups.setdefault(key, [[] for _ in results])[i].append(row)
+    names = [f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in results]
+    rows = ((*key, *map(_summary_cell, found)) for key, found in groups.items())
+    return "\n".join(_markdown_table(("what", "type, mode", *names), rows)[1:]) + "\n"
+
+
+def _summary_cell(rows):
+    ratios = [row["ratio"] for row in rows if row["ran"] != "stock"]
+    if not ratios:
+        return "stock" if rows else "not measured"
+    mean, share = statistics.geometric_mean(ratios), "" if len(ratios) == len(rows) else ", else stock"
+    return f"{mean:.2f}×" + (f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else "") + share
+
+
 def update_readme(readme: str | Path, results: str | Path) -> None:
-    """Fill each `<!-- results: FILE -->` section of the README from the JSON file of that name in `results`."""
+    """Fill the sections of a file from JSON files in `results`: `<!-- results: FILE -->`, `<!-- summary: FILE … -->`."""
     readme = Path(readme)
 
     def fill(match):
-        result = json.loads((Path(results) / match["file"]).read_text())
-        return match[1] + markdown(result) + match[3]
+        found = [json.loads((Path(results) / name).read_text()) for name in match["files"].split()]
+        text = summary(found) if match["kind"] == "summary" else "".join(map(markdown, found))
+        return match[1] + text + match[4]
     readme.write_text(MARKS.sub(fill, readme.read_text()))
