@@ -82,8 +82,9 @@ class Differentiable:
         """Return the results of the forward kernel as a list of `outputs` tensors."""
         present = [t for t in tensors if t is not None]
         if torch.compiler.is_compiling():
-            # What is exported may be trained by others: no guard will compare their inputs with today's.
-            slots = _slots(tensors, torch.is_grad_enabled(), assume=torch.compiler.is_exporting())
+            # What is exported may be trained by others: no guard will compare their inputs with today's. The flag itself,
+            # because torch 2.11 traces `is_exporting()` as True wherever it compiles.
+            slots = _slots(tensors, torch.is_grad_enabled(), assume=torch.compiler._is_exporting_flag)
             return self.forward_op(present, slots, *statics)[: self.outputs]
         if transformed():
             return _apply(_Forward, self, _slots(tensors, True, assume=True), statics, *present)[: self.outputs]
@@ -225,8 +226,8 @@ def blank(tensor: Tensor) -> Tensor:
 
 
 def autocasts(device_type: str) -> bool:
-    """Tell whether autocast is on for the device; some, such as meta, have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Tell whether autocast is on for the device; meta has none. Torch 2.11 can't trace `is_autocast_available`."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -43,8 +43,7 @@ def canonical(name: str, gates: int, states: int, args: tuple, kwargs: dict) -> 
                             f"got {len(args)} positional and {sorted(kwargs)}")
         args = [values[n] for n in names]
     if packed:
-        data, batch_sizes, hx, params, *options = args
-        options.append(False)
+        data, batch_sizes, hx, params, *options = *args, False
     else:
         data, hx, params, *options = args
         batch_sizes = None
