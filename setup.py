@@ -19,9 +19,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-DFASTLM_DOTS"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFASTLM_TILES"]
-INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, "amx": AMX}
-TILED = {"rnn"}  # sources that use AMX; all others run their AVX-512 code there
+PAIRS = {"avx512_bf16": AVX512_BF16, "amx": AMX}  # multiply pairs of bfloat16
+INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, **PAIRS}
+PAIRED = {"rnn"}  # sources that do; all others run their AVX-512 code there
 CUDA_TARGETS = ["80", "90a", "100a"]
 
 
@@ -145,7 +147,7 @@ class NinjaBuild(build_ext):
             compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", ["-O1", *defines, *include])
             for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
                 for name, flags in sets.items():
-                    if name != "amx" or source.stem in TILED:
+                    if name not in PAIRS or source.stem in PAIRED:
                         compile_object("cxx", source, f"{source.stem}_{name}.o", [f"-DFASTLM_ISA={name}", *flags])
             if nvcc:
                 for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):

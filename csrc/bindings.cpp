@@ -46,8 +46,11 @@ FASTLM_DECLARE_ROWS(avx512)
 FASTLM_DECLARE_LOSS(avx512)
 FASTLM_DECLARE_QUANT(avx512)
 #endif
+#ifdef FASTLM_AVX512_BF16
+FASTLM_DECLARE_RNN_PAIRS(avx512_bf16)
+#endif
 #ifdef FASTLM_AMX
-FASTLM_DECLARE_RNN_TILES(amx)
+FASTLM_DECLARE_RNN_PAIRS(amx)
 #endif
 }  // namespace fastlm
 
@@ -70,16 +73,14 @@ struct RecurrentKernels {
   size_t (*workspace)(const RnnProblem&, bool, size_t);
   void (*forward)(const RnnProblem&, const RnnForward<T>&);
   void (*backward)(const RnnProblem&, const RnnBackward<T>&);
-  void (*direct)(const RnnProblem&, const RnnDirect<T>&) = nullptr;  // not by tiles
+  void (*direct)(const RnnProblem&, const RnnDirect<T>&) = nullptr;  // not by pairs
 };
 
 // The kernels of one instruction set.
 struct Kernels {
-  const char* name;  // of the instruction set; AMX adds the two that are null without
+  const char* name;  // of the instruction set
   RecurrentKernels<float> rnn_f32;
   RecurrentKernels<double> rnn_f64;
-  RecurrentKernels<Bf16> rnn_bf16;      // null without AMX
-  RecurrentKernels<float> rnn_reduced;  // at less than the highest precision; null without AMX
   RowKernels rows;
   LossKernels<float> loss_f32;
   LossKernels<double> loss_f64;
@@ -87,6 +88,11 @@ struct Kernels {
   // Null where the CPU lacks byte products (VNNI).
   size_t (*quantized_linear_workspace)(const QuantizedLinear&) = nullptr;
   void (*quantized_linear)(const QuantizedLinear&) = nullptr;
+  // What multiplies pairs of bfloat16, and its kernels; null where nothing does.
+  const char* pairs = nullptr;
+  RecurrentKernels<Bf16> rnn_bf16 = {};
+  RecurrentKernels<float> rnn_reduced = {};      // float32 from this precision down: three products lose to
+  Precision reduced_from = Precision::medium;    // float32's own vectors where they run at half the speed
 };
 
 #define FASTLM_LOSS_KERNELS(isa) \
@@ -96,8 +102,7 @@ struct Kernels {
   {isa::rnn_workspace, isa::rnn_forward, isa::rnn_backward, direct}
 
 #define FASTLM_KERNELS(isa) \
-  Kernels{#isa, FASTLM_RNN_KERNELS(isa, isa::rnn_direct), FASTLM_RNN_KERNELS(isa, isa::rnn_direct), {}, {}, \
-          isa::row_kernels(), \
+  Kernels{#isa, FASTLM_RNN_KERNELS(isa, isa::rnn_direct), FASTLM_RNN_KERNELS(isa, isa::rnn_direct), isa::row_kernels(), \
           FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa)}
 
 // Features newer than the names that all compilers know for __builtin_cpu_supports: Intel SDM, CPUID leaf 7.
@@ -119,7 +124,7 @@ struct Features {
 #ifdef FASTLM_AMX
 // Linux gives a process the tile registers only if it asks: Documentation/arch/x86/xstate.rst.
 bool tiles_granted() {
-#if defined(FASTLM_EMULATED_TILES)  // tests/amx_emulation
+#if defined(FASTLM_EMULATED)  // tests/amx_emulation
   return true;
 #elif defined(__linux__) && defined(__x86_64__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -131,15 +136,27 @@ bool tiles_granted() {
 }
 #endif
 
+#ifdef FASTLM_AVX512_BF16
+bool dots_granted() {
+#if defined(FASTLM_EMULATED)
+  return true;
+#else
+  return Features().avx512_bf16;
+#endif
+}
+#endif
+
 // The widest set that was built, that this CPU has, and that FASTLM_MAX_ISA allows.
 Kernels choose_kernels() {
-  const char* names[] = {"generic", "avx2", "avx512", "amx"};
+  const char* names[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
   const char* cap = std::getenv("FASTLM_MAX_ISA");
-  int most = 3;
+  constexpr int widest = 4;
+  int most = widest;
   if (cap && *cap) {
     for (most = 0; std::string(names[most]) != cap; ++most)
-      if (most == 3)
-        throw std::runtime_error("FASTLM_MAX_ISA must be generic, avx2, avx512 or amx, got " + std::string(cap));
+      if (most == widest)
+        throw std::runtime_error("FASTLM_MAX_ISA must be generic, avx2, avx512, avx512_bf16 or amx, got " +
+                                 std::string(cap));
   }
   Kernels found = FASTLM_KERNELS(generic);
 #if defined(__x86_64__)
@@ -156,10 +173,20 @@ Kernels choose_kernels() {
     found.quantized_linear = avx512::quantized_linear;
   }
 #endif
+  // Those of pairs stand beside the kernels of AVX-512.
+#ifdef FASTLM_AVX512_BF16
+  if (most >= 3 && avx512 && dots_granted()) {
+    found.pairs = "avx512_bf16";
+    found.rnn_bf16 = FASTLM_RNN_KERNELS(avx512_bf16, nullptr);
+    found.rnn_reduced = FASTLM_RNN_KERNELS(avx512_bf16, nullptr);
+  }
+#endif
 #ifdef FASTLM_AMX
-  if (most >= 3 && avx512 && tiles_granted()) {  // beside the kernels of AVX-512
+  if (most >= 4 && avx512 && tiles_granted()) {
+    found.pairs = "amx";
     found.rnn_bf16 = FASTLM_RNN_KERNELS(amx, nullptr);
     found.rnn_reduced = FASTLM_RNN_KERNELS(amx, nullptr);
+    found.reduced_from = Precision::high;
   }
 #endif
 #endif
@@ -186,10 +213,10 @@ Kernels kernels;
 // Calls f with the kernels for numbers of so many bytes.
 template <class F>
 auto with_kernels(const RnnProblem& p, size_t number, const F& f) {
-  const bool reduced = p.precision != Precision::highest && p.batch > 1 && kernels.rnn_reduced.forward;
+  const bool reduced = kernels.pairs && p.precision >= kernels.reduced_from && p.batch > 1;
   if (number == sizeof(double)) return f(kernels.rnn_f64);
   if (number == sizeof(float)) return f(reduced ? kernels.rnn_reduced : kernels.rnn_f32);
-  if (!kernels.rnn_bf16.forward) throw std::invalid_argument("rnn: kernels for 16 bits need AMX");
+  if (!kernels.pairs) throw std::invalid_argument("rnn: kernels for 16 bits need AVX512_BF16 or AMX");
   return f(kernels.rnn_bf16);
 }
 
@@ -207,25 +234,26 @@ struct Address {
   }
 };
 
-// From (cell, reverse, steps, batch, hidden, projection, batch_sizes, threads, precision, first, last).
+// From (cell, reverse, steps, batch, hidden, projection, inputs, batch_sizes, threads, precision, first, last).
 RnnProblem problem(const py::tuple& p) {
-  if (p.size() != 11) throw std::invalid_argument("rnn: expected 11 numbers");
+  if (p.size() != 12) throw std::invalid_argument("rnn: expected 12 numbers");
   const auto at = [&](int i) { return p[i].cast<int64_t>(); };
-  const RnnProblem found{static_cast<Cell>(at(0)), at(1) != 0, at(2), at(3), at(4), at(5),
-                         pointer<const int64_t>(p[6].cast<uintptr_t>()), static_cast<int>(at(7)),
-                         static_cast<Precision>(at(8)), at(9), at(10)};
-  if (at(0) < 0 || at(0) > 3 || at(8) < 0 || at(8) > 2 || found.steps < 1 || found.batch < 0 || found.hidden < 1 ||
-      found.projection < 0 || (found.projection && found.cell != Cell::lstm) || found.threads < 1 || found.first < 0 ||
-      found.first >= found.last || found.last > found.steps)
+  const RnnProblem found{static_cast<Cell>(at(0)), at(1) != 0, at(2), at(3), at(4), at(5), at(6),
+                         pointer<const int64_t>(p[7].cast<uintptr_t>()), static_cast<int>(at(8)),
+                         static_cast<Precision>(at(9)), at(10), at(11)};
+  if (at(0) < 0 || at(0) > 3 || at(9) < 0 || at(9) > 2 || found.steps < 1 || found.batch < 0 || found.hidden < 1 ||
+      found.projection < 0 || (found.projection && found.cell != Cell::lstm) || found.inputs < 0 ||
+      found.threads < 1 || found.first < 0 || found.first >= found.last || found.last > found.steps)
     throw std::invalid_argument("rnn: sizes out of range");
   return found;
 }
 
 template <class T, class Kernel>
 void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, bool train) {
-  if (a.size() != 11) throw std::invalid_argument("rnn_forward: expected 11 addresses");
+  if (a.size() != 14) throw std::invalid_argument("rnn_forward: expected 14 addresses");
   const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
-  const RnnForward<T> call{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), train, at(10)};
+  const RnnForward<T> call{at(0), at(1), at(2), at(3),  at(4),  at(5),  at(6), at(7),
+                           at(8), at(9), at(10), at(11), at(12), train, at(13)};
   py::gil_scoped_release release;
   kernel(p, call);
 }
@@ -329,7 +357,7 @@ py::object rnn_step(int cell, int64_t batch, int64_t hidden, int64_t inputs, int
     to[i] = address(results[i]);
   }
   if (!fits) return py::none();
-  const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, nullptr, threads, Precision::highest, 0, 1};
+  const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, 0, nullptr, threads, Precision::highest, 0, 1};
   const auto run = [&](const auto& kernel, auto zero, Stored stored) {
     using T = decltype(zero);
     const RnnDirect<T> call{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
@@ -604,7 +632,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels in C++ and CUDA; see csrc/*.h for what each pointer means.";
   m.attr("isa") = kernels.name;
   m.attr("cpu") = cpu_of(kernels);
-  m.attr("tiles") = kernels.rnn_bf16.forward != nullptr;
+  m.attr("pairs") = kernels.pairs;
   m.attr("bf16_arithmetic") = Features().avx512_bf16;
   m.attr("fp16_arithmetic") = Features().avx512_fp16;
 

@@ -4,7 +4,8 @@
 // GRU 3: r z n; Elman 1), N rows: all steps of all sequences, step by step, the first batch_sizes[t] sequences at step
 // t, so N = T·B for a dense batch.
 // All pointers are contiguous row-major and belong to the caller; nothing is allocated, nothing read from Python.
-// The caller makes the large products that are not recurrent: W_ih x before, and dW, dX, db after.
+// The caller makes the large products that are not recurrent: W_ih x before, in all numbers but bfloat16, and dW, dX, db
+// after.
 //
 // The steps may be visited in blocks, a call each: what is made for one block alone (R rows) stays in the caches.
 //
@@ -41,9 +42,10 @@ struct RnnProblem {
   int64_t batch;               // B ≥ 0
   int64_t hidden;              // H ≥ 1
   int64_t projection;          // P ≥ 1 where w_hr projects h, LSTM only; else 0
+  int64_t inputs;              // I ≥ 1 where the forward pass multiplies x, in bfloat16; else 0
   const int64_t* batch_sizes;  // [T], at most B, never rising, at least 1; null: B at each step
   int threads;                 // CPU: use at most so many
-  Precision precision;         // used where the CPU has tiles and numbers are float32
+  Precision precision;         // used where the CPU multiplies pairs of bfloat16 and numbers are float32
   int64_t first, last;         // this call visits the steps first ≤ t < last; calls follow each other in reading order,
                                // or against it in the backward pass, with the same workspace
 
@@ -55,19 +57,23 @@ struct RnnProblem {
 
 template <class T>
 struct RnnForward {
-  const T* w_hh;       // [G·H, P]
-  const T* w_hr;       // [P, H] of a projection, else null
-  const T* b_hn;       // [H] b_hh of gate n, GRU only; null: zero. All other biases are in `gates` already.
-  T* gates;            // [R, S·H] of this block; in: W_ih x + b in the first G·H columns of each row. S = 4 for LSTM,
-                       // 1 for Elman, 3 for GRU, 4 for GRU when `train`. Out when `train`: LSTM i f g o, GRU r z n and
-                       // U_n h + b_hn, after activation. Elman: may be the block's part of y.
-  const State<T>* h0;  // [B, P]
-  const State<T>* c0;  // [B, H] LSTM only
-  T* y;                // [N, P] out: h at each step
-  State<T>* c;         // [N, H] out: cell states, LSTM when `train`, else null
-  State<T>* hn;        // [B, P] out: last h of each sequence; between the calls of a pass, the one before the block
-  State<T>* cn;        // [B, H] out: last c of each sequence, likewise, LSTM only
-  bool train;          // keep what the backward pass needs
+  const T* w_hh;         // [G·H, P]
+  const T* w_hr;         // [P, H] of a projection, else null
+  const T* w_ih;         // [G·H, I] where I > 0, and
+  const T* x;            // [N, I rounded up to a multiple of 32], zeros from I on, and
+  const State<T>* bias;  // [G·H] b_ih + b_hh, but for b_hh of GRU's gate n; null: zero
+  const State<T>* b_hn;  // [H] that b_hh; null: zero. Where I = 0 all other biases are in `gates` already.
+  T* gates;              // [R, S·H] of this block. In where I = 0: W_ih x + b in the first G·H columns of each row. Out
+                         // when `train`: LSTM i f g o, GRU r z n and U_n h + b_hn, after activation. S = 4 for LSTM, 1
+                         // for Elman, 3 for GRU, 4 for GRU when `train`. Elman: may be the block's part of y. Null
+                         // where nothing goes in or out.
+  const State<T>* h0;    // [B, P]
+  const State<T>* c0;    // [B, H] LSTM only
+  T* y;                  // [N, P] out: h at each step
+  State<T>* c;           // [N, H] out: cell states, LSTM when `train`, else null
+  State<T>* hn;          // [B, P] out: last h of each sequence; between the calls of a pass, the one before the block
+  State<T>* cn;          // [B, H] out: last c of each sequence, likewise, LSTM only
+  bool train;            // keep what the backward pass needs
   void* workspace;
 };
 
@@ -131,8 +137,8 @@ struct RnnDirect {
   FASTLM_DECLARE_RNN_OF(double)                                          \
   }
 
-// The same by tiles: bfloat16, and float32 at less than the highest precision.
-#define FASTLM_DECLARE_RNN_TILES(isa)                                    \
+// The same by pairs: bfloat16, and float32 at less than the highest precision.
+#define FASTLM_DECLARE_RNN_PAIRS(isa)                                    \
   namespace isa {                                                        \
   size_t rnn_workspace(const RnnProblem&, bool backward, size_t number); \
   FASTLM_DECLARE_RNN_OF(Bf16)                                        \

@@ -159,6 +159,7 @@ struct VectorProduct {
   using Gate = T;     // of the gates that the forward pass keeps, as large as a Number
   static constexpr bool kInPlace = true;  // gradients of gates are an operand as they are, and one sequence needs
                                           // no packed matrix: dot_rows and add_rows
+  static constexpr bool kTakesX = false;  // the products with x are the caller's
   static constexpr int units(int gates) { return kPanel / gates; }  // vectors of units in a forward panel
   struct Registers {};                    // what the products of one thread share
 

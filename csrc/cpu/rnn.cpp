@@ -1,23 +1,23 @@
 // The recurrent layer on the CPU. One parallel region runs over time; each thread owns a range of hidden units and
 // the panels of W_hh that make them, and all meet once a step; twice where the state is projected.
 //
-// P is how a step is multiplied by W_hh, by vectors or by tiles: see gemm.h and amx.h.
-
-#include <type_traits>
+// P is how a step is multiplied by W_hh: see gemm.h for vectors, pairs.h for pairs of bfloat16.
 
 #include "../rnn.h"
 
 #include "gemm.h"
 #include "team.h"
 
-#ifdef FASTLM_TILES
+#if defined(FASTLM_TILES)
 #include "amx.h"
+#elif defined(FASTLM_DOTS)
+#include "dots.h"
 #endif
 
 namespace fastlm {
 
-#ifdef FASTLM_TILES
-FASTLM_DECLARE_RNN_TILES(FASTLM_ISA)
+#if defined(FASTLM_TILES) || defined(FASTLM_DOTS)
+FASTLM_DECLARE_RNN_PAIRS(FASTLM_ISA)
 #else
 FASTLM_DECLARE_RNN(FASTLM_ISA)
 #endif
@@ -70,6 +70,9 @@ struct Walk {
   }
 };
 
+// Steps whose products with x are made at once: a panel that is read pays off with some tens of rows.
+int64_t steps_ahead(const RnnProblem& p) { return p.batch < 1 || p.batch > 64 ? 1 : 64 / p.batch; }
+
 // What lies where in the workspace, each part on its own cache lines.
 template <class P>
 class Workspace {
@@ -77,7 +80,7 @@ class Workspace {
   using S = State<typename P::Number>;
   char* const base;
   const int threads;
-  int64_t of_panels, of_operand, of_projection = 0, of_projected = 0, of_scratch, of_partial;
+  int64_t of_panels, of_operand, of_projection = 0, of_projected = 0, of_inputs = 0, of_ahead = 0, of_scratch, of_partial;
 
  public:
   Workspace(const RnnProblem& p, bool backward, void* memory) : base(static_cast<char*>(memory)), threads(p.threads) {
@@ -93,6 +96,10 @@ class Workspace {
       of_projection = lines(columns * second.panel_numbers() * sizeof(Operand));
       of_projected = backward && P::kInPlace ? 0 : lines(p.batch * second.ld * sizeof(Operand));
     }
+    if (P::kTakesX && !backward) {
+      of_inputs = lines(vectors * P(p, p.inputs).panel_numbers() * sizeof(Operand));
+      of_ahead = lines(vectors * lanes * steps_ahead(p) * p.batch * sizeof(S));
+    }
     of_scratch = lines(p.batch * (wide > kPanel ? wide : kPanel) * lanes * sizeof(S));
     of_partial = backward && is_alone<P>(p) ? lines(p.hidden * sizeof(S)) : 0;
   }
@@ -102,7 +109,10 @@ class Workspace {
   Operand* operand(int turn) const { return reinterpret_cast<Operand*>(base + of_panels + turn * of_operand); }
   // W_hr, and what all threads multiply by it.
   Operand* projection() const { return operand(2); }
-  Operand* projected() const { return reinterpret_cast<Operand*>(base + shared() - of_projected); }
+  Operand* projected() const { return reinterpret_cast<Operand*>(base + of_panels + 2 * of_operand + of_projection); }
+  // W_ih, and the products with it of the steps that come next.
+  Operand* inputs() const { return reinterpret_cast<Operand*>(base + shared() - of_inputs - of_ahead); }
+  S* ahead() const { return reinterpret_cast<S*>(base + shared() - of_ahead); }
   // Of one thread: the products of a panel, and its share of a sum, for steps in turn.
   S* scratch(int i) const { return reinterpret_cast<S*>(base + shared() + i * of_scratch); }
   S* partial(int turn, int i) const {
@@ -110,7 +120,7 @@ class Workspace {
   }
 
  private:
-  int64_t shared() const { return of_panels + 2 * of_operand + of_projection + of_projected; }
+  int64_t shared() const { return of_panels + 2 * of_operand + of_projection + of_projected + of_inputs + of_ahead; }
 };
 
 int team_size(const RnnProblem& p, int lanes) {
@@ -118,14 +128,6 @@ int team_size(const RnnProblem& p, int lanes) {
   const int64_t worthwhile = 1 + p.batch * p.hidden * p.out() * gates_of(p.cell) / 32768;
   int64_t n = p.threads < vectors ? p.threads : vectors;
   return int(n < worthwhile ? n : worthwhile);
-}
-
-// Calls f with min(n, most) as a compile-time constant.
-template <int most, class F>
-void with_count(int64_t n, const F& f) {
-  if constexpr (most > 1)
-    if (n < most) return with_count<most - 1>(n, f);
-  f(std::integral_constant<int, most>{});
 }
 
 // Calls f(u, count, next) for this member's share of `units`, in panels of `most` vectors or the `count` that are
@@ -149,27 +151,83 @@ int lanes_left(int64_t units, int64_t u) {
 
 // --- forward ------------------------------------------------------------------------------------------------------
 
-// Turn the products of one sequence and one vector of units, s [G vectors], into its next state h, not projected.
+// The products with x that P makes itself, in float32: of this step and of those that come next, for a member's units.
+template <class P, Cell cell>
+class Inputs {
+  using Operand = typename P::Operand;
+  using S = State<typename P::Number>;
+  static constexpr int G = gates_of(cell), lanes = kLanes<S>;
+  const RnnProblem& p;
+  const RnnForward<typename P::Number>& a;
+  const P product;
+  Operand* const panels;
+  S* const made;  // for each panel of units [rows, G·count vectors]
+  int64_t first = 0, left = 0;
+
+  Operand* panel(int64_t u) const { return panels + u / lanes * G * product.panel_numbers(); }
+  S* products(int64_t u) const { return made + u * G * steps_ahead(p) * p.batch; }
+
+ public:
+  Inputs(const RnnProblem& p, const RnnForward<typename P::Number>& a, const Workspace<P>& space,
+         typename P::Registers* registers)
+      : p(p), a(a), product(p, p.inputs, registers), panels(space.inputs()), made(space.ahead()) {}
+
+  template <int count>
+  void pack(int64_t u) const {
+    if constexpr (P::kTakesX) product.template pack_gates<G, count>(a.w_ih, p.hidden, u, panel(u));
+  }
+  // Have the products of the step at hand.
+  void make(const Member& me, const Walk& at) {
+    if constexpr (P::kTakesX) {
+      if (left-- > 0) return;
+      left = steps_ahead(p) - 1;
+      int64_t end = at.row + at.rows();
+      first = at.row;
+      Walk later = at;
+      for (int64_t i = 0; i < left && (later.next(), !later.done()); ++i) {
+        first = later.row < first ? later.row : first;
+        end = later.row + later.rows() > end ? later.row + later.rows() : end;
+      }
+      for_units<lanes, P::units(G)>(me, p.hidden, false, [&](int64_t u, auto count, int64_t next) {
+        product.template multiply<G * count>(a.x + first * product.padded, product.padded, end - first, panel(u),
+                                             panel(next), products(u), [](int64_t, int64_t) {});
+      });
+    }
+  }
+  // Those of one row and the j-th vector of a panel's units, [G vectors].
+  template <int count>
+  const S* of(int64_t row, int64_t u, int j) const {
+    return P::kTakesX ? products(u) + ((row - first) * count + j) * G * lanes : nullptr;
+  }
+};
+
+// Turn the products of one sequence and one vector of units, s [G vectors] with h and x with x where P makes them, into
+// its next state h, not projected.
 template <class P, Cell cell>
 Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnForward<typename P::Number>& a,
                                                 const Walk& at, int64_t b, int64_t u, int n,
-                                                const State<typename P::Number>* s) {
+                                                const State<typename P::Number>* s,
+                                                const State<typename P::Number>* x) {
   using T = typename P::Number;
   using S = State<T>;
   using V = Vector<S>;
   using Gate = typename P::Gate;
-  constexpr int lanes = kLanes<S>;
+  constexpr int G = gates_of(cell), lanes = kLanes<S>;
   const int64_t H = p.hidden, block_row = at.row_in_block + b;
+  T* const row = a.gates ? a.gates + block_row * (G == 3 && !a.train ? 3 : kept_of(cell)) * H + u : nullptr;
+  Gate* const kept = reinterpret_cast<Gate*>(row);
+  const auto of_x = [&](int g) {
+    if constexpr (!P::kTakesX) return load(row + g * H, n);
+    return a.bias ? load(x + g * lanes) + load(a.bias + g * H + u, n) : load(x + g * lanes);
+  };
   V h;
   if constexpr (cell == Cell::lstm) {
-    T* x = a.gates + block_row * 4 * H + u;
-    V i = load(x, n) + load(s), f = load(x + H, n) + load(s + lanes);
-    V g = load(x + 2 * H, n) + load(s + 2 * lanes), o = load(x + 3 * H, n) + load(s + 3 * lanes), c;
+    V i = of_x(0) + load(s), f = of_x(1) + load(s + lanes);
+    V g = of_x(2) + load(s + 2 * lanes), o = of_x(3) + load(s + 3 * lanes), c;
     S* const running_c = a.cn + b * H + u;
     lstm_forward<Math<S>>(i, f, g, o, load(running_c, n), c, h);
     store(running_c, c, n);
     if (a.train) {
-      Gate* const kept = reinterpret_cast<Gate*>(x);
       store(kept, i, n);
       store(kept + H, f, n);
       store(kept + 2 * H, g, n);
@@ -177,20 +235,18 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
       store(a.c + (at.row + b) * H + u, c, n);
     }
   } else if constexpr (cell == Cell::gru) {
-    T* x = a.gates + block_row * (a.train ? 4 : 3) * H + u;
-    V r = load(x, n) + load(s), z = load(x + H, n) + load(s + lanes), g = load(x + 2 * H, n);
+    V r = of_x(0) + load(s), z = of_x(1) + load(s + lanes), g = of_x(2);
     V hn = load(s + 2 * lanes);
     if (a.b_hn) hn += load(a.b_hn + u, n);
     gru_forward<Math<S>>(r, z, g, hn, load(a.hn + b * H + u, n), h);
     if (a.train) {
-      Gate* const kept = reinterpret_cast<Gate*>(x);
       store(kept, r, n);
       store(kept + H, z, n);
       store(kept + 2 * H, g, n);
-      store(x + 3 * H, hn, n);
+      store(row + 3 * H, hn, n);
     }
   } else {
-    h = load(a.gates + block_row * H + u, n) + load(s);
+    h = of_x(0) + load(s);
     if constexpr (cell == Cell::tanh)
       h = Math<S>::tanh(h);
     else
@@ -211,8 +267,9 @@ void store_state(const RnnProblem& p, const RnnForward<typename P::Number>& a, c
 // `out` is the operand of the next product: of the next step, or of the projection, then `second`.
 template <class P, Cell cell, int count>
 void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a, const P& product, const P& second,
-                   const Walk& at, int64_t u, const typename P::Operand* panel, const typename P::Operand* next,
-                   const typename P::Operand* in, typename P::Operand* out, State<typename P::Number>* scratch) {
+                   const Inputs<P, cell>& inputs, const Walk& at, int64_t u, const typename P::Operand* panel,
+                   const typename P::Operand* next, const typename P::Operand* in, typename P::Operand* out,
+                   State<typename P::Number>* scratch) {
   const bool projects = cell == Cell::lstm && p.projection;
   constexpr int G = gates_of(cell), lanes = kLanes<State<typename P::Number>>, width = G * count * lanes;
   if constexpr (P::kInPlace) {
@@ -225,7 +282,8 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
   const auto fetch = [&](int64_t i, int64_t n) {
     const int64_t columns = (G == 3 && a.train ? 4 : G) * p.hidden;
     for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b) {
-      for (int g = 0; g < G; ++g) prefetch(a.gates + (at.row_in_block + b) * columns + g * p.hidden + u, count);
+      for (int g = 0; g < G && a.gates; ++g)
+        prefetch(a.gates + (at.row_in_block + b) * columns + g * p.hidden + u, count);
       prefetch_to_write(out + b * (projects ? second : product).ld + u, count);
       if (!projects) prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count);
       if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count);
@@ -236,7 +294,8 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
     for (int j = 0; j < count; ++j) {
       const int64_t v = u + j * lanes;
       const int n = lanes_left<lanes>(p.hidden, v);
-      const auto h = forward_gates<P, cell>(p, a, at, b, v, n, scratch + b * width + j * G * lanes);
+      const auto h = forward_gates<P, cell>(p, a, at, b, v, n, scratch + b * width + j * G * lanes,
+                                            inputs.template of<count>(at.row + b, u, j));
       if (projects)
         second.put(out + b * second.ld, v, h, n);
       else
@@ -269,6 +328,7 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
   parallel(team_size(p, lanes), [&](Member& me) {
     typename P::Registers registers;
     const P product(p, out, &registers), second(p, H, &registers);
+    Inputs<P, cell> inputs(p, a, space, &registers);
     S* const scratch = space.scratch(me.index);
     const auto panel_of = [&](int64_t u) { return space.panels() + u / lanes * G * product.panel_numbers(); };
     const auto second_panel_of = [&](int64_t u) { return space.projection() + u / lanes * second.panel_numbers(); };
@@ -280,6 +340,7 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
     if (at.begins())
       for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
         if (!is_alone<P>(p)) product.template pack_gates<G, count>(a.w_hh, H, u, panel_of(u));
+        inputs.template pack<count>(u);
         const int64_t n = H - u < count * lanes ? H - u : count * lanes;
         for (int64_t b = 0; b < p.batch && cell == Cell::lstm; ++b)
           std::memcpy(a.cn + b * H + u, a.c0 + b * H + u, n * sizeof(S));
@@ -299,9 +360,10 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
     int turn = 0;
     for (bool back = true; !at.done(); at.next(), back = !back, turn ^= 1) {
       auto* const state = space.operand(turn ^ 1);
+      inputs.make(me, at);
       for_units<lanes, most>(me, H, back, [&](int64_t u, auto count, int64_t next) {
-        forward_units<P, cell, count>(p, a, product, second, at, u, panel_of(u), panel_of(next), space.operand(turn),
-                                      projects ? space.projected() : state, scratch);
+        forward_units<P, cell, count>(p, a, product, second, inputs, at, u, panel_of(u), panel_of(next),
+                                      space.operand(turn), projects ? space.projected() : state, scratch);
       });
       me.meet();
       if (!projects) continue;
@@ -570,9 +632,13 @@ void backward_any(const RnnProblem& p, const RnnBackward<typename P::Number>& a)
   }
 }
 
-#ifdef FASTLM_TILES
+#if defined(FASTLM_TILES)
 template <class T>
-using Product = TileProduct<T>;
+using Product = PairProduct<T, Tiles>;
+using Other = Bf16;
+#elif defined(FASTLM_DOTS)
+template <class T>
+using Product = PairProduct<T, Dots>;
 using Other = Bf16;
 #else
 template <class T>

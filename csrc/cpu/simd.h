@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -88,6 +89,14 @@ FASTLM_INLINE void prefetch_to_write(T* p, int count) {
 #if defined(__AVX2__)  // volatile: GCC 12 takes a function that only prefetches for one that does nothing
   for (int j = 0; j < count; ++j) asm volatile("prefetchw %0" : : "m"(p[j * kLanes<T>]));
 #endif
+}
+
+// Calls f with min(n, most) as a compile-time constant.
+template <int most, class F>
+void with_count(int64_t n, const F& f) {
+  if constexpr (most > 1)
+    if (n < most) return with_count<most - 1>(n, f);
+  f(std::integral_constant<int, most>{});
 }
 
 // --- bfloat16, the upper half of a float32 ---

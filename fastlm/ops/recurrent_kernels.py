@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, transformed
@@ -39,8 +40,8 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     dtype, precision = data.dtype, _precision()
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    if native.tiles and (dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest")):
-        return "not yet measured with amx"
+    if native.pairs and (dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest")):
+        return f"not yet measured with {native.pairs}"
     if (dtype is torch.bfloat16 and native.bf16_arithmetic) or (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
@@ -104,7 +105,7 @@ class Layers:
         return None
 
     def run(self, data, batch_sizes, hx, params, has_biases, *options) -> tuple[Tensor, ...]:
-        """Run the network; 16-bit inputs are computed in float32 and rounded at the end, but where AMX takes bfloat16.
+        """Run the network; 16-bit inputs are computed in float32 and rounded at the end, but where pairs of bfloat16 are.
 
         It does not for relu, where a state that is rounded across the kink has another derivative: errors by chance.
         """
@@ -118,8 +119,8 @@ class Layers:
         # A step reads every weight once: to convert them first would cost more than the step itself.
         in_place = not projects and batch_sizes is None and not torch.is_grad_enabled() \
             and self.few(data, None, hx, options[-1])
-        tiles = self.native.tiles and not in_place and self.cell != "relu"
-        as_is = result is torch.float64 or (result is torch.bfloat16 and tiles)
+        pairs = self.native.pairs and not in_place and self.cell != "relu"
+        as_is = result is torch.float64 or (result is torch.bfloat16 and pairs)
         compute = result if as_is else torch.float32
 
         def one(x, batch_sizes, states, weights, reverse):
@@ -179,24 +180,30 @@ class Layers:
         train, wide, hidden = any(needs), w_hh.shape[0], states[-1].shape[-1]
         rows, states = x.reshape(-1, x.shape[-1]), as_states(states)
         w_hh, w_hr = as_weights(w_hh, w_hr)
-        bias, b_hn = split_biases(self.cell, b_ih, b_hh)
         y = rows.new_empty(rows.shape[0], w_hh.shape[1])
+        fused = x.dtype is torch.bfloat16  # the kernel multiplies x
+        bias, b_hn = split_biases(self.cell, *cast((b_ih, b_hh), state_dtype(y)))
         kept = self.columns(hidden) if train else wide
         c = y.new_empty(y.shape[0], hidden, dtype=state_dtype(y)) if train and self.cell == "lstm" else None
         last = [torch.empty_like(s) for s in states]
-        problem = self.problem(x, batch_sizes, states, w_hr, reverse)
+        problem = self.problem(x, batch_sizes, states, w_hr, reverse, fused)
         blocks, most = self.blocks(y, batch_sizes, problem, reverse)
         # Without gradients the gates live for a block only; those of an Elman network turn into y.
-        gates = y if self.gates == 1 else rows.new_empty(rows.shape[0] if train else most, kept)
+        if self.gates == 1:
+            gates = None if fused else y
+        else:
+            gates = None if fused and not train else rows.new_empty(rows.shape[0] if train else most, kept)
         workspace = self.workspace(y, problem, False)
+        inputs = (w_ih.contiguous(), (F.pad(rows, (0, -rows.shape[1] % 32)) if rows.shape[1] % 32 else rows.contiguous()), bias) if fused else (None, None, None)
         for steps, part in blocks:
-            now = gates[part] if train or self.gates == 1 else gates[: part.stop - part.start]
-            if bias is None:
+            now = gates if gates is None else gates[part] if train or self.gates == 1 else \
+                gates[: part.stop - part.start]
+            if not fused and bias is None:
                 torch.mm(rows[part], w_ih.t(), out=now[:, :wide])
-            else:
+            elif not fused:
                 torch.addmm(bias, rows[part], w_ih.t(), out=now[:, :wide])
-            buffers = w_hh, w_hr, b_hn, now, *pair(states), y, c, *pair(last), workspace
-            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, "nnnnssnsssn", like=y))
+            buffers = w_hh, w_hr, *inputs, b_hn, now, *pair(states), y, c, *pair(last), workspace
+            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, "nnnnssnssnsssn", like=y))
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
         return [y.view(*x.shape[:-1], y.shape[1]), *(s.to(x.dtype) for s in last), *saved]
 
@@ -293,12 +300,13 @@ class Layers:
 
     # --- what crosses into C++ ---
 
-    def problem(self, x, batch_sizes, states, w_hr, reverse):
+    def problem(self, x, batch_sizes, states, w_hr, reverse, fused=False):
         _, batch, hidden = states[-1].shape
         projection = 0 if w_hr is None else w_hr.shape[0]
         steps, sizes = recurrent.steps_of(self.cell, x, batch_sizes, batch)
         precision = PRECISIONS[torch.get_float32_matmul_precision()]
-        return CELLS[self.cell], reverse, steps, batch, hidden, projection, sizes, torch.get_num_threads(), precision
+        return (CELLS[self.cell], reverse, steps, batch, hidden, projection, x.shape[-1] if fused else 0, sizes,
+                torch.get_num_threads(), precision)
 
     def workspace(self, like, problem, backward):
         size = like.element_size()
