@@ -282,11 +282,13 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
   const auto fetch = [&](int64_t i, int64_t n) {
     const int64_t columns = (G == 3 && a.train ? 4 : G) * p.hidden;
     for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b) {
-      for (int g = 0; g < G && a.gates; ++g)
-        prefetch(a.gates + (at.row_in_block + b) * columns + g * p.hidden + u, count);
-      prefetch_to_write(out + b * (projects ? second : product).ld + u, count);
-      if (!projects) prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count);
-      if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count);
+      for (int64_t g = 0; a.gates && g < columns; g += p.hidden) {
+        auto* const gate = a.gates + (at.row_in_block + b) * columns + g + u;
+        P::kTakesX ? prefetch_to_write(gate, count * lanes) : prefetch(gate, count * lanes);
+      }
+      prefetch_to_write(out + b * (projects ? second : product).ld + u, count * lanes);
+      if (!projects) prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count * lanes);
+      if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count * lanes);
     }
   };
   if (!is_alone<P>(p)) product.template multiply<G * count>(in, product.ld, at.rows(), panel, next, scratch, fetch);
@@ -429,6 +431,22 @@ Vector<State<typename P::Number>> gradient_of_state(const RnnProblem& p, const R
   return load(a.dh0 + b * p.out() + u, n) + load(a.dy + (at.row + b) * p.out() + u, n);
 }
 
+// Fetch what backward_state will need of n units from u on.
+template <class P, Cell cell>
+void fetch_backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
+                    int64_t b, int64_t u, int n, typename P::Operand* operand) {
+  constexpr int G = gates_of(cell), kept = kept_of(cell);
+  const int64_t H = p.hidden, row = at.row + b, block_row = at.row_in_block + b;
+  prefetch(a.dy + row * H + u, n);
+  for (int k = 0; k < kept; ++k) {
+    if (kept > 1) prefetch(a.gates + (block_row * kept + k) * H + u, n);
+    prefetch_to_write(a.dgates + block_row * a.ld + k * H + u, n);
+  }
+  for (int k = 0; k < G; ++k) prefetch_to_write(operand + b * product.ld + k * H + u, n);
+  if (cell != Cell::lstm) return prefetch(a.y + row * H + u, n);
+  prefetch(a.c + row * H + u, n);
+}
+
 template <class P, Cell cell>
 void backward_state(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
                     int64_t b, int64_t u, int n, typename P::Operand* operand) {
@@ -438,14 +456,13 @@ void backward_state(const RnnProblem& p, const RnnBackward<typename P::Number>& 
 }
 
 // dh0 [rows, count vectors from u on] += what the gates of the step visited before, d, hand back
-template <class P, int count>
+template <class P, int count, class Fetch>
 void backward_product(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, int64_t u,
                       const typename P::Operand* panel, const typename P::Operand* next, const typename P::Operand* d,
-                      int64_t rows, State<typename P::Number>* scratch) {
+                      int64_t rows, State<typename P::Number>* scratch, const Fetch& fetch) {
   constexpr int lanes = kLanes<State<typename P::Number>>;
   if (rows == 0) return;
-  product.template multiply<count>(d, P::kInPlace ? a.ld : product.ld, rows, panel, next, scratch,
-                                   [](int64_t, int64_t) {});
+  product.template multiply<count>(d, P::kInPlace ? a.ld : product.ld, rows, panel, next, scratch, fetch);
   for (int64_t b = 0; b < rows; ++b)
     for (int j = 0; j < count; ++j) {
       const int n = lanes_left<lanes>(p.out(), u + j * lanes);
@@ -520,7 +537,12 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
     int turn = 0;
     bool back = true;
     const auto add_product = [&](int64_t u, auto count, int64_t next) {
-      backward_product<P, count>(p, a, product, u, panel_of(u), panel_of(next), d, visited, scratch);
+      backward_product<P, count>(p, a, product, u, panel_of(u), panel_of(next), d, visited, scratch,
+                                 [&](int64_t i, int64_t n) {
+        if (P::kInPlace || projects || at.done()) return;
+        for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b)
+          fetch_backward<P, cell>(p, a, product, at, b, u, count * lanes, space.operand(turn));
+      });
     };
     for (; !at.done(); at.next(), back = !back, turn ^= 1) {
       auto* const dh_rows = a.dgates + at.row_in_block * a.ld + G * H;  // of a projection

@@ -77,17 +77,17 @@ FASTLM_INLINE void store(T* p, const Vector<T>& v, int n = kLanes<T>) {
     std::memcpy(p, &v, n * sizeof(T));
 }
 
-// Bring count vectors from p on into the L2 cache, to be read.
+// Bring n numbers from p on into the L2 cache, to be read.
 template <class T>
-FASTLM_INLINE void prefetch(const T* p, int count) {
-  for (int j = 0; j < count; ++j) __builtin_prefetch(p + j * kLanes<T>, 0, 2);
+FASTLM_INLINE void prefetch(const T* p, int n) {
+  for (int j = 0; j < n; j += 64 / sizeof(T)) __builtin_prefetch(p + j, 0, 2);
 }
 
 // Likewise, to be written: takes the lines away from other cores, which a store would wait for.
 template <class T>
-FASTLM_INLINE void prefetch_to_write(T* p, int count) {
+FASTLM_INLINE void prefetch_to_write(T* p, int n) {
 #if defined(__AVX2__)  // volatile: GCC 12 takes a function that only prefetches for one that does nothing
-  for (int j = 0; j < count; ++j) asm volatile("prefetchw %0" : : "m"(p[j * kLanes<T>]));
+  for (int j = 0; j < n; j += 64 / sizeof(T)) asm volatile("prefetchw %0" : : "m"(p[j]));
 #endif
 }
 

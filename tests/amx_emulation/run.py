@@ -1,4 +1,4 @@
-"""Run lstm, gru and rnn through an extension that has AMX, emulated or real, and hold them to the error rule.
+"""Run lstm, gru and rnn through an extension that multiplies pairs, emulated or not, and hold them to the error rule.
 
 Usage: python run.py EXTENSION [SAMPLE...], in a process of its own: the extension takes the place of `fastlm._native`.
 Prints a line `op precision sample: DIGEST ok` or `op precision sample: DIGEST ERRORS` for each call, where precision is
@@ -90,11 +90,12 @@ def samples(op):
         yield Sample(name, (*args, "tanh") if op.name == "rnn" else args)
 
 
-assert native.tiles
+assert native.pairs
 torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled with NaN
 for op in ops.ALL:
     if op.name not in GATES_AND_STATES:
         continue
+    torch.manual_seed(0)
     for i, sample in enumerate(samples(op)):
         if (sys.argv[2:] and sample.name not in sys.argv[2:]) or op.implementations["native"].cannot(*sample.args):
             continue

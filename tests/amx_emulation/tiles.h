@@ -1,8 +1,8 @@
-// The AMX instructions that csrc/cpu/amx.h uses, in plain C++, for machines without them: `g++ -include tiles.h`.
+// The instructions that csrc/cpu/amx.h and dots.h use, in plain C++, for machines without them: `g++ -include tiles.h`.
 //
 // Tiles belong to a thread, as in the processor. What the processor refuses (a tile without a shape, shapes that do
 // not fit each other) ends the process with a message. FASTLM_TILE_FAULT plants an error, to show that it is noticed:
-// "row": loads leave the last row out; "pair": the second number of each pair is not multiplied.
+// "row": loads leave the last row out, and vectors the last sum; "pair": the second number of each pair is not multiplied.
 #pragma once
 
 #include <immintrin.h>
@@ -107,6 +107,22 @@ inline void dot(int sums, int left, int right) {
   }
 }
 
+// VDPBF16PS: the odd numbers' product is added first, each by a fused multiply-add; denormal numbers count as zero.
+inline __m512 dot_vectors(__m512 sums, const __m512bh& left, const __m512bh& right) {
+  float out[16];
+  unsigned char a[64], b[64];
+  std::memcpy(out, &sums, 64);
+  std::memcpy(a, &left, 64);
+  std::memcpy(b, &right, 64);
+  static const bool with_odd = !fault("pair");
+  static const int last = 16 - fault("row");
+  for (int i = 0; i < last; ++i) {
+    const float odd = with_odd ? flush(std::fma(number(a + 4 * i + 2), number(b + 4 * i + 2), flush(out[i]))) : out[i];
+    out[i] = flush(std::fma(number(a + 4 * i), number(b + 4 * i), odd));
+  }
+  return _mm512_loadu_ps(out);
+}
+
 // VCVTNEPS2BF16: to nearest even, denormal numbers to zero, a NaN stays one.
 inline __m256i narrow(__m512 v) {
   uint32_t bits[16];
@@ -138,4 +154,7 @@ inline __m256i narrow(__m512 v) {
 #define _tile_stored emulation::store
 #define _tile_zero emulation::zero
 #define _tile_dpbf16ps emulation::dot
+#define _mm512_dpbf16_ps emulation::dot_vectors
 #define _mm512_cvtneps_pbh emulation::narrow
+
+#define __AVX512BF16__ 1  // simd.h narrows as such a processor does
