@@ -105,9 +105,9 @@ class Layers:
         return None
 
     def run(self, data, batch_sizes, hx, params, has_biases, *options) -> tuple[Tensor, ...]:
-        """Run the network; 16-bit inputs are computed in float32 and rounded at the end, but where pairs of bfloat16 are.
+        """Run the network; 16-bit inputs are computed in float32 and rounded at the end, or as pairs of bfloat16.
 
-        It does not for relu, where a state that is rounded across the kink has another derivative: errors by chance.
+        Not so for relu, where a state that is rounded across the kink has another derivative: errors by chance.
         """
         if data.is_cuda:
             return self.cuda.run(data, batch_sizes, hx, params, has_biases, *options)
@@ -181,22 +181,22 @@ class Layers:
         rows, states = x.reshape(-1, x.shape[-1]), as_states(states)
         w_hh, w_hr = as_weights(w_hh, w_hr)
         y = rows.new_empty(rows.shape[0], w_hh.shape[1])
-        fused = x.dtype is torch.bfloat16  # the kernel multiplies x
         bias, b_hn = split_biases(self.cell, *cast((b_ih, b_hh), state_dtype(y)))
         kept = self.columns(hidden) if train else wide
         c = y.new_empty(y.shape[0], hidden, dtype=state_dtype(y)) if train and self.cell == "lstm" else None
         last = [torch.empty_like(s) for s in states]
+        fused = x.dtype is torch.bfloat16  # The kernel multiplies x itself: a product rounded to 16 bits costs digits.
         problem = self.problem(x, batch_sizes, states, w_hr, reverse, fused)
         blocks, most = self.blocks(y, batch_sizes, problem, reverse)
+        inputs = (w_ih.contiguous(), in_pairs(rows), bias) if fused else (None, None, None)
         # Without gradients the gates live for a block only; those of an Elman network turn into y.
-        if self.gates == 1:
-            gates = None if fused else y
+        if fused and (self.gates == 1 or not train):
+            gates = None
         else:
-            gates = None if fused and not train else rows.new_empty(rows.shape[0] if train else most, kept)
+            gates = y if self.gates == 1 else rows.new_empty(rows.shape[0] if train else most, kept)
         workspace = self.workspace(y, problem, False)
-        inputs = (w_ih.contiguous(), (F.pad(rows, (0, -rows.shape[1] % 32)) if rows.shape[1] % 32 else rows.contiguous()), bias) if fused else (None, None, None)
         for steps, part in blocks:
-            now = gates if gates is None else gates[part] if train or self.gates == 1 else \
+            now = None if gates is None else gates[part] if train or self.gates == 1 else \
                 gates[: part.stop - part.start]
             if not fused and bias is None:
                 torch.mm(rows[part], w_ih.t(), out=now[:, :wide])
@@ -342,6 +342,12 @@ def as_weights(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def as_states(tensors: list[Tensor]) -> list[Tensor]:
     return [t.to(state_dtype(t)).contiguous() for t in tensors]
+
+
+def in_pairs(rows: Tensor) -> Tensor:
+    """Return the rows, contiguous, with zeros up to a multiple of 32 columns."""
+    rest = -rows.shape[1] % 32
+    return F.pad(rows, (0, rest)) if rest else rows.contiguous()
 
 
 def padded(columns: int, size: int) -> int:

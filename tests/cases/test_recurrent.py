@@ -295,10 +295,10 @@ import fastlm._native as native
 from fastlm.ops import ALL
 from tests.parity import keep_error_rule
 from tests.test_ops import args_of
-assert native.isa == {isa!r}, native.isa
+assert {isa!r} in (native.isa, native.pairs), native.isa
 for op in ALL:
     if op.name in ("lstm", "gru", "rnn"):
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
             for i, sample in enumerate(op.samples("test", dtype, "meta")):
                 if op.implementations["native"].cannot(*args_of(op, dtype, i, "cpu").args) is None:
                     print(op.name, sample.name, dtype)
@@ -312,7 +312,7 @@ def sets_below():
         return []
     import fastlm._native as extension
     built = fastlm.dispatch.build_report()["instruction_sets"]
-    return built[: built.index(extension.isa)]
+    return built[: built.index(extension.pairs or extension.isa)]
 
 
 @native
@@ -327,7 +327,7 @@ def test_capped_instruction_set(isa):
 def test_unknown_cap_is_refused():
     done = subprocess.run([sys.executable, "-c", "import fastlm._native"], env=os.environ | {"FASTLM_MAX_ISA": "mmx"},
                           capture_output=True, text=True)
-    assert "FASTLM_MAX_ISA must be generic, avx2, avx512 or amx, got mmx" in done.stderr
+    assert "FASTLM_MAX_ISA must be generic, avx2, avx512, avx512_bf16 or amx, got mmx" in done.stderr
 
 
 @native
@@ -344,9 +344,9 @@ def test_stock_runs_where_it_was_measured_to_win():
         assert refusal == taken == f"not yet measured on this CPU ({extension.cpu})"
 
 
-AVX512 = {"cpu": "intel", "tiles": False, "bf16_arithmetic": False, "fp16_arithmetic": False}
-COOPER_LAKE = AVX512 | {"bf16_arithmetic": True}
-SAPPHIRE_RAPIDS = {"cpu": "intel", "tiles": True, "bf16_arithmetic": True, "fp16_arithmetic": True}
+AVX512 = {"cpu": "intel", "pairs": None, "bf16_arithmetic": False, "fp16_arithmetic": False}
+COOPER_LAKE = AVX512 | {"pairs": "avx512_bf16", "bf16_arithmetic": True}
+SAPPHIRE_RAPIDS = {"cpu": "intel", "pairs": "amx", "bf16_arithmetic": True, "fp16_arithmetic": True}
 
 
 @pytest.mark.parametrize(("dtype", "cpu", "precision", "expected"), [
@@ -355,7 +355,7 @@ SAPPHIRE_RAPIDS = {"cpu": "intel", "tiles": True, "bf16_arithmetic": True, "fp16
     (torch.float32, SAPPHIRE_RAPIDS, "high", "not yet measured with amx"),
     (torch.bfloat16, SAPPHIRE_RAPIDS, "highest", "not yet measured with amx"),
     (torch.bfloat16, AVX512, "highest", None),
-    (torch.bfloat16, COOPER_LAKE, "highest", "not yet measured on a CPU with bfloat16 arithmetic"),
+    (torch.bfloat16, COOPER_LAKE, "highest", "not yet measured with avx512_bf16"),
     (torch.float16, COOPER_LAKE, "highest", None),
     (torch.float16, SAPPHIRE_RAPIDS, "highest", "not yet measured on a CPU with float16 arithmetic"),
 ])
