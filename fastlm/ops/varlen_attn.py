@@ -5,6 +5,8 @@ only the first seqused_k[n] count where that is given; it is `attention` (see th
 are instead the first seqused_k[n] tokens of the pages block_table[n, 0], block_table[n, 1], … of a pool.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -205,19 +207,31 @@ def reference(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, b
 def stock(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
           options):
     """Call torch's varlen_attn where it can, which is on a GPU; else SDPA for each sequence."""
+    grouped = query.size(1) != key.size(-2)
     lacking = sinks is not None or slopes is not None or options.softcap or value.size(-1) != query.size(-1)
-    if lacking or not query.is_cuda or query.element_size() != 2:
+    newer = grouped or seqused_k is not None or block_table is not None
+    if lacking or not query.is_cuda or query.element_size() != 2 or (newer and not _is_newer()):
         return _each(attention_stock, query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table,
                      options)
     from torch.nn.attention import varlen  # imports the compiler
 
     used, table = (None if x is None else x.int() for x in (seqused_k, block_table))
+    options_of_newer = dict(enable_gqa=grouped, seqused_k=used, block_table=table, num_splits=num_splits)
     found = varlen.varlen_attn(
         query, key, value, cu_seq_q.int(), None if cu_seq_k is None else cu_seq_k.int(), max_q, max_k,
         return_aux=varlen.AuxRequest(lse=options.return_lse), scale=options.scale,
-        window_size=(options.left, options.right), enable_gqa=query.size(1) != key.size(-2), seqused_k=used,
-        block_table=table, num_splits=num_splits)
+        window_size=(options.left, options.right), **(options_of_newer if _is_newer() else {}))
     return (found[0], found[1].mT) if options.return_lse else found
+
+
+def _is_newer() -> bool:
+    """Tell whether torch's varlen_attn knows grouped heads, lengths and pages: it came with less in torch 2.11."""
+    from torch.nn.attention import varlen
+
+    return "num_splits" in inspect.signature(varlen.varlen_attn).parameters
+
+
+_is_newer._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
 
 
 def _each(attend, query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, options):

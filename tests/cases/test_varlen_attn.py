@@ -49,6 +49,8 @@ def one_by_one(q, k, v, cu_q, cu_k, **options):
 
 def test_the_signature_is_torchs_with_three_more():
     ours, theirs = (inspect.signature(f).parameters for f in (varlen_attn, varlen.varlen_attn))
+    if "num_splits" not in theirs:
+        pytest.skip("this torch is older than 2.13")
     assert list(ours) == [*theirs, "softcap", "alibi_slopes", "sinks"]
     for name, parameter in theirs.items():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
