@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "loss.h"
+#include "product.h"
 #include "quant.h"
 #include "rnn.h"
 #include "rows.h"
@@ -33,17 +34,20 @@ FASTLM_DECLARE_RNN(generic)
 FASTLM_DECLARE_RNN_DIRECT(generic)
 FASTLM_DECLARE_ROWS(generic)
 FASTLM_DECLARE_LOSS(generic)
+FASTLM_DECLARE_PRODUCT(generic)
 #ifdef FASTLM_AVX2
 FASTLM_DECLARE_RNN(avx2)
 FASTLM_DECLARE_RNN_DIRECT(avx2)
 FASTLM_DECLARE_ROWS(avx2)
 FASTLM_DECLARE_LOSS(avx2)
+FASTLM_DECLARE_PRODUCT(avx2)
 #endif
 #ifdef FASTLM_AVX512
 FASTLM_DECLARE_RNN(avx512)
 FASTLM_DECLARE_RNN_DIRECT(avx512)
 FASTLM_DECLARE_ROWS(avx512)
 FASTLM_DECLARE_LOSS(avx512)
+FASTLM_DECLARE_PRODUCT(avx512)
 FASTLM_DECLARE_QUANT(avx512)
 #endif
 #ifdef FASTLM_AVX512_BF16
@@ -85,6 +89,8 @@ struct Kernels {
   LossKernels<float> loss_f32;
   LossKernels<double> loss_f64;
   LossKernels<Bf16> loss_bf16;
+  size_t (*product_workspace)(const Product&, size_t);
+  void (*product)(const Product&, size_t);
   // Null where the CPU lacks byte products (VNNI).
   size_t (*quantized_linear_workspace)(const QuantizedLinear&) = nullptr;
   void (*quantized_linear)(const QuantizedLinear&) = nullptr;
@@ -103,7 +109,8 @@ struct Kernels {
 
 #define FASTLM_KERNELS(isa) \
   Kernels{#isa, FASTLM_RNN_KERNELS(isa, isa::rnn_direct), FASTLM_RNN_KERNELS(isa, isa::rnn_direct), isa::row_kernels(), \
-          FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa)}
+          FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), \
+          isa::product_workspace, isa::product}
 
 // Features newer than the names that all compilers know for __builtin_cpu_supports: Intel SDM, CPUID leaf 7.
 struct Features {
@@ -388,6 +395,28 @@ class Pack {
   const py::tuple& values_;
 };
 
+void define_product(py::module_ m) {
+  m.def("product_workspace",
+        [](int64_t rows, int64_t depth, int64_t columns, int threads, size_t number) {
+          Product call{};
+          call.rows = rows, call.depth = depth, call.columns = columns, call.threads = threads;
+          return kernels.product_workspace(call, number);
+        },
+        "Return the bytes of workspace that a call needs.");
+  m.def("product",
+        [](const py::tuple& sizes, const py::tuple& addresses, bool add, int threads, size_t number) {
+          const Pack n("product", sizes, 8), a("product", addresses, 5);
+          if (threads < 1 || (number != sizeof(float) && number != sizeof(double)))
+            throw std::invalid_argument("product: threads or size of a number out of range");
+          const Product call{n.size(0),          n.size(1), n.size(2),          a.address<void>(0), n.size(3), n.size(4),
+                             a.address<void>(1), n.size(5), n.size(6),          a.address<void>(2),
+                             a.address<void>(3), n.size(7), add,                threads,            a.address<void>(4)};
+          py::gil_scoped_release release;
+          kernels.product(call, number);
+        },
+        "Run Product: sizes M, K, N and strides of A, of B and of C's rows; addresses of A, B, bias, C, workspace.");
+}
+
 void define_rows(py::module_ m) {
   m.def("norm_forward",
         [](const py::tuple& sizes, const py::tuple& addresses, float eps, bool bf16, int threads) {
@@ -669,6 +698,7 @@ PYBIND11_MODULE(_native, m) {
             direct<double>(kernels.rnn_f64.direct, p, weights, inputs, addresses, train);
         },
         "Run RnnDirect: addresses of x, w_ih, w_hh, b_ih, b_hh, h0, c0, gates, y, c, hn, cn.");
+  define_product(m);
   define_rows(m);
   define_loss(m);
 

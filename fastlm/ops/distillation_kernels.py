@@ -86,11 +86,12 @@ class Sweep:
         """Return each row's loss, and the gradients of Σ scale·loss for the student's tensors that need one."""
         x, weight, bias, _, _, teacher_bias, *_, target = tensors
         dtype = self.products(x)
-        head = Head(x, weight, dtype, needs)
+        native = getattr(self.kernels, "native", None)
+        head = Head(x, weight, dtype, needs, native)
         biases = [None if b is None else b.to(head.sums).contiguous() for b in (bias, teacher_bias)]
         rows = block_rows(head.rows, 2 * head.classes, dtype, x.is_cuda)
         buffers = torch.empty(2, rows, head.classes, dtype=dtype, device=x.device)
-        teach = _teacher(tensors, dtype)
+        teach = _teacher(tensors, dtype, native)
         losses = torch.empty(head.rows, dtype=head.sums, device=x.device)
         soft_weight = (1 - hard_weight) * temperature**2
         if divergence == "jsd" and beta in (0, 1):  # the mixture is one of the two
@@ -110,11 +111,11 @@ class Sweep:
         return losses, head.gradients()
 
 
-def _teacher(tensors, dtype):
+def _teacher(tensors, dtype, native):
     """Return a function that writes the teacher's logits of some rows, without bias, into a buffer."""
     _, _, _, teacher, weight, _, logits, topk, indices, _ = tensors
     if teacher is not None:
-        return Head(teacher, weight, dtype).logits
+        return Head(teacher, weight, dtype, native=native).logits
     if logits is not None:
         return lambda part, out: out[: part.stop - part.start].copy_(logits[part])
     return lambda part, out: scatter_topk(topk[part], indices[part], out[: part.stop - part.start])

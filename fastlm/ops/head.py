@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.loss_kernels import accumulator
+from fastlm.ops.products import mm
 
 # Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
 # and each block reads and writes the whole gradient of W. benchmarks/LOG.md 2026-11-24.
@@ -33,10 +34,11 @@ class Head:
     Args:
         x, weight: their dtype may be lower than `dtype`, which the products are computed in.
         needs: whether the gradients of x, W and the bias `[V]` are wanted; they are accumulated in float32 or float64.
+        native: the compiled extension where it may make the products.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, needs=(False, False, False)):
-        self.x, self.weight, self.dtype, self.needs = x, weight, dtype, needs
+    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, needs=(False, False, False), native=None):
+        self.x, self.weight, self.dtype, self.needs, self.native = x, weight, dtype, needs, native
         (self.rows, self.hidden), self.classes = x.shape, weight.shape[0]
         self.sums = accumulator(dtype)
         self.first = True
@@ -60,7 +62,7 @@ class Head:
         """Write the logits of the rows in `part`, without bias, into the first rows of `out` and return those."""
         x, out = self.x[part].to(self.dtype), out[: part.stop - part.start]
         for columns, weight in self.tiles():
-            torch.mm(x, weight.t(), out=out[:, columns])
+            mm(self.native, x, weight.t(), out[:, columns])
         return out
 
     def pull(self, part: slice, gradient: Tensor) -> None:
@@ -69,26 +71,26 @@ class Head:
         self.first = False
         if self.d_x is not None:
             for columns, weight in self.tiles():
-                _add_product(self.d_x[part], gradient[:, columns], weight, columns.start == 0)
+                self.add_product(self.d_x[part], gradient[:, columns], weight, columns.start == 0)
         if self.d_weight is not None:
-            _add_product(self.d_weight, gradient.t(), x, first)
+            self.add_product(self.d_weight, gradient.t(), x, first)
         if self.d_bias is not None:
             total = gradient.sum(0, dtype=self.sums)
             self.d_bias.copy_(total) if first else self.d_bias.add_(total)
 
+    def add_product(self, out, a, b, first):
+        """out = a·b, plus out but for the first time; a and b may have 16 bits and out 32."""
+        if out.dtype is a.dtype:
+            mm(self.native, a, b, out, add=not first)
+        elif out.is_cuda:
+            torch.mm(a, b, out_dtype=out.dtype, out=out) if first else torch.addmm(
+                out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            out.copy_(a @ b) if first else out.add_(a @ b)
+
     def gradients(self) -> list[Tensor]:
         """Return those of the gradients of x, W and the bias that are wanted."""
         return [d for d in (self.d_x, self.d_weight, self.d_bias) if d is not None]
-
-
-def _add_product(out, a, b, first):
-    """out = a·b, plus out but for the first time; a and b may have 16 bits and out 32."""
-    if out.dtype is a.dtype:
-        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-    elif out.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out) if first else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(a @ b) if first else out.add_(a @ b)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, spent: bool) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlm.autograd import Differentiable, transformed
 from fastlm.ops import recurrent
 from fastlm.ops.cpu import unmeasured
+from fastlm.ops.products import mm
 from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
@@ -198,10 +199,8 @@ class Layers:
         for steps, part in blocks:
             now = None if gates is None else gates[part] if train or self.gates == 1 else \
                 gates[: part.stop - part.start]
-            if not fused and bias is None:
-                torch.mm(rows[part], w_ih.t(), out=now[:, :wide])
-            elif not fused:
-                torch.addmm(bias, rows[part], w_ih.t(), out=now[:, :wide])
+            if not fused:
+                mm(self.native, rows[part], w_ih.t(), now[:, :wide], bias=bias)
             buffers = w_hh, w_hr, *inputs, b_hn, now, *pair(states), y, c, *pair(last), workspace
             self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, "nnnnssnssnsssn", like=y))
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
@@ -241,7 +240,6 @@ class Layers:
         # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side.
         turn = hidden if self.cell == "gru" else 0
         need_x, _, *_, need_w, need_u, need_b, need_bu, need_hr = needs
-        w_in = w_ih.roll(turn, 0) if need_x and turn else w_ih
         problem = self.problem(x, batch_sizes, states, w_hr, reverse)
         blocks, most = self.blocks(y, batch_sizes, problem, not reverse)
         before = states_before(y, h0[0], batch_sizes, reverse) if need_u else None
@@ -250,31 +248,43 @@ class Layers:
         d_states = [torch.empty_like(s) for s in states]
         workspace = self.workspace(y, problem, True)
         dx = rows.new_empty(rows.shape) if need_x else None
-        dw = du = dhr = total = None
+        dw, du, dhr = (w.new_empty(w.shape) if need else None
+                       for w, need in ((w_ih, need_w), (w_hh, need_u), (w_hr, need_hr)))
+        total = None
         for steps, part in blocks:
             d = d_all[: part.stop - part.start]
             buffers = (w_hh, w_hr, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
                        *pair(d_states), workspace)
             self.call("rnn_backward", y, problem, steps, d.shape[1],
                       self.addresses(buffers, "nnnnsssnssnssn", like=y))
-            d_in, d_hidden = d[:, :wide], d[:, turn: turn + wide]
+            d_in, d_hidden, later = d[:, :wide], d[:, turn: turn + wide], steps != blocks[0][0]
             if need_x:
-                torch.mm(d_in, w_in, out=dx[part])
+                self.pull(d_in, w_ih, turn, dx[part])
             if need_w:
-                dw = add_product(dw, d_in, rows[part])
-            for piece, h in before(part) if need_u else ():
-                du = add_product(du, d_hidden[piece], h)
+                for of_w, of_d in halves(wide, turn):
+                    mm(self.native, d_in[:, of_d].t(), rows[part], dw[of_w], add=later)
+            for i, (piece, h) in enumerate(before(part) if need_u else ()):
+                mm(self.native, d_hidden[piece].t(), h, du, add=later or i > 0)
             if need_hr:
                 d_out, unprojected = d[:, columns: columns + out], d[:, columns + out: columns + out + hidden]
-                dhr = add_product(dhr, d_out, unprojected)
+                mm(self.native, d_out.t(), unprojected, dhr, add=later)
             if need_b or need_bu:
                 sums = d[:, :columns].sum(0)
                 total = sums if total is None else total.add_(sums)
         db = total[:wide].roll(-turn) if need_b else None
         dbu = total[turn: turn + wide].clone() if need_bu else None
         d_states = [s.to(x.dtype) for s in d_states]
-        return [dx.view(x.shape) if need_x else None, None, *d_states, dw.roll(-turn, 0) if need_w and turn else dw, du,
-                db, dbu, dhr]
+        return [dx.view(x.shape) if need_x else None, None, *d_states, dw, du, db, dbu, dhr]
+
+    def pull(self, d_in, w_ih, turn, out):
+        """Write d_in · W_ih into `out`, where d_in has the gates of GRU in another order.
+
+        Two products spare a copy of W_ih; their sum would be rounded twice in 16 bits.
+        """
+        if turn and d_in.element_size() == 2:
+            w_ih, turn = w_ih.roll(turn, 0), 0
+        for i, (of_w, of_d) in enumerate(halves(d_in.shape[1], turn)):
+            mm(self.native, d_in[:, of_d], w_ih[of_w], out, add=i > 0)
 
     def columns(self, hidden):
         """Return how many numbers of each row the backward pass reads and makes: GRU has U h of gate n besides.
@@ -356,9 +366,9 @@ def padded(columns: int, size: int) -> int:
     return columns + 16 if columns * size % 4096 == 0 else columns
 
 
-def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + aᵀ b, in place where there is a total."""
-    return a.t() @ b if total is None else total.addmm_(a.t(), b)
+def halves(wide: int, turn: int) -> list[tuple[slice, slice]]:
+    """Return which rows of W_ih belong to which columns of dgates, where the last `turn` rows come first."""
+    return [(slice(wide - turn, wide), slice(0, turn)), (slice(0, wide - turn), slice(turn, wide))][not turn:]
 
 
 def states_before(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Callable:

@@ -1,0 +1,62 @@
+"""Products of matrices on the CPU: by csrc/product.h where that was measured to win, else by torch.
+
+It is handed the extension, so that it imports without it.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
+LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
+
+
+def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False,
+       bias: Tensor | None = None) -> Tensor:
+    """Return a·b, plus `bias` or, with `add`, plus what `out` holds, in `out` where one is given.
+
+    Args:
+        native: the compiled extension; None: torch multiplies.
+        a, b: [M, K] and [K, N] of any strides.
+        out: [M, N], which overlaps none of the others.
+        bias: [N].
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit each other.
+    """
+    if native is not None and is_ours(native, a, b):
+        return multiply(native, a, b, out, add=add, bias=bias)
+    if add:
+        return out.addmm_(a, b)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
+    """Tell whether `multiply` is the faster one: float32 as it is, large enough."""
+    rows, depth, columns = *a.shape, b.shape[1]
+    return native.cpu in CPUS and a.dtype is torch.float32 and a.is_cpu and columns >= LEAST_COLUMNS and \
+        rows * depth * columns >= LEAST_OPERATIONS and torch.get_float32_matmul_precision() == "highest"
+
+
+def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False,
+             bias: Tensor | None = None) -> Tensor:
+    """Do what `mm` does by csrc/product.h, whatever is faster: float32 and float64."""
+    (rows, depth), columns = a.shape, b.shape[1]
+    if out is None:
+        out = a.new_empty(rows, columns)
+    tensors = (a, b, out) if bias is None else (a, b, out, bias)
+    if b.shape[0] != depth or out.shape != (rows, columns) or (bias is not None and bias.shape != (columns,)):
+        raise RuntimeError(f"mm: shapes do not fit each other: {', '.join(str(list(t.shape)) for t in tensors)}")
+    if a.dtype not in (torch.float32, torch.float64) or any(t.dtype is not a.dtype or not t.is_cpu for t in tensors):
+        raise RuntimeError(f"mm: expected one of float32 and float64 on the CPU, got {[t.dtype for t in tensors]}")
+    if (columns > 1 and out.stride(1) != 1) or (bias is not None and not bias.is_contiguous()):
+        raise RuntimeError("mm: the rows of out and the bias must be contiguous")
+    if add and bias is not None:
+        raise RuntimeError("mm: a product is added to out or to the bias, not to both")
+    size, threads = a.element_size(), torch.get_num_threads()
+    workspace = a.new_empty(native.product_workspace(rows, depth, columns, threads, size) // size)
+    addresses = (a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+                 workspace.data_ptr())
+    native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)), addresses, add, threads, size)
+    return out

@@ -1,0 +1,117 @@
+"""Products by csrc/product.h against float64."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastlm
+from fastlm.ops import products
+
+extension = pytest.importorskip("fastlm._native", reason="the C++ extension is not built")
+
+SIZES = (0, 1, 7, 8, 9, 47, 48, 49, 70, 257, 600)
+STRIDES = ("rows", "columns", "rows apart", "every third")
+
+
+def draw(rows, columns, strides, dtype):
+    """Return a matrix whose strides are those, beside which lie NaNs."""
+    if strides == "columns":
+        return draw(columns, rows, "rows", dtype).t()
+    extra, step = {"rows": (0, 1), "rows apart": (5, 1), "every third": (2, 3)}[strides]
+    whole = torch.full((rows, columns * step + extra), torch.nan, dtype=dtype)
+    part = whole[:, : columns * step: step]
+    return part.copy_(torch.randn(rows, columns, dtype=dtype))
+
+
+def check(rows, depth, columns, of_a="rows", of_b="rows", of_out="rows", start="", dtype=torch.float32):
+    a, b = draw(rows, depth, of_a, dtype), draw(depth, columns, of_b, dtype)
+    out = draw(rows, columns, of_out, dtype) if start == "add" else draw(rows, columns, of_out, dtype).fill_(torch.nan)
+    bias = torch.randn(columns, dtype=dtype) if start == "bias" else None
+    exact = a.double() @ b.double() + (out.double() if start == "add" else 0 if bias is None else bias.double())
+    found = products.multiply(extension, a, b, out, add=start == "add", bias=bias)
+    assert found is out
+    bound = torch.finfo(dtype).eps * (2 * depth**0.5 + 4) * (1 + exact.abs().max() if exact.numel() else 1)
+    assert (found.double() - exact).abs().le(bound).all(), (rows, depth, columns, of_a, of_b, of_out, start)
+    if of_out == "rows apart" and rows and columns:
+        beside = out.as_strided((rows, 5), out.stride(), out.storage_offset() + columns)
+        assert beside.isnan().all(), "wrote beside a row"
+
+
+def sweep():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        for rows, depth, columns in itertools.product(SIZES, SIZES, SIZES):
+            if rows * depth * columns <= 600 * 257 * 70 and (rows + depth + columns) % 3 < 2:
+                check(rows, depth, columns, dtype=dtype)
+        for of_a, of_b, of_out, start in itertools.product(
+                STRIDES, STRIDES, ("rows", "rows apart"), ("", "add", "bias")):
+            check(53, 71, 131, of_a, of_b, of_out, start, dtype)
+            check(9, 530, 50, of_a, of_b, of_out, start, dtype)
+        check(500, 300, 2100, "columns", "columns", "rows", "add", dtype)
+        check(3, 600, 4500, "rows", "columns", "rows apart", "bias", dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_products(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        sweep()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_narrower_instruction_sets(isa):
+    if isa not in fastlm.dispatch.build_report()["instruction_sets"]:
+        pytest.skip(f"{isa} was not built")
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_products as t; t.sweep(); " \
+           f"assert t.extension.isa == {isa!r}"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FASTLM_MAX_ISA": isa}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_result_is_made_and_threads_do_not_change_it():
+    a, b = torch.randn(300, 700), torch.randn(700, 500)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(products.multiply(extension, a, b))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_special_numbers_pass():
+    a, b = torch.randn(30, 20), torch.randn(20, 60)
+    a[3, 4], a[5, 6] = torch.nan, torch.inf
+    found, expected = products.multiply(extension, a, b), a @ b
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda a, b: (a, b.t()), r"shapes do not fit each other: \[3, 4\], \[5, 4\]"),
+    (lambda a, b: (a, b, torch.empty(3, 6)), "shapes do not fit each other"),
+    (lambda a, b: (a, b.double()), "expected one of float32 and float64"),
+    (lambda a, b: (a.half(), b.half()), "expected one of float32 and float64"),
+    (lambda a, b: (a, b, torch.empty(5, 3).t()), "rows of out and the bias must be contiguous"),
+])
+def test_wrong_input(make, message):
+    with pytest.raises(RuntimeError, match=message):
+        products.multiply(extension, *make(torch.randn(3, 4), torch.randn(4, 5)))
+
+
+@pytest.mark.parametrize("native", [None, extension])
+@pytest.mark.parametrize("start", ["", "add", "bias"])
+def test_mm_is_the_same_by_torch(native, start):
+    a, b, out, bias = torch.randn(200, 150), torch.randn(150, 100), torch.randn(200, 100), torch.randn(100)
+    expected = a @ b + (out if start == "add" else bias if start == "bias" else 0)
+    found = products.mm(native, a, b, out, add=start == "add", bias=bias if start == "bias" else None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
