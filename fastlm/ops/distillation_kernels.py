@@ -86,7 +86,7 @@ class Sweep:
         """Return each row's loss, and the gradients of Σ scale·loss for the student's tensors that need one."""
         x, weight, bias, _, _, teacher_bias, *_, target = tensors
         dtype = self.products(x)
-        native = getattr(self.kernels, "native", None)
+        native = self.kernels.native
         head = Head(x, weight, dtype, needs, native)
         biases = [None if b is None else b.to(head.sums).contiguous() for b in (bias, teacher_bias)]
         rows = block_rows(head.rows, 2 * head.classes, dtype, x.is_cuda)

@@ -154,7 +154,7 @@ class Blocks:
         `scale` is one number or one a row; rows that are ignored have no gradient whatever it is.
         """
         head = Head(self.x, self.weight, self.dtype, (needs[0], needs[1], needs[3]),
-                    getattr(self.kernels, "native", None))
+                    self.kernels.native)
         losses = torch.empty(head.rows, dtype=self.sums, device=self.x.device)
         scale = torch.where(self.kept, scale, 0)
         rows = block_rows(head.rows, head.classes, self.dtype, self.x.is_cuda)

@@ -147,6 +147,8 @@ class PlainKernels:
     a CPU than log_softmax with exp (benchmarks/LOG.md 2026-11-23).
     """
 
+    native = None  # torch makes the products
+
     def read(self, logits: Logits, targets: Targets, sums: Tensor, entropy: bool = False) -> tuple:
         u, slope = logits.z.to(sums.dtype), None
         if logits.bias is not None:

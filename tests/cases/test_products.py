@@ -13,7 +13,7 @@ from fastlm.ops import products
 
 extension = pytest.importorskip("fastlm._native", reason="the C++ extension is not built")
 
-SIZES = (0, 1, 7, 8, 9, 47, 48, 49, 70, 257, 600)
+SIZES = (0, 1, 7, 8, 49, 257, 600)
 STRIDES = ("rows", "columns", "rows apart", "every third")
 
 
@@ -55,7 +55,7 @@ def sweep():
         check(3, 600, 4500, "rows", "columns", "rows apart", "bias", dtype)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_products(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
