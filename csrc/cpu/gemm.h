@@ -157,6 +157,7 @@ struct VectorProduct {
   using Number = T;   // of the tensors
   using Operand = T;  // of the operand and the panels
   using Gate = T;     // of the gates that the forward pass keeps, as large as a Number
+  using Functions = Math<T>;
   static constexpr bool kInPlace = true;  // gradients of gates are an operand as they are, and one sequence needs
                                           // no packed matrix: dot_rows and add_rows
   static constexpr bool kTakesX = false;  // the products with x are the caller's

@@ -136,6 +136,7 @@ struct PairProduct {
   using Number = T;
   using Operand = Bf16;
   using Gate = std::conditional_t<sizeof(T) == 2, F16, T>;
+  using Functions = Math<float, sizeof(T) == 2 ? 5 : Simd<float>::kDegree>;  // the numbers have 8 or 11 bits
   static constexpr bool kInPlace = false;
   static constexpr bool kTakesX = sizeof(T) == 2;  // as it lies in memory, and rounds no product with it
   static constexpr int units(int gates) { return Way::units(gates); }

@@ -225,7 +225,7 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
     V i = of_x(0) + load(s), f = of_x(1) + load(s + lanes);
     V g = of_x(2) + load(s + 2 * lanes), o = of_x(3) + load(s + 3 * lanes), c;
     S* const running_c = a.cn + b * H + u;
-    lstm_forward<Math<S>>(i, f, g, o, load(running_c, n), c, h);
+    lstm_forward<typename P::Functions>(i, f, g, o, load(running_c, n), c, h);
     store(running_c, c, n);
     if (a.train) {
       store(kept, i, n);
@@ -238,7 +238,7 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
     V r = of_x(0) + load(s), z = of_x(1) + load(s + lanes), g = of_x(2);
     V hn = load(s + 2 * lanes);
     if (a.b_hn) hn += load(a.b_hn + u, n);
-    gru_forward<Math<S>>(r, z, g, hn, load(a.hn + b * H + u, n), h);
+    gru_forward<typename P::Functions>(r, z, g, hn, load(a.hn + b * H + u, n), h);
     if (a.train) {
       store(kept, r, n);
       store(kept + H, z, n);
@@ -248,7 +248,7 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
   } else {
     h = of_x(0) + load(s);
     if constexpr (cell == Cell::tanh)
-      h = Math<S>::tanh(h);
+      h = P::Functions::tanh(h);
     else
       h = h < 0 ? V{} : h;
   }
@@ -401,7 +401,7 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
     V i = load(kept, n), f = load(kept + H, n), g = load(kept + 2 * H, n), o = load(kept + 3 * H, n);
     S* const carried_c = a.dc0 + b * H + u;
     V dc = load(carried_c, n);
-    lstm_backward<Math<S>>(i, f, g, o, load(a.c + row * H + u, n), at.before(a.c, a.c0, b, u, n), dh, dc);
+    lstm_backward<typename P::Functions>(i, f, g, o, load(a.c + row * H + u, n), at.before(a.c, a.c0, b, u, n), dh, dc);
     store(carried_c, dc, n);
     dh = V{};
     const V all[] = {i, f, g, o};
@@ -411,7 +411,7 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
     }
   } else if constexpr (cell == Cell::gru) {
     V r = load(kept, n), z = load(kept + H, n), g = load(kept + 2 * H, n), hn = load(x + 3 * H, n);
-    gru_backward<Math<S>>(r, z, g, hn, at.before(a.y, a.h0, b, u, n), dh);
+    gru_backward<typename P::Functions>(r, z, g, hn, at.before(a.y, a.h0, b, u, n), dh);
     const V all[] = {g, r, z, hn};
     for (int k = 0; k < 4; ++k) store(d + k * H, all[k], n);
     for (int k = 0; k < 3; ++k) hand_back(k, all[k + 1]);
@@ -488,7 +488,7 @@ void backward_projection(const RnnProblem& p, const RnnBackward<typename P::Numb
       const int n = lanes_left<lanes>(H, v);
       const auto* const kept = reinterpret_cast<const typename P::Gate*>(a.gates + block_row * 4 * H + v);
       store(a.dgates + block_row * a.ld + 4 * H + p.projection + v,
-            load(kept + 3 * H, n) * Math<S>::tanh(load(a.c + (at.row + b) * H + v, n)), n);
+            load(kept + 3 * H, n) * P::Functions::tanh(load(a.c + (at.row + b) * H + v, n)), n);
       Vector<S> dm = load(scratch + (b * count + j) * lanes);
       backward_gates<P, Cell::lstm>(p, a, product, at, b, v, n, operand, dm);
     }

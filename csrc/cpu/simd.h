@@ -141,7 +141,7 @@ FASTLM_INLINE T sum(const Vector<T>& v) {
 }
 
 // exp(x) = scale·(1 + p) with scale a power of two; p = exp(r) - 1 by its Taylor series, |r| ≤ ln 2 / 2.
-template <class T>
+template <class T, int degree = Simd<T>::kDegree>
 FASTLM_INLINE void split_exp(const Vector<T>& x, Vector<T>& scale, Vector<T>& p) {
   using S = Simd<T>;
   const Vector<T> shifted = x * S::kLog2e + S::kRound;
@@ -149,50 +149,58 @@ FASTLM_INLINE void split_exp(const Vector<T>& x, Vector<T>& scale, Vector<T>& p)
   scale = (Vector<T>)(((typename S::Bits)shifted + S::kBias) << S::kMantissa);
   const Vector<T> r = (x - n * S::kLn2High) - n * S::kLn2Low;
   T inverse = 1;
-  for (int k = 2; k <= S::kDegree; ++k) inverse /= k;
+  for (int k = 2; k <= degree; ++k) inverse /= k;
   Vector<T> q = Vector<T>{} + inverse;
 #pragma GCC unroll 16
-  for (int k = S::kDegree; k > 2; --k) {
+  for (int k = degree; k > 2; --k) {
     inverse *= k;
     q = q * r + inverse;
   }
   p = q * r * r + r;
 }
 
-template <class V>
+template <bool exact = true, class V>
 FASTLM_INLINE V quotient(const V& a, const V& b) {
+#if defined(__AVX512F__)
+  // A gate would spend most of its time in the divider: a 14-bit estimate, and one Newton step of third order.
+  if constexpr (std::is_same_v<V, Vector<float>>) {
+    const V y = (V)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
+    if constexpr (!exact) return a * y;
+    const V e = 1 - b * y;
+    return a * (y + y * (e + e * e));
+  }
+#endif
   return a / b;
 }
 
+// The lower of x and a bound; a NaN passes.
+template <class V>
+FASTLM_INLINE V at_most(const V& x, const V& end) {
 #if defined(__AVX512F__)
-// A gate would spend most of its time in the divider: one Newton step of third order from a 14-bit estimate instead.
-FASTLM_INLINE Vector<float> quotient(const Vector<float>& a, const Vector<float>& b) {
-  const Vector<float> y = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
-  const Vector<float> e = 1 - b * y;
-  return a * (y + y * (e + e * e));
-}
+  if constexpr (std::is_same_v<V, Vector<float>>) return (V)_mm512_maskz_min_ps(0xffff, (__m512)end, (__m512)x);
 #endif
+  return x > end ? end : x;
+}
 
-// Within 2.5 units in the last place; a NaN fails every comparison, so it passes through.
-template <class T>
+// Within 2.5 units in the last place, or, at a lower degree of the Taylor series, to 14 bits.
+template <class T, int degree = Simd<T>::kDegree>
 struct Math {
+  static constexpr bool kExact = degree == Simd<T>::kDegree;
+
   FASTLM_INLINE Vector<T> sigmoid(const Vector<T>& x) {
-    const T end = Simd<T>::kSigmoidEnd;
-    Vector<T> m = -x, scale, p;
-    m = m > end ? Vector<T>{} + end : m;
-    m = m < -end ? Vector<T>{} - end : m;
-    split_exp<T>(m, scale, p);
-    return quotient(Vector<T>{} + 1, 1 + (scale + scale * p));
+    const Vector<T> end = Vector<T>{} + Simd<T>::kSigmoidEnd;
+    Vector<T> scale, p;
+    split_exp<T, degree>(at_most(-at_most(x, end), end), scale, p);
+    return quotient<kExact>(Vector<T>{} + 1, 1 + (scale + scale * p));
   }
 
   FASTLM_INLINE Vector<T> tanh(const Vector<T>& x) {
-    const T end = Simd<T>::kTanhEnd;
-    Vector<T> a = x < 0 ? -x : x, scale, p;
-    a = a > end ? Vector<T>{} + end : a;
-    split_exp<T>(-2 * a, scale, p);
+    const Vector<T> a = at_most(x < 0 ? -x : x, Vector<T>{} + Simd<T>::kTanhEnd);
+    Vector<T> scale, p;
+    split_exp<T, degree>(-2 * a, scale, p);
     const Vector<T> expm1 = scale * p + (scale - 1);  // of -2a
     // Near 1 the small distance from 1 is what must be exact: the gradient 1 - t² lives on it.
-    const Vector<T> part = quotient(a > 1 ? 2 * (scale + scale * p) : -expm1, expm1 + 2);
+    const Vector<T> part = quotient<kExact>(a > 1 ? 2 * (scale + scale * p) : -expm1, expm1 + 2);
     const Vector<T> t = a > 1 ? 1 - part : part;
     return x < 0 ? -t : t;
   }
