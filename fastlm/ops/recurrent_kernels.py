@@ -41,13 +41,16 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     dtype, precision = data.dtype, _precision()
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    if native.pairs and (dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest")):
-        return f"not yet measured with {native.pairs}"
-    if (dtype is torch.bfloat16 and native.bf16_arithmetic) or (dtype is torch.float16 and native.fp16_arithmetic):
+    pairs = native.pairs and (dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest"))
+    if (dtype is torch.bfloat16 and native.bf16_arithmetic and not pairs) or \
+            (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[-1].shape[1:]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
+    if pairs:
+        dense = batch_sizes is None and not recurrent.projects(params, options[0], options[1:])
+        return _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense)
     if recurrent.projects(params, options[0], options[1:]):  # which stock does without oneDNN, step by step
         return f"slower than torch below 8 steps of a projection: {ROW}" if steps < 8 else None
     # Without gradients few rows run in place, which pays sooner.
@@ -72,6 +75,24 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     if hidden < 512 or steps < 32:
         return f"slower than torch's oneDNN without gradients below 512 hidden units or 32 steps: {ROW}"
     return None
+
+
+def _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense):
+    """Return what `losses` does where pairs of bfloat16 are multiplied, as they are in stock's oneDNN."""
+    row = "benchmarks/LOG.md 2026-11-25, pairs"
+    if native.pairs != "avx512_bf16" or native.cpu != "zen5":
+        return f"not yet measured with {native.pairs}"
+    if cell == "relu":  # which is computed in float32
+        return f"relu in bfloat16 was not measured: {row}"
+    if cell != "lstm" or not dense:
+        return f"slower than torch below 16 steps: {row}" if steps < 16 else None
+    if dtype is torch.float32:
+        return f"slower than torch's oneDNN below the highest precision, or not measured: {row}"
+    if trains:
+        few = hidden >= 256 and batch <= 8 and steps >= 8
+        return None if few or hidden >= 512 else f"slower than torch's oneDNN below 512 hidden units: {row}"
+    few = hidden >= 256 and batch <= (1 if steps == 1 else 4)
+    return None if few else f"slower than torch's oneDNN without gradients, but for few sequences: {row}"
 
 
 def _precision():

@@ -346,6 +346,7 @@ def test_stock_runs_where_it_was_measured_to_win():
 
 AVX512 = {"cpu": "intel", "pairs": None, "bf16_arithmetic": False, "fp16_arithmetic": False}
 COOPER_LAKE = AVX512 | {"pairs": "avx512_bf16", "bf16_arithmetic": True}
+ZEN_5 = COOPER_LAKE | {"cpu": "zen5"}
 SAPPHIRE_RAPIDS = {"cpu": "intel", "pairs": "amx", "bf16_arithmetic": True, "fp16_arithmetic": True}
 
 
@@ -356,6 +357,8 @@ SAPPHIRE_RAPIDS = {"cpu": "intel", "pairs": "amx", "bf16_arithmetic": True, "fp1
     (torch.bfloat16, SAPPHIRE_RAPIDS, "highest", "not yet measured with amx"),
     (torch.bfloat16, AVX512, "highest", None),
     (torch.bfloat16, COOPER_LAKE, "highest", "not yet measured with avx512_bf16"),
+    (torch.bfloat16, ZEN_5, "highest", None),
+    (torch.bfloat16, ZEN_5 | {"pairs": None}, "highest", "not yet measured on a CPU with bfloat16 arithmetic"),
     (torch.float16, COOPER_LAKE, "highest", None),
     (torch.float16, SAPPHIRE_RAPIDS, "highest", "not yet measured on a CPU with float16 arithmetic"),
 ])
