@@ -82,8 +82,8 @@ class Differentiable:
         """Return the results of the forward kernel as a list of `outputs` tensors."""
         present = [t for t in tensors if t is not None]
         if torch.compiler.is_compiling():
-            # What is exported may be trained by others: no guard will compare their inputs with today's. The flag itself,
-            # because torch 2.11 traces `is_exporting()` as True wherever it compiles.
+            # What is exported may be trained by others: no guard will compare their inputs with today's. Torch 2.11
+            # traces `is_exporting()` as True wherever it compiles, so the flag itself is read.
             slots = _slots(tensors, torch.is_grad_enabled(), assume=torch.compiler._is_exporting_flag)
             return self.forward_op(present, slots, *statics)[: self.outputs]
         if transformed():

@@ -219,7 +219,7 @@ def _summary_cell(rows):
 
 
 def update_readme(readme: str | Path, results: str | Path) -> None:
-    """Fill the sections of a file from JSON files in `results`: `<!-- results: FILE -->`, `<!-- summary: FILE … -->`."""
+    """Fill the sections of a file from JSON in `results`: `<!-- results: FILE -->`, `<!-- summary: FILE … -->`."""
     readme = Path(readme)
 
     def fill(match):
