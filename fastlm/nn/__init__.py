@@ -2,6 +2,7 @@
 
 from fastlm.nn.activation import GEGLU, GELU, LogSoftmax, Softmax, SwiGLU
 from fastlm.nn.attention import MultiheadAttention
+from fastlm.nn.linear import Linear
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDistillationLoss
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.quantized import QuantizedLinear
@@ -10,6 +11,6 @@ from fastlm.nn.self_attention import KVCache, SelfAttention
 from fastlm.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "GRUCell", "KVCache", "LSTMCell", "LayerNorm",
-           "LinearCrossEntropyLoss", "LinearDistillationLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear",
+           "Linear", "LinearCrossEntropyLoss", "LinearDistillationLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear",
            "RMSNorm", "RNNCell", "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer",
            "TransformerEncoderLayer"]

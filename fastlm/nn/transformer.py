@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastlm import dispatch
 from fastlm.nn.attention import FUSED, MultiheadAttention
+from fastlm.nn.linear import Linear
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -15,8 +16,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Ours adds no state: the module that stock has drawn from the generator becomes ours as it is.
+        # Ours add no state: what stock has drawn from the generator becomes ours as it is.
         self.self_attn.__class__ = MultiheadAttention
+        self.linear1.__class__ = self.linear2.__class__ = Linear
 
     def forward(self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -63,3 +65,4 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         super().__init__(*args, **kwargs)
         # As in TransformerEncoderLayer.
         self.self_attn.__class__ = self.multihead_attn.__class__ = MultiheadAttention
+        self.linear1.__class__ = self.linear2.__class__ = Linear

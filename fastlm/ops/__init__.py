@@ -11,6 +11,8 @@ from fastlm.ops.dropout import dropout_add
 from fastlm.ops.dropout import op as _dropout_add
 from fastlm.ops.gru import gru
 from fastlm.ops.gru import op as _gru
+from fastlm.ops.linear import linear
+from fastlm.ops.linear import op as _linear
 from fastlm.ops.linear_cross_entropy import Auxiliary, linear_cross_entropy, shift_targets
 from fastlm.ops.linear_cross_entropy import op as _linear_cross_entropy
 from fastlm.ops.lstm import lstm
@@ -41,9 +43,9 @@ from fastlm.ops.varlen_attn import varlen_attn
 # Every op, for tests and benchmarks to iterate.
 ALL = (_softmax, _log_softmax, _masked_softmax, _attention, _varlen_attn, _cross_entropy, _linear_cross_entropy,
        _distillation, _lstm, _gru, _rnn, rms_op, layer_op, add_rms_op, add_layer_op, gelu_op, swiglu_op, geglu_op,
-       _rotary_embedding, _dropout_add, _quantized_linear)
+       _rotary_embedding, _dropout_add, _linear, _quantized_linear)
 
 __all__ = ["ALL", "Auxiliary", "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add", "geglu", "gelu", "gru",
-           "layer_norm", "linear_cross_entropy", "linear_distillation", "log_softmax", "lstm", "masked_softmax",
+           "layer_norm", "linear", "linear_cross_entropy", "linear_distillation", "log_softmax", "lstm", "masked_softmax",
            "quantized_linear", "rms_norm", "rnn", "rotary_embedding", "scaled_dot_product_attention", "shift_targets",
            "softmax", "swiglu", "varlen_attn"]

@@ -28,6 +28,7 @@ MODULES = (
       for cell in ("LSTM", "GRU", "RNN")),
     *((f"{cell}Cell", "B16 H512", (16, 512), (512, 512), {}, _first if cell == "LSTM" else _apply)
       for cell in ("LSTM", "GRU", "RNN")),
+    ("Linear", "4x256x256 to 1024", (4, 256, 256), (256, 1024), {}, _apply),
     ("MultiheadAttention", "B4 T256 E256", (4, 256, 256), (256, 4), dict(batch_first=True), _attend),
     ("TransformerEncoderLayer", "B4 T256 E256", (4, 256, 256), (256, 4, 1024),
      dict(dropout=0.0, batch_first=True, norm_first=True), _apply),

@@ -1,0 +1,73 @@
+"""linear by the products of csrc/product.h, for CPUs whose MKL is slow."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.autograd import Differentiable, autocasts
+from fastlm.ops import products
+from fastlm.ops.cpu import unmeasured
+from fastlm.ops.linear import reference
+
+ACCEPTS = {"3x4x5", "1x1x1", "127x33x65", "128x129x128", "13x300x49", "no bias", "outliers", "no rows", "no features",
+           "not contiguous", "one vector"}
+DTYPES = (torch.float32,)
+
+LEAST = 1 << 23  # multiplications
+ROW = "benchmarks/LOG.md 2026-11-25"
+
+
+def cannot(x, weight, bias):
+    if x.is_cuda:
+        return "runs on the CPU alone"
+    for t in (x, weight, bias):
+        if t is not None and t.dtype not in DTYPES:
+            return f"no kernel for {t.dtype}"
+    if weight.dim() != 2:
+        return "weight is a vector"
+    return "autocast lowers it" if autocasts("cpu") else None
+
+
+def loses(x, weight, bias):
+    if reason := unmeasured(_native, *products.CPUS):
+        return reason
+    if _precision() != "highest":
+        return "float32 may be lowered: torch's products do that"
+    return f"slower than torch below {LEAST} multiplications: {ROW}" if x.numel() * weight.size(0) < LEAST else None
+
+
+def _precision():
+    return torch.get_float32_matmul_precision()
+
+
+_precision._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
+
+
+def run(x, weight, bias):
+    return _linear((x, weight, bias))[0]
+
+
+def _rows(x):
+    return x.reshape(-1, x.size(-1)) if x.size(-1) else x.new_empty(x.shape[:-1].numel(), 0)
+
+
+def forward(tensors, needs):
+    x, weight, bias = tensors
+    y = products.multiply(_native, _rows(x), weight.t(), bias=None if bias is None else bias.contiguous())
+    return [y.view(*x.shape[:-1], weight.size(0))]
+
+
+def backward(grads, saved, tensors, needs):
+    x, weight, _ = tensors
+    dy = _rows(grads[0])
+    dx, dw, db = needs
+    return [products.multiply(_native, dy, weight).view(x.shape) if dx else None,
+            products.multiply(_native, dy.t(), _rows(x)) if dw else None, dy.sum(0) if db else None]
+
+
+def _fake(tensors, needs):
+    x, weight, _ = tensors
+    return [x.new_empty(*x.shape[:-1], weight.size(0))]
+
+
+_linear = Differentiable("linear_native", outputs=1, forward=forward, fake=_fake, backward=backward,
+                         reference=lambda tensors: (reference(*tensors),))
