@@ -11,6 +11,6 @@ from fastlm.nn.self_attention import KVCache, SelfAttention
 from fastlm.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = ["GEGLU", "GELU", "GRU", "LSTM", "RNN", "CrossEntropyLoss", "GRUCell", "KVCache", "LSTMCell", "LayerNorm",
-           "Linear", "LinearCrossEntropyLoss", "LinearDistillationLoss", "LogSoftmax", "MultiheadAttention", "QuantizedLinear",
-           "RMSNorm", "RNNCell", "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer",
+           "Linear", "LinearCrossEntropyLoss", "LinearDistillationLoss", "LogSoftmax", "MultiheadAttention",
+           "QuantizedLinear", "RMSNorm", "RNNCell", "SelfAttention", "Softmax", "SwiGLU", "TransformerDecoderLayer",
            "TransformerEncoderLayer"]

@@ -46,6 +46,6 @@ ALL = (_softmax, _log_softmax, _masked_softmax, _attention, _varlen_attn, _cross
        _rotary_embedding, _dropout_add, _linear, _quantized_linear)
 
 __all__ = ["ALL", "Auxiliary", "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add", "geglu", "gelu", "gru",
-           "layer_norm", "linear", "linear_cross_entropy", "linear_distillation", "log_softmax", "lstm", "masked_softmax",
-           "quantized_linear", "rms_norm", "rnn", "rotary_embedding", "scaled_dot_product_attention", "shift_targets",
-           "softmax", "swiglu", "varlen_attn"]
+           "layer_norm", "linear", "linear_cross_entropy", "linear_distillation", "log_softmax", "lstm",
+           "masked_softmax", "quantized_linear", "rms_norm", "rnn", "rotary_embedding", "scaled_dot_product_attention",
+           "shift_targets", "softmax", "swiglu", "varlen_attn"]

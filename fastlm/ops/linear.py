@@ -26,8 +26,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not isinstance(t, Tensor) and not (name == "bias" and t is None):
             raise TypeError(f"linear: {name} must be a Tensor, got {type(t).__name__}")
     if weight.dim() not in (1, 2) or not input.dim():
-        raise RuntimeError(f"linear: input has shape {list(input.shape)}, weight {list(weight.shape)}, expected [*, in] "
-                           "and [out, in] or [in]")
+        raise RuntimeError(f"linear: input has shape {list(input.shape)}, weight {list(weight.shape)}, "
+                           "expected [*, in] and [out, in] or [in]")
     if input.shape[-1] != weight.shape[-1]:
         raise RuntimeError(f"linear: input has {input.shape[-1]} features, weight takes {weight.shape[-1]}")
     if bias is not None and bias.shape != weight.shape[:-1]:
