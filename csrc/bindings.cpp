@@ -18,6 +18,7 @@
 #include <string>
 #include <type_traits>
 
+#include "attention.h"
 #include "loss.h"
 #include "product.h"
 #include "quant.h"
@@ -35,12 +36,14 @@ FASTLM_DECLARE_RNN_DIRECT(generic)
 FASTLM_DECLARE_ROWS(generic)
 FASTLM_DECLARE_LOSS(generic)
 FASTLM_DECLARE_PRODUCT(generic)
+FASTLM_DECLARE_ATTENTION(generic)
 #ifdef FASTLM_AVX2
 FASTLM_DECLARE_RNN(avx2)
 FASTLM_DECLARE_RNN_DIRECT(avx2)
 FASTLM_DECLARE_ROWS(avx2)
 FASTLM_DECLARE_LOSS(avx2)
 FASTLM_DECLARE_PRODUCT(avx2)
+FASTLM_DECLARE_ATTENTION(avx2)
 #endif
 #ifdef FASTLM_AVX512
 FASTLM_DECLARE_RNN(avx512)
@@ -48,6 +51,7 @@ FASTLM_DECLARE_RNN_DIRECT(avx512)
 FASTLM_DECLARE_ROWS(avx512)
 FASTLM_DECLARE_LOSS(avx512)
 FASTLM_DECLARE_PRODUCT(avx512)
+FASTLM_DECLARE_ATTENTION(avx512)
 FASTLM_DECLARE_QUANT(avx512)
 #endif
 #ifdef FASTLM_AVX512_BF16
@@ -80,6 +84,12 @@ struct RecurrentKernels {
   void (*direct)(const RnnProblem&, const RnnDirect<T>&) = nullptr;  // not by pairs
 };
 
+template <class S>
+struct AttentionKernels {
+  size_t (*forward)(const Attention<S>&);
+  size_t (*backward)(const Attention<S>&);
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;  // of the instruction set
@@ -91,6 +101,9 @@ struct Kernels {
   LossKernels<Bf16> loss_bf16;
   size_t (*product_workspace)(const Product&, size_t);
   void (*product)(const Product&, size_t);
+  AttentionKernels<float> attention_f32;
+  AttentionKernels<double> attention_f64;
+  AttentionKernels<Bf16> attention_bf16;
   // Null where the CPU lacks byte products (VNNI).
   size_t (*quantized_linear_workspace)(const QuantizedLinear&) = nullptr;
   void (*quantized_linear)(const QuantizedLinear&) = nullptr;
@@ -107,10 +120,13 @@ struct Kernels {
 #define FASTLM_RNN_KERNELS(isa, direct) \
   {isa::rnn_workspace, isa::rnn_forward, isa::rnn_backward, direct}
 
+#define FASTLM_ATTENTION_KERNELS(isa) {isa::attention_forward, isa::attention_backward}
+
 #define FASTLM_KERNELS(isa) \
   Kernels{#isa, FASTLM_RNN_KERNELS(isa, isa::rnn_direct), FASTLM_RNN_KERNELS(isa, isa::rnn_direct), isa::row_kernels(), \
           FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), \
-          isa::product_workspace, isa::product}
+          isa::product_workspace, isa::product, \
+          FASTLM_ATTENTION_KERNELS(isa), FASTLM_ATTENTION_KERNELS(isa), FASTLM_ATTENTION_KERNELS(isa)}
 
 // Features newer than the names that all compilers know for __builtin_cpu_supports: Intel SDM, CPUID leaf 7.
 struct Features {
@@ -576,6 +592,48 @@ void define_loss(py::module_& m) {
         "Run DivergenceGradient.");
 }
 
+// --- attention: a strided tensor is (address, strides of B, H and S), or None ---
+
+template <class P>
+Strided<P> strided_of(const py::handle& x) {
+  if (x.is_none()) return {};
+  const auto a = py::reinterpret_borrow<py::tuple>(x);
+  return {at<P>(a, 0), a[1].cast<int64_t>(), a[2].cast<int64_t>(), a[3].cast<int64_t>()};
+}
+
+// The fields of csrc/attention.h by kind, each kind in its order there; none of the gradients' in a forward pass.
+template <class S>
+Attention<S> attention_of(const py::tuple& sizes, const py::tuple& numbers, const py::tuple& strided,
+                          const py::tuple& addresses) {
+  const Pack n("attention", sizes, 16), at("attention", addresses, 6);
+  if (strided.size() != 13 || numbers.size() != 2) throw std::invalid_argument("attention: wrong number of arguments");
+  using T = Compute<S>;
+  Attention<S> a{};
+  a.batch = n.size(0), a.heads = n.size(1), a.kv_heads = n.size(2), a.queries = n.size(3), a.keys = n.size(4);
+  a.dim = n.size(5), a.value_dim = n.size(6), a.is_causal = n.size(7), a.left = n.size(8), a.right = n.size(9);
+  a.column = n.size(10), a.slopes_batch = n.size(11), a.dbias_add = n.size(12), a.batch_shared = n.size(13);
+  a.heads_shared = n.size(14), a.threads = static_cast<int>(n.size(15));
+  if (a.batch < 1 || a.kv_heads < 1 || a.heads < 1 || a.heads % a.kv_heads || a.queries < 1 || a.keys < 1 ||
+      a.dim < 1 || a.value_dim < 1 || a.threads < 1 || a.column < 0 || a.column > 1)
+    throw std::invalid_argument("attention: sizes out of range");
+  a.scale = numbers[0].cast<double>(), a.softcap = numbers[1].cast<double>();
+  a.query = strided_of<const S>(strided[0]), a.key = strided_of<const S>(strided[1]);
+  a.value = strided_of<const S>(strided[2]), a.bias = strided_of<const T>(strided[3]);
+  a.mask = strided_of<const uint8_t>(strided[4]), a.out = strided_of<S>(strided[5]), a.lse = strided_of<T>(strided[6]);
+  a.dout = strided_of<const S>(strided[7]), a.dlse = strided_of<const T>(strided[8]);
+  a.dquery = strided_of<S>(strided[9]), a.dkey = strided_of<S>(strided[10]), a.dvalue = strided_of<S>(strided[11]);
+  a.dbias = strided_of<T>(strided[12]);
+  a.spans = at.address<int64_t>(0), a.sinks = at.address<T>(1), a.slopes = at.address<T>(2);
+  a.query_ids = at.address<int64_t>(3), a.key_ids = at.address<int64_t>(4), a.workspace = at.address<void>(5);
+  return a;
+}
+
+template <class S>
+size_t run_attention(const AttentionKernels<S>& kernels, const Attention<S>& a, bool backward) {
+  py::gil_scoped_release release;
+  return backward ? kernels.backward(a) : kernels.forward(a);
+}
+
 #ifdef FASTLM_CUDA
 // From (cell, number, batch, hidden, directions).
 cuda::Layer layer_of(const py::tuple& a) {
@@ -701,6 +759,17 @@ PYBIND11_MODULE(_native, m) {
   define_product(m);
   define_rows(m);
   define_loss(m);
+  m.def("attention",
+        [](bool backward, int number, const py::tuple& sizes, const py::tuple& numbers, const py::tuple& strided,
+           const py::tuple& addresses) {
+          const auto run = [&](const auto& kernels, auto s) {
+            return run_attention(kernels, attention_of<decltype(s)>(sizes, numbers, strided, addresses), backward);
+          };
+          if (number == 2) return run(kernels.attention_bf16, Bf16());
+          return number == 8 ? run(kernels.attention_f64, double()) : run(kernels.attention_f32, float());
+        },
+        "Run Attention over numbers of 2 (bfloat16), 4 or 8 bytes; where the address of the workspace is 0, return its "
+        "bytes instead.");
 
   m.attr("vnni") = kernels.quantized_linear != nullptr;
 #if defined(__x86_64__)

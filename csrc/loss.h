@@ -7,14 +7,10 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "numbers.h"
 
 namespace fastlm {
-
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 struct LossTile {
   int64_t rows, cols, first;

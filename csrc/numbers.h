@@ -1,7 +1,8 @@
-// Numbers of 16 bits as they lie in memory.
+// Numbers of 16 bits as they lie in memory, and what is computed with.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fastlm {
 
@@ -12,5 +13,8 @@ struct Bf16 {
 struct F16 {
   uint16_t bits;
 };
+
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 }  // namespace fastlm

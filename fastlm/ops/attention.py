@@ -428,5 +428,5 @@ def cost(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, ke
     return 2 * query.size(0) * query.size(1) * pairs * (query.size(3) + value.size(3)), moved
 
 
-op = Op("attention", reference=reference, torch=stock, fast=("triton", "blocked"), samples=samples, cost=cost,
+op = Op("attention", reference=reference, torch=stock, fast=("triton", "native", "blocked"), samples=samples, cost=cost,
         constants=(5,))

@@ -5,17 +5,10 @@ import torch
 from fastlm.autograd import Differentiable
 from fastlm.ops import attention_tiles
 from fastlm.ops.attention import reference
-from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.attention_common import ACCEPTS, Options, accumulator
 
-ACCEPTS = {
-    "length 1", "length 127", "length 128", "length 129", "causal", "causal, more keys", "causal, more queries",
-    "cross", "grouped", "one key head", "head size 1", "head size 3", "head size 80", "head size 128", "head size 256",
-    "wide values", "scale", "negative scale", "outliers", "boolean mask", "shared mask", "key padding", "additive mask",
-    "learned bias", "float32 bias", "minus infinity", "causal and mask", "causal and bias", "window",
-    "window, more keys", "window, more queries", "causal at the last key", "softcap", "alibi", "alibi for each row",
-    "sinks", "key lengths", "documents", "unordered documents", "log-sum-exp", "log-sum-exp of nothing",
-    "everything dropped", "everything", "no rows", "no queries", "no keys", "lengths before heads", "transposed",
-    "expanded keys"}
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # SDPA's math path, which builds all scores, is not slower below: benchmarks/LOG.md 2026-11-23.

@@ -9,6 +9,21 @@ from torch import Tensor
 
 from fastlm.autograd import plain
 
+# Samples of `attention` and of `varlen_attn` that no implementation for the CPU may refuse.
+ACCEPTS = {
+    "length 1", "length 127", "length 128", "length 129", "causal", "causal, more keys", "causal, more queries",
+    "cross", "grouped", "one key head", "head size 1", "head size 3", "head size 80", "head size 128", "head size 256",
+    "wide values", "scale", "negative scale", "outliers", "boolean mask", "shared mask", "key padding", "additive mask",
+    "learned bias", "float32 bias", "minus infinity", "causal and mask", "causal and bias", "window",
+    "window, more keys", "window, more queries", "causal at the last key", "softcap", "alibi", "alibi for each row",
+    "sinks", "key lengths", "documents", "unordered documents", "log-sum-exp", "log-sum-exp of nothing",
+    "everything dropped", "everything", "no rows", "no queries", "no keys", "lengths before heads", "transposed",
+    "expanded keys"}
+PACKED_ACCEPTS = {
+    "sequences", "one sequence", "causal", "causal, more keys", "causal, more queries", "window", "grouped",
+    "wide values", "empty sequences", "no sequences with queries", "softcap", "alibi", "alibi for each sequence",
+    "sinks", "used keys", "log-sum-exp", "everything", "pages"}
+
 
 class Options(NamedTuple):
     """What is no tensor in a call of attention."""

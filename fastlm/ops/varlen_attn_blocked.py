@@ -9,12 +9,12 @@ import torch
 
 from fastlm.autograd import Differentiable
 from fastlm.ops import attention_lanes, attention_tiles
+from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
 from fastlm.ops.attention_common import Options, accumulator, simplest
 from fastlm.ops.varlen_attn import reference, rows, sequences, unpaged
 
-ACCEPTS = {"sequences", "one sequence", "causal", "causal, more keys", "causal, more queries", "window", "grouped",
-           "wide values", "empty sequences", "no sequences with queries", "softcap", "alibi", "alibi for each sequence",
-           "sinks", "used keys", "log-sum-exp", "everything", "pages"}
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
 FEW_QUERIES = 16
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

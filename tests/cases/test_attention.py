@@ -1,6 +1,7 @@
 """Attention beyond the matrix of tests/test_ops.py: masks, shapes, dtypes and errors, on every implementation."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastlm
+from fastlm import measure
 from fastlm.ops import scaled_dot_product_attention as attention
+from fastlm.ops.attention_common import Options
+from tests.parity import keep_error_rule
 
-IMPLEMENTATIONS = ["torch", "reference", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
+IMPLEMENTATIONS = ["torch", "reference", "native", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -250,8 +254,29 @@ def test_dropout_drops_the_same_weights_in_backward_and_again_under_the_same_see
     assert not torch.equal(weights_of(2, options | {"dropout_p": 0.3})[2] == 0, dropped == 0)
 
 
-def test_what_runs_on_the_cpu():
+def on_cpu(name, monkeypatch):
+    """Let the rules of `loses` believe that this is another CPU; the extension may be missing."""
+    if native := sys.modules.get("fastlm._native"):
+        monkeypatch.setattr(native, "cpu", name)
+
+
+def test_what_runs_on_zen_5(monkeypatch):
+    """The kernel in C++, but where dropout is drawn, and where SDPA is done before Python is."""
+    pytest.importorskip("fastlm._native")
+    on_cpu("zen5", monkeypatch)
+    q, k, v = leaves(*[(1, 8, 64, 64)] * 3)
+    few = leaves(*[(1, 8, 16, 64)] * 3)
+    cases = [((q, k, v), {}, "native"), ((q, k, v), {"is_causal": True}, "native"), (few, {}, "torch"),
+             (few, {"window_size": (2, 0)}, "native"), (few, {"softcap": 2.0}, "native"),
+             ((q, k, v), {"dropout_p": 0.1, "return_lse": True}, "blocked"),
+             ([t.repeat(1, 1, 1, 5) for t in (q, k, v)], {"softcap": 2.0}, "blocked")]
+    for tensors, options, expected in cases:
+        assert fastlm.explain(attention, *tensors, **options)[0].ran == expected, options
+
+
+def test_what_runs_on_the_cpu(monkeypatch):
     """SDPA's flash kernel where it takes the call; tiles where it would build all scores or lacks the feature."""
+    on_cpu("intel", monkeypatch)
     q, k, v = leaves(*[(1, 8, 1024, 8)] * 3)
     mask = torch.zeros(1024, 1024)
     stock = [{}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask > 0}, {"scale": 2.0},
@@ -307,6 +332,61 @@ def test_lanes_in_inference_mode(monkeypatch):
             assert found.is_inference()
             with fastlm.backend("reference"):
                 torch.testing.assert_close(found, attention(q, k, v, **options))
+
+
+# batch, heads, heads of keys, queries, keys, head size: keys split among the threads; many tiles and blocks; more heads
+# than a tile has rows
+LARGE = {"few queries": (2, 4, 2, 3, 3000, 16), "many blocks": (2, 4, 2, 250, 300, 20),
+         "many heads": (1, 130, 1, 5, 700, 8)}
+LARGE_OPTIONS = {
+    "plain": {}, "causal": dict(right=0), "window": dict(left=170, right=3), "softcap": dict(softcap=3.0),
+    "sinks and lse": dict(sinks=True, return_lse=True), "lengths": dict(lengths=True), "documents": dict(documents=3),
+    **{f"bias {shape}": dict(bias=shape) for shape in ("BHQK", "1HQK", "B1QK", "11QK", "BH1K", "BHQ1", "1111")},
+    "bias of queries with sinks": dict(bias="1HQ1", sinks=True, return_lse=True)}
+
+
+@pytest.mark.parametrize("options", LARGE_OPTIONS)
+@pytest.mark.parametrize("shape", LARGE)
+def test_the_kernel_on_several_threads(shape, options, monkeypatch):
+    """The error rule where threads share a call, and the same bits again."""
+    op = next(op for op in fastlm.ops.ALL if op.name == "attention")
+    args = _large(LARGE[shape], dict(LARGE_OPTIONS[options]))
+    if op.implementations["native"].run is None:
+        pytest.skip("no extension")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        keep_error_rule(op, "native", lambda draw: _large(LARGE[shape], dict(LARGE_OPTIONS[options]), draw))
+        with fastlm.backend("native"):
+            upstream = measure.differentiate(op, args, constants=op.constants)[1]
+            first, again = (measure.differentiate(op, args, upstream, constants=op.constants) for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(first[0] + first[2], again[0] + again[2], strict=True):
+        assert torch.equal(a, b)
+
+
+def _large(shape, options, seed=0):
+    batch, heads, kv_heads, queries, keys, dim = shape
+    torch.manual_seed(seed)
+    tensors = [torch.randn(batch, *s, dim) for s in ((heads, queries), (kv_heads, keys), (kv_heads, keys))]
+    sizes = dict(zip("BHQK1", (batch, heads, queries, keys, 1), strict=True))
+    bias = torch.randn([sizes[c] for c in options.pop("bias")]) if "bias" in options else None
+    sinks = torch.randn(heads) if options.pop("sinks", False) else None
+    lengths = torch.tensor([keys // 2, 0])[:batch] if options.pop("lengths", False) else None
+    documents, ids = options.pop("documents", 0), (None, None)
+    if documents:
+        ids = tuple((torch.arange(n) * documents // n).expand(batch, n) for n in (queries, keys))
+    return *tensors, bias, sinks, None, lengths, *ids, Options(scale=dim**-0.5, **options)
+
+
+def test_operators_refuse_what_the_kernel_would_read_beyond():
+    pytest.importorskip("fastlm._native")
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 3, 5, 8)
+    call = torch.ops.fastlm.attention_native.default
+    slots = [0, 0, 0, *[-1] * 6]
+    with pytest.raises(RuntimeError, match="no call that the kernel can take"):
+        call([q, k, k], slots, False, 1.0, -1, -1, 0.0, False)
 
 
 @pytest.mark.parametrize("make", [

@@ -12,7 +12,7 @@ from fastlm import measure
 from fastlm.ops import attention_lanes, attention_tiles
 from fastlm.ops import scaled_dot_product_attention as attention
 
-NAMES = ["reference", "torch", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
+NAMES = ["reference", "torch", "native", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 BATCH, HEADS, DIM = 2, 2, 4
 
 

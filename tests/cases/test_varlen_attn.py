@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import fastlm
 from fastlm.ops import attention_lanes, varlen_attn
 from fastlm.ops import scaled_dot_product_attention as attention
 
-NAMES = ["reference", "torch", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
+NAMES = ["reference", "torch", "native", "blocked"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @pytest.fixture(params=[*NAMES, "lanes"])
@@ -147,8 +148,19 @@ def test_bad_input_is_named(message):
         varlen_attn(**arguments)
 
 
-def test_what_runs_on_the_cpu():
-    """SDPA for each sequence, unless it lacks the feature, would mask a long sequence densely, or for training."""
+def test_what_runs_on_the_cpu(monkeypatch):
+    """SDPA for each sequence, unless it lacks the feature, would mask a long sequence densely, or for training.
+
+    On Zen 5 the kernel in C++ runs.
+    """
+    native = sys.modules.get("fastlm._native")
+    if native:
+        monkeypatch.setattr(native, "cpu", "zen5")
+        for lengths, expected in (((16, 8), "torch"), ((3, 1, 4, 2), "native"), ((200, 300), "native")):
+            args = packed(lengths, lengths, dim=64)
+            assert fastlm.explain(varlen_attn, *args, enable_gqa=True)[0].ran == expected
+        assert fastlm.explain(varlen_attn, *packed(), enable_gqa=True, softcap=2.0)[0].ran == "native"
+        monkeypatch.setattr(native, "cpu", "intel")
     long = packed((20, 0, 40), (20, 0, 40))
     few, frozen = packed(), tuple(x.detach() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
                                     for x in long)

@@ -1,0 +1,91 @@
+"""Attention on the CPU by the kernel of csrc/attention.h, in memory linear in the lengths."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.autograd import Differentiable
+from fastlm.ops import attention_common
+from fastlm.ops.attention import reference
+from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
+from fastlm.ops.cpu import unmeasured
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
+ACCEPTS = attention_common.ACCEPTS - {"everything dropped"}
+LEAST = 1 << 22  # multiplications, below which SDPA needs less time than Python does: benchmarks/LOG.md 2026-11-25
+
+
+def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
+    if query.device.type not in ("cpu", "meta"):
+        return "runs on the CPU alone"
+    if query.dtype not in DTYPES:
+        return f"no kernel for {query.dtype}"
+    if options.dropout_p:
+        return "draws no dropout"
+    if max(query.size(3), value.size(3)) > MOST:
+        return f"heads of more than {MOST} numbers"
+    return None
+
+
+def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
+    if unknown := unmeasured(_native, *MEASURED):
+        return unknown
+    lacking = any(x is not None for x in (sinks, slopes, key_lengths, query_ids))
+    if lacking or options.left >= 0 or options.softcap or options.return_lse:
+        return None
+    scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
+    if scores * (query.size(3) + value.size(3)) < LEAST:
+        return f"SDPA is faster below {LEAST} multiplications: benchmarks/LOG.md 2026-11-25"
+    return None
+
+
+def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
+    tensors = (query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids)
+    out, lse = _attention(tensors, *options[1:])
+    return (out, lse.masked_fill(lse == torch.inf, -torch.inf)) if options.return_lse else out
+
+
+def _kernels(tensors, options):
+    query, key, value, mask, sinks, slopes, key_lengths, *ids = tensors
+    spans = None
+    if key_lengths is not None:
+        zeros = torch.zeros_like(key_lengths, dtype=torch.int64)
+        spans = torch.stack([zeros, zeros + query.size(2), zeros, key_lengths.clamp(0, key.size(2))], 1)
+    return Kernels(_native, query, key, value, mask, sinks, slopes, spans, ids, Options(0.0, *options))
+
+
+def _forward(tensors, needs, *options):
+    found = _fake(tensors, needs)
+    _kernels(tensors, options).forward(*found)
+    return found
+
+
+def _fake(tensors, needs, *options):
+    query, _, value, *_ = tensors
+    out = query.new_empty(*query.shape[:3], value.size(3))
+    return [out, query.new_empty(query.shape[:3], dtype=accumulator(query))]
+
+
+def _backward(grads, saved, tensors, needs, *options):
+    kernels = _kernels(tensors, options)
+    # What nobody sees has no gradient that the kernel writes.
+    beyond = torch.empty if kernels.spans is None else torch.zeros
+    found = [make(t.shape, dtype=kernels.stored) if need else None
+             for t, need, make in zip(tensors, needs[:3], (torch.empty, beyond, beyond), strict=False)]
+    found.append(kernels.new_dmask() if needs[3] else None)
+    kernels.backward(*saved, *grads, *found)
+    found.append(kernels.dsinks(*saved, *grads) if needs[4] else None)
+    # Only functorch and exporting ask for gradients of the slopes, which count as constants.
+    found += [torch.zeros_like(t) if n else None for t, n in zip(tensors[5:], needs[5:], strict=True)]
+    return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+
+
+def _reference(tensors, *options):
+    out, lse = reference(*tensors, Options(0.0, *options)._replace(return_lse=True))
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+_attention = Differentiable(
+    "attention_native", statics="bool is_causal, float scale, int left, int right, float softcap, bool return_lse",
+    outputs=2, forward=_forward, fake=_fake, backward=_backward, reference=_reference, reads_results=True)

@@ -1,0 +1,129 @@
+"""varlen_attn on the CPU by the kernel of csrc/attention.h: all sequences in one call, packed as they are."""
+
+import torch
+
+import fastlm._native as _native
+from fastlm.autograd import Differentiable
+from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
+from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
+from fastlm.ops.cpu import unmeasured
+from fastlm.ops.varlen_attn import reference, sequences, unpaged
+
+LEAST = 1 << 23  # multiplications of few sequences
+ROW = "benchmarks/LOG.md 2026-11-25"
+
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+
+
+def cannot(query, key, value, *rest):
+    if query.device.type not in ("cpu", "meta"):
+        return "runs on the CPU alone"
+    if query.dtype not in DTYPES:
+        return f"no kernel for {query.dtype}"
+    if max(query.size(-1), value.size(-1)) > MOST:
+        return f"heads of more than {MOST} numbers"
+    return None
+
+
+def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
+          options):
+    if unknown := unmeasured(_native, *MEASURED):
+        return unknown
+    lacking = sinks is not None or slopes is not None or options.softcap or options.return_lse or options.left >= 0
+    if lacking or torch.compiler.is_compiling():  # stock's loop over sequences reads values, which a graph has not
+        return None
+    count = cu_seq_q.size(0) - 1
+    if count < 4 and count * max_q * max_k * query.size(1) * (query.size(2) + value.size(-1)) < LEAST:
+        return f"SDPA for each of so few sequences is faster below {LEAST} multiplications: {ROW}"
+    return None
+
+
+def run(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
+        options):
+    tensors = (query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table)
+    out, lse = _varlen_attn(tensors, options.scale, options.left, options.right, options.softcap, options.return_lse)
+    return (out, lse.masked_fill(lse == torch.inf, -torch.inf)) if options.return_lse else out
+
+
+class _Packed:
+    """A call's kernels, and which tokens of a pool of pages it reads (None: all of the packed keys)."""
+
+    def __init__(self, tensors, options):
+        query, key, value, sinks, slopes, *where = tensors
+        self.tokens, spans = _spans(key, *where)
+        key, value = (unpaged(x) if self.tokens is None else unpaged(x)[self.tokens] for x in (key, value))
+        self.kernels = Kernels(_native, *map(_rows, (query, key, value)), None, sinks, slopes, spans, (None, None),
+                               _options(*options))
+
+    def scattered(self, grad, x):
+        """Return the gradient of `x`, where that is a pool of pages, from the one of the tokens that were read."""
+        if self.tokens is None:
+            return grad
+        whole = torch.zeros(unpaged(x).shape, dtype=accumulator(grad))
+        return whole.index_add_(0, self.tokens, grad.to(whole.dtype)).view(x.shape)
+
+
+def _spans(key, cu_seq_q, cu_seq_k, seqused_k, block_table):
+    """Return the tokens of the pages, one sequence after the other, or None, and `[N, 4]` for csrc/attention.h."""
+    if block_table is None:
+        keys = cu_seq_k.diff() if seqused_k is None else seqused_k
+        return None, torch.stack([x.long() for x in (cu_seq_q[:-1], cu_seq_q.diff(), cu_seq_k[:-1], keys)], 1)
+    found = [(queries, keys) for _, queries, keys in sequences(key, cu_seq_q, None, seqused_k, block_table)]
+    spans, end = [], 0
+    for queries, keys in found:
+        spans.append([queries.start, queries.stop - queries.start, end, keys.numel()])
+        end += keys.numel()
+    tokens = [keys for _, keys in found] or [torch.empty(0, dtype=torch.int64)]
+    return torch.cat(tokens), torch.tensor(spans, dtype=torch.int64).view(-1, 4)
+
+
+def _rows(x):
+    """View `[T, H, …]` as a batch of one row, `[1, H, T, …]`."""
+    return None if x is None else x.transpose(0, 1)[None]
+
+
+def _options(scale, left, right, softcap, return_lse):
+    return Options(scale=scale, left=left, right=right, softcap=softcap, return_lse=return_lse)
+
+
+def _forward(tensors, needs, *options):
+    out, lse = _fake(tensors, needs, *options)
+    end = int(tensors[5][-1])
+    out[end:], lse[end:] = 0, torch.inf
+    if end:
+        _Packed(tensors, options).kernels.forward(_rows(out), _rows(lse))
+    return [out, lse]
+
+
+def _fake(tensors, needs, *options):
+    query, _, value, *_ = tensors
+    out = query.new_empty(*query.shape[:2], value.size(-1))
+    return [out, query.new_empty(query.shape[:2], dtype=accumulator(query))]
+
+
+def _backward(grads, saved, tensors, needs, *options):
+    packed = _Packed(tensors, options)
+    kernels, rows = packed.kernels, [_rows(x) for x in (*saved, *grads)]
+    found = [torch.zeros(t.size(2), t.size(1), t.size(3), dtype=kernels.stored) if need else None
+             for t, need in zip((kernels.query, kernels.key, kernels.value), needs[:3], strict=True)]
+    kernels.backward(*rows, *map(_rows, found), None)
+    for i in (1, 2):
+        if found[i] is not None:
+            found[i] = packed.scattered(found[i], tensors[i])
+    found.append(kernels.dsinks(*rows) if needs[3] else None)
+    # Only functorch and exporting ask for gradients of the slopes, which count as constants.
+    found += [torch.zeros_like(t) if n else None for t, n in zip(tensors[4:], needs[4:], strict=True)]
+    return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+
+
+def _reference(tensors, *options):
+    query, key, value, sinks, slopes, *where = tensors
+    out, lse = reference(query, key, value, sinks, slopes, *where, 0, 0, None,
+                         _options(*options)._replace(return_lse=True))
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+_varlen_attn = Differentiable(
+    "varlen_attn_native", statics="float scale, int left, int right, float softcap, bool return_lse", outputs=2,
+    forward=_forward, fake=_fake, backward=_backward, reference=_reference, reads_results=True)
