@@ -67,6 +67,8 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
         return f"slower than torch below {least} steps: {ROW}" if steps < least else None
     if hidden < 256:
         return f"slower than torch's oneDNN below 256 hidden units: {ROW}"
+    if native.cpu == "zen5":
+        return _losses_on_zen5(steps, batch, hidden, trains)
     if trains or (in_place and hidden >= 512):
         return None
     if dtype is torch.bfloat16:
@@ -75,6 +77,15 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     if hidden < 512 or steps < 32:
         return f"slower than torch's oneDNN without gradients below 512 hidden units or 32 steps: {ROW}"
     return None
+
+
+def _losses_on_zen5(steps, batch, hidden, trains):
+    """Return what `losses` does for a dense LSTM in float32, from 256 hidden units on and more than one step."""
+    if trains:
+        wins = hidden >= 512 or (steps >= 16 and (batch == 1 or batch >= 32))
+    else:
+        wins = hidden >= 1024 or batch * steps <= 16
+    return None if wins else "slower than torch's oneDNN: benchmarks/LOG.md 2026-11-25, products"
 
 
 def _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense):
