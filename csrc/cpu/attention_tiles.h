@@ -404,7 +404,7 @@ struct Arena {
 };
 
 // Pieces of work that one thread begins with, and others take from when they are done with theirs.
-struct alignas(128) Share {
+struct alignas(64) Share {
   int64_t next, end;
 };
 
