@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlm.autograd import Differentiable
 from fastlm.ops.distillation import DIVERGENCES, reference, scatter_topk
-from fastlm.ops.head import Head, block_rows, scaled
+from fastlm.ops.head import Head, gradient_dtypes, scaled
 from fastlm.ops.loss_kernels import Logits, accumulator
 
 STATICS = ("str divergence, float beta, float temperature, float hard_weight, int ignore_index, str reduction, "
@@ -48,7 +48,7 @@ class Sweep:
         now = needs[:3] if reduction != "none" else [False] * 3
         kept = x.new_ones(x.shape[0], dtype=torch.bool) if target is None else target != ignore_index
         total = kept.sum().to(sums) if reduction == "mean" else kept.new_ones((), dtype=sums)
-        early = self.products(x) is sums  # 16-bit gradients of logits are not scaled down to where they underflow
+        early = self.products(x) is not torch.float16  # which gradients of logits would underflow if scaled down here
         scale = torch.where(kept, 1 / total if early else 1.0, 0)
         losses, grads = self.sweep(tensors, kept, scale, now, divergence, beta, temperature, hard_weight)
         loss = losses if reduction == "none" else losses.sum() / total
@@ -58,7 +58,8 @@ class Sweep:
     def fake(self, tensors, needs, divergence, beta, temperature, hard_weight, ignore_index, reduction, single):
         x, sums = tensors[0], accumulator(tensors[0].dtype)
         loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=sums if single else x.dtype)
-        now = [t.new_empty(t.shape, dtype=sums) for t, need in zip(tensors[:3], needs, strict=False)
+        dtypes = gradient_dtypes(x, tensors[1], self.products(x), copies=2)
+        now = [t.new_empty(t.shape, dtype=d) for t, need, d in zip(tensors[:3], needs, dtypes, strict=False)
                if reduction != "none" and need]
         return [loss, *now, *([x.new_empty((), dtype=sums)] if now else [])]
 
@@ -87,9 +88,9 @@ class Sweep:
         x, weight, bias, _, _, teacher_bias, *_, target = tensors
         dtype = self.products(x)
         native = self.kernels.native
-        head = Head(x, weight, dtype, needs, native)
+        head = Head(x, weight, dtype, needs, native, copies=2)
         biases = [None if b is None else b.to(head.sums).contiguous() for b in (bias, teacher_bias)]
-        rows = block_rows(head.rows, 2 * head.classes, dtype, x.is_cuda)
+        rows = head.block_rows
         buffers = torch.empty(2, rows, head.classes, dtype=dtype, device=x.device)
         teach = _teacher(tensors, dtype, native)
         losses = torch.empty(head.rows, dtype=head.sums, device=x.device)

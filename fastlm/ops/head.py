@@ -14,18 +14,44 @@ from fastlm.ops.products import mm
 BLOCK_BYTES = 104 << 20
 MIN_ROWS = 256
 GPU_ROWS = 2048
+# Where a CPU's products have 16 bits: rows of a block, and what a number of W's gradient takes as a sum over blocks.
+HALF_ROWS = 512
+SUM_BYTES = 4
 
-TILE = 4096  # classes whose weights are converted at a time, where products need another dtype
+TILE = 4096  # classes at a time, where weights are converted for the products, or these have 16 bits on a CPU
 
 
-def block_rows(rows: int, classes: int, dtype: torch.dtype, cuda: bool) -> int:
-    """Return how many rows a block has: few enough to save memory, and blocks as even as can be."""
-    if cuda:
+def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, grows: bool = False) -> int:
+    """Return how many rows a block has: few enough to save memory, and blocks as even as can be.
+
+    Args:
+        x, weight: `[N, H]` and `[V, H]`.
+        dtype: of the logits.
+        copies: how many blocks of logits exist at a time.
+        grows: whether W needs a gradient.
+    """
+    rows, row_bytes = x.shape[0], copies * weight.shape[0] * dtype.itemsize
+    if x.is_cuda:
         most = GPU_ROWS
+    elif dtype.itemsize > 2:
+        most = max(MIN_ROWS, BLOCK_BYTES // max(row_bytes, 1))
+    elif grows and rows * row_bytes <= SUM_BYTES * weight.numel():  # one block is smaller than the sum it spares
+        most = rows
     else:
-        most = max(MIN_ROWS, BLOCK_BYTES // (dtype.itemsize * max(classes, 1)))
-    blocks = -(-rows // most)
+        most = max(HALF_ROWS, BLOCK_BYTES // max(row_bytes, 1))
+    blocks = -(-rows // max(most, 1))
     return -(-rows // max(blocks, 1))
+
+
+def gradient_dtypes(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1) -> tuple[torch.dtype, ...]:
+    """Return what the gradients of x, W and the bias are summed in, with the arguments of `block_rows`.
+
+    It is float32 or float64. But W's has the dtype of bfloat16 products where one block has all rows: a single product
+    rounds once. In float16 what is not yet scaled down might overflow.
+    """
+    sums = accumulator(dtype)
+    whole = dtype is torch.bfloat16 and block_rows(x, weight, dtype, copies, True) >= x.shape[0]
+    return sums, dtype if whole else sums, sums
 
 
 class Head:
@@ -33,30 +59,39 @@ class Head:
 
     Args:
         x, weight: their dtype may be lower than `dtype`, which the products are computed in.
-        needs: whether the gradients of x, W and the bias `[V]` are wanted; they are accumulated in float32 or float64.
+        needs: whether the gradients of x, W and the bias `[V]` are wanted.
         native: the compiled extension where it may make the products.
+        copies: how many blocks of logits exist at a time.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, needs=(False, False, False), native=None):
+    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, needs=(False, False, False), native=None,
+                 copies: int = 1):
         self.x, self.weight, self.dtype, self.needs, self.native = x, weight, dtype, needs, native
         (self.rows, self.hidden), self.classes = x.shape, weight.shape[0]
         self.sums = accumulator(dtype)
         self.first = True
+        self.block_rows = block_rows(x, weight, dtype, copies, needs[1])
+        shapes = (self.rows, self.hidden), (self.classes, self.hidden), (self.classes,)
+        dtypes = gradient_dtypes(x, weight, dtype, copies)
         self.d_x, self.d_weight, self.d_bias = (
-            torch.empty(shape, dtype=self.sums, device=x.device) if need and self.rows else
-            torch.zeros(shape, dtype=self.sums, device=x.device) if need else None
-            for need, shape in zip(needs, ((self.rows, self.hidden), (self.classes, self.hidden), (self.classes,)),
-                                   strict=True))
+            torch.empty(shape, dtype=d, device=x.device) if need and self.rows else
+            torch.zeros(shape, dtype=d, device=x.device) if need else None
+            for need, shape, d in zip(needs, shapes, dtypes, strict=True))
 
     def tiles(self):
         """Yield (slice of the classes, their weights in the products' dtype)."""
         if self.weight.dtype is self.dtype:
-            yield slice(0, self.classes), self.weight
+            for part in self.parts():
+                yield part, self.weight[part]
             return
         buffer = torch.empty(min(TILE, self.classes), self.hidden, dtype=self.dtype, device=self.weight.device)
-        for start in range(0, self.classes, TILE):
-            part = slice(start, min(start + TILE, self.classes))
-            yield part, buffer[: part.stop - start].copy_(self.weight[part])
+        for part in _slices(self.classes, TILE):
+            yield part, buffer[: part.stop - part.start].copy_(self.weight[part])
+
+    def parts(self):
+        """Return slices of the classes: what products of 16 bits leave to be added in float32 then stays in cache, and
+        oneDNN takes half of the time for a transposed gradient (benchmarks/LOG.md 2026-11-25)."""
+        return _slices(self.classes, self.classes if self.dtype.itemsize > 2 or self.x.is_cuda else TILE)
 
     def logits(self, part: slice, out: Tensor) -> Tensor:
         """Write the logits of the rows in `part`, without bias, into the first rows of `out` and return those."""
@@ -73,7 +108,8 @@ class Head:
             for columns, weight in self.tiles():
                 self.add_product(self.d_x[part], gradient[:, columns], weight, columns.start == 0)
         if self.d_weight is not None:
-            self.add_product(self.d_weight, gradient.t(), x, first)
+            for columns in self.parts():
+                self.add_product(self.d_weight[columns], gradient[:, columns].t(), x, first)
         if self.d_bias is not None:
             total = gradient.sum(0, dtype=self.sums)
             self.d_bias.copy_(total) if first else self.d_bias.add_(total)
@@ -91,6 +127,10 @@ class Head:
     def gradients(self) -> list[Tensor]:
         """Return those of the gradients of x, W and the bias that are wanted."""
         return [d for d in (self.d_x, self.d_weight, self.d_bias) if d is not None]
+
+
+def _slices(size, step):
+    return [slice(start, min(start + step, size)) for start in range(0, size, max(step, 1))]
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, spent: bool) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable
-from fastlm.ops.head import Head, block_rows, scaled
+from fastlm.ops.head import Head, gradient_dtypes, scaled
 from fastlm.ops.linear_cross_entropy import counts_of, reference
 from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
 
@@ -71,8 +71,8 @@ class Sweep:
         sweep = Blocks(self, tensors, ignore_index, smoothing, z_loss, softcap, aux, group)
         now = needs if reduction != "none" else [False] * len(needs)
         total = sweep.counts.sum() if reduction == "mean" else sweep.counts.new_ones(())
-        # 16-bit gradients of logits are not scaled down to where they underflow; the float32 sums are.
-        early = sweep.dtype is sweep.sums
+        # Gradients of logits in float16 are not scaled down to where they underflow; the float32 sums are.
+        early = sweep.dtype is not torch.float16
         losses, grads = sweep.run(1 / total if early else torch.ones_like(total), now)
         loss = losses if reduction == "none" else losses.sum() / total
         # Where every target is ignored the gradients are zero, not zero times infinity.
@@ -84,9 +84,10 @@ class Sweep:
         sums, rows = accumulator(x.dtype), x.shape[:1]
         loss = x.new_empty(rows if reduction == "none" else (), dtype=sums if single else x.dtype)
         found = [loss, *(x.new_empty(rows if aux else (0,), dtype=sums) for _ in range(3))]
-        now = [(t, i) for t, i in ((x, 0), (weight, 1), (bias, 3)) if reduction != "none" and needs[i]]
-        return [*found, *(t.new_empty(t.shape, dtype=sums) for t, _ in now),
-                *([x.new_empty((), dtype=sums)] if now else [])]
+        dtypes = gradient_dtypes(x, weight, self.products(x))
+        now = [t.new_empty(t.shape, dtype=d) for t, need, d in
+               zip((x, weight, bias), (needs[0], needs[1], needs[3]), dtypes, strict=True) if reduction != "none" and need]
+        return [*found, *now, *([x.new_empty((), dtype=sums)] if now else [])]
 
     def backward(self, grads, saved, tensors, needs, reduction, ignore_index, smoothing, z_loss, softcap, aux, single,
                  group, spent):
@@ -157,7 +158,7 @@ class Blocks:
                     self.kernels.native)
         losses = torch.empty(head.rows, dtype=self.sums, device=self.x.device)
         scale = torch.where(self.kept, scale, 0)
-        rows = block_rows(head.rows, head.classes, self.dtype, self.x.is_cuda)
+        rows = head.block_rows
         buffer = torch.empty(rows, head.classes, dtype=self.dtype, device=self.x.device)
         for start in range(0, head.rows, max(rows, 1)):
             part = slice(start, min(start + rows, head.rows))
