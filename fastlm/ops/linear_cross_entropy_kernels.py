@@ -84,9 +84,9 @@ class Sweep:
         sums, rows = accumulator(x.dtype), x.shape[:1]
         loss = x.new_empty(rows if reduction == "none" else (), dtype=sums if single else x.dtype)
         found = [loss, *(x.new_empty(rows if aux else (0,), dtype=sums) for _ in range(3))]
-        dtypes = gradient_dtypes(x, weight, self.products(x))
-        now = [t.new_empty(t.shape, dtype=d) for t, need, d in
-               zip((x, weight, bias), (needs[0], needs[1], needs[3]), dtypes, strict=True) if reduction != "none" and need]
+        made = zip((x, weight, bias), (needs[0], needs[1], needs[3]), gradient_dtypes(x, weight, self.products(x)),
+                   strict=True)
+        now = [t.new_empty(t.shape, dtype=d) for t, need, d in made if reduction != "none" and need]
         return [*found, *now, *([x.new_empty((), dtype=sums)] if now else [])]
 
     def backward(self, grads, saved, tensors, needs, reduction, ignore_index, smoothing, z_loss, softcap, aux, single,
@@ -154,8 +154,7 @@ class Blocks:
 
         `scale` is one number or one a row; rows that are ignored have no gradient whatever it is.
         """
-        head = Head(self.x, self.weight, self.dtype, (needs[0], needs[1], needs[3]),
-                    self.kernels.native)
+        head = Head(self.x, self.weight, self.dtype, (needs[0], needs[1], needs[3]), self.kernels.native)
         losses = torch.empty(head.rows, dtype=self.sums, device=self.x.device)
         scale = torch.where(self.kept, scale, 0)
         rows = head.block_rows

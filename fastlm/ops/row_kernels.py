@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fastlm.ops.cpu import unmeasured
 
-MEASURED = ("intel",)  # CPUs timed in benchmarks/LOG.md
-ROW = "benchmarks/LOG.md 2026-11-23"
+MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
+ROW = "benchmarks/LOG.md 2026-11-23 and 25"
 
 
 def cannot_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -25,7 +25,7 @@ def loses_below(native, least: tuple[int, int], *tensors: Tensor | None) -> str 
     x = tensors[0]
     if unknown := unmeasured(native, *MEASURED):
         return unknown
-    if x.dtype is torch.bfloat16 and native.bf16_arithmetic:
+    if x.dtype is torch.bfloat16 and native.bf16_arithmetic and native.cpu != "zen5":
         return "not yet measured on a CPU with bfloat16 arithmetic"
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not least[trains]:
