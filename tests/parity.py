@@ -23,15 +23,18 @@ def skip_misinterpreted(dtype):
         pytest.skip("the interpreter computes bf16 dot products wrongly (triton issue 11584)")
 
 
-def keep_error_rule(op, name, draw, draws=5):
-    """Assert the error rule for an implementation on the arguments `draw(0)`, or else on several draws together.
+def keep_error_rule(errors, draws=5):
+    """Assert the error rule for the errors of the first draw, or else of several draws together.
 
     The largest error of a result of few numbers is chance, for stock as for us: one draw in thirty of a layer with one
     unit breaks the rule with equal medians. Over several draws the largest errors are compared.
+
+    Args:
+        errors: `errors(i)` returns the list of `measure.Error` of draw i.
     """
-    found = measure.errors(op, name, draw(0))
+    found = errors(0)
     if not all(e.ok for e in found):
-        rows = zip(found, *(measure.errors(op, name, draw(i)) for i in range(1, draws)), strict=True)
+        rows = zip(found, *map(errors, range(1, draws)), strict=True)
         found = [measure.Error(row[0].what, *(max(getattr(e, key) for e in row) for key in ("ours", "stock", "bound")))
                  for row in rows]
     assert all(e.ok for e in found), [e for e in found if not e.ok]

@@ -36,7 +36,7 @@ def test_error_rule(op, name, dtype, index, device, poisoned):
     if reason:
         pytest.skip(reason)
     skip_misinterpreted(dtype)
-    keep_error_rule(op, name, lambda draw: args_of(op, dtype, index, device, draw).args)
+    keep_error_rule(lambda draw: measure.errors(op, name, args_of(op, dtype, index, device, draw).args))
 
 
 FAST = [(op, name) for op in ALL for name in op.implementations if name not in ("torch", "reference")]

@@ -292,6 +292,7 @@ def test_opcheck(cell, options):
 PARITY = """
 import torch
 import fastlm._native as native
+from fastlm import measure
 from fastlm.ops import ALL
 from tests.parity import keep_error_rule
 from tests.test_ops import args_of
@@ -302,7 +303,7 @@ for op in ALL:
             for i, sample in enumerate(op.samples("test", dtype, "meta")):
                 if op.implementations["native"].cannot(*args_of(op, dtype, i, "cpu").args) is None:
                     print(op.name, sample.name, dtype)
-                    keep_error_rule(op, "native", lambda draw: args_of(op, dtype, i, "cpu", draw).args)
+                    keep_error_rule(lambda draw: measure.errors(op, "native", args_of(op, dtype, i, "cpu", draw).args))
 """
 
 
