@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.loss_kernels import accumulator
-from fastlm.ops.products import mm
+from fastlm.ops.products import CPUS, mm
 
 # Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
 # and each block reads and writes the whole gradient of W. benchmarks/LOG.md 2026-11-24.
 BLOCK_BYTES = 104 << 20
+OWN_BYTES = 16 << 20  # where the products are ours, which lose little by fewer rows: benchmarks/LOG.md 2026-11-25
 MIN_ROWS = 256
 GPU_ROWS = 2048
 # Where a CPU's products have 16 bits: rows of a block, and what a number of W's gradient takes as a sum over blocks.
@@ -21,7 +22,8 @@ SUM_BYTES = 4
 TILE = 4096  # classes at a time, where weights are converted for the products, or these have 16 bits on a CPU
 
 
-def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, grows: bool = False) -> int:
+def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, grows: bool = False,
+               ours: bool = False) -> int:
     """Return how many rows a block has: few enough to save memory, and blocks as even as can be.
 
     Args:
@@ -29,12 +31,13 @@ def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, g
         dtype: of the logits.
         copies: how many blocks of logits exist at a time.
         grows: whether W needs a gradient.
+        ours: whether the products in float32 are ours.
     """
     rows, row_bytes = x.shape[0], copies * weight.shape[0] * dtype.itemsize
     if x.is_cuda:
         most = GPU_ROWS
     elif dtype.itemsize > 2:
-        most = max(MIN_ROWS, BLOCK_BYTES // max(row_bytes, 1))
+        most = max(MIN_ROWS, min(BLOCK_BYTES, OWN_BYTES if ours else BLOCK_BYTES) // max(row_bytes, 1))
     elif grows and rows * row_bytes <= SUM_BYTES * weight.numel():  # one block is smaller than the sum it spares
         most = rows
     else:
@@ -70,7 +73,8 @@ class Head:
         (self.rows, self.hidden), self.classes = x.shape, weight.shape[0]
         self.sums = accumulator(dtype)
         self.first = True
-        self.block_rows = block_rows(x, weight, dtype, copies, needs[1])
+        ours = native is not None and native.cpu in CPUS and dtype is torch.float32
+        self.block_rows = block_rows(x, weight, dtype, copies, needs[1], ours)
         shapes = (self.rows, self.hidden), (self.classes, self.hidden), (self.classes,)
         dtypes = gradient_dtypes(x, weight, dtype, copies)
         self.d_x, self.d_weight, self.d_bias = (
