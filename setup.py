@@ -144,7 +144,9 @@ class NinjaBuild(build_ext):
                 writer.build(name, rule, str(source), variables={"flags": shlex.join(flags).replace("$", "$$")})
 
             include = ["-isystem", sysconfig.get_path("include"), "-isystem", str(headers)]
-            compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", ["-O1", *defines, *include])
+            compile_object("cxx", ROOT / "csrc/isa.cpp", "isa.o", ["-O1", *defines])
+            for source in sorted((ROOT / "csrc/python").glob("*.cpp")):
+                compile_object("cxx", source, f"python_{source.stem}.o", ["-O1", *defines, *include])
             for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
                 for name, flags in sets.items():
                     if name not in PAIRS or source.stem in PAIRED:

@@ -45,8 +45,9 @@ def emulated(tmp_path_factory, request):
     compiler = ["g++", "-std=c++17", "-fPIC", "-fopenmp"]
     python = ["-fvisibility=hidden", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     pairs = ["-O1", "-g", "-Wall", "-Wextra", "-Werror", *AVX512, "-include", EMULATION / "tiles.h", *sanitize]
-    run([*compiler, *python, "-DFASTLM_GENERIC", "-DFASTLM_AVX512_BF16", "-DFASTLM_AMX", "-DFASTLM_EMULATED", "-c",
-         ROOT / "csrc/bindings.cpp", "-o", folder / "bindings.o"],
+    defines = ["-DFASTLM_GENERIC", "-DFASTLM_AVX512_BF16", "-DFASTLM_AMX", "-DFASTLM_EMULATED"]
+    run(*([*compiler, *python, *defines, "-c", path, "-o", folder / f"python_{path.stem}.o"]
+          for path in (ROOT / "csrc/isa.cpp", *(ROOT / "csrc/python").glob("*.cpp"))),
         *([*compiler, *pairs, f"-DFASTLM_ISA={isa}", define, "-c", ROOT / "csrc/cpu/rnn.cpp", "-o",
            folder / f"rnn_{isa}.o"] for isa, define in PAIRS.items()),
         *([*compiler, "-DFASTLM_ISA=generic", "-c", path, "-o", folder / f"{path.stem}_generic.o"]

@@ -86,7 +86,8 @@ def emulated(tmp_path_factory):
     compiler = ["g++", "-std=c++17", "-fPIC"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     python = ["-fvisibility=hidden", "-DFASTLM_GENERIC", "-DFASTLM_CUDA", *headers]
-    jobs = [[*compiler, *python, "-c", ROOT / "csrc/bindings.cpp", "-o", folder / "bindings.o"]]
+    jobs = [[*compiler, *python, "-c", path, "-o", folder / f"python_{path.stem}.o"]
+            for path in (ROOT / "csrc/isa.cpp", *(ROOT / "csrc/python").glob("*.cpp"))]
     jobs += [[*compiler, "-DFASTLM_ISA=generic", "-fopenmp", "-c", path, "-o", folder / f"{path.stem}_cpu.o"]
              for path in (ROOT / "csrc/cpu").glob("*.cpp")]
     jobs += [[*compiler, "-DFASTLM_EMULATED", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *sanitize,

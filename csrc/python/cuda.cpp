@@ -1,0 +1,93 @@
+// The kernels for NVIDIA GPUs: csrc/cuda/rnn.h.
+
+#ifdef FASTLM_CUDA
+
+#include <pybind11/stl.h>
+
+#include "../cuda/rnn.h"
+#include "arguments.h"
+
+namespace fastlm {
+namespace {
+
+// From (cell, number, batch, hidden, directions).
+cuda::Layer layer_of(const py::tuple& a) {
+  const auto at = [&](int i) { return a[i].cast<int>(); };
+  const cuda::Layer l{static_cast<Cell>(at(0)), static_cast<cuda::Number>(at(1)), at(2), at(3), at(4)};
+  if (a.size() != 5 || at(0) < 0 || at(0) > 3 || at(1) < 0 || at(1) > 4 || l.batch < 1 || l.hidden < 1 ||
+      l.directions < 1 || l.directions > 2)
+    throw std::invalid_argument("rnn: sizes out of range");
+  return l;
+}
+
+cuda::Chip chip_of(const py::tuple& a) { return {a[0].cast<int>(), a[1].cast<int>()}; }
+
+}  // namespace
+
+void define_cuda(py::module_ m) {
+  m.attr("built_version") = cuda::built_version();
+  m.attr("packed_sequences") = cuda::kPackedSequences;
+  m.def("driver_version", &cuda::driver_version,
+        "Return the newest CUDA version that the installed driver knows, as 1000·major + 10·minor; 0: no driver.");
+  m.def("rnn_plan",
+        [](const py::tuple& layer, bool backward, const py::tuple& chip) -> py::object {
+          const cuda::Layer l = layer_of(layer);
+          const cuda::Plan p = cuda::plan(l, backward, chip_of(chip));
+          if (!p.blocks) return py::none();
+          using py::literals::operator""_a;
+          return py::dict("m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles, "units"_a = p.units,
+                          "slices"_a = p.slices, "groups"_a = p.groups, "teams"_a = p.teams, "depth"_a = p.depth,
+                          "blocks"_a = p.blocks, "shared"_a = p.shared, "workspace"_a = p.workspace,
+                          "cost"_a = p.cost);
+        },
+        "Return cuda::plan of a layer (cell, number, batch, hidden, directions) on a chip (multiprocessors, bytes of "
+        "shared memory that a block may use); None where nothing fits.");
+  m.def("rnn_resident_blocks",
+        [](const py::tuple& layer, bool backward, const py::tuple& chip) {
+          return cuda::rnn_resident_blocks(layer_of(layer), backward, chip_of(chip));
+        },
+        "Return how many blocks of the pass the current GPU holds at a time.");
+  const auto pass_of = [](const py::tuple& layer, const py::tuple& chip, int64_t steps, uintptr_t batch_sizes,
+                          uintptr_t workspace) {
+    if (steps < 1 || steps > INT32_MAX) throw std::invalid_argument("rnn: sizes out of range");
+    return cuda::RnnPass{layer_of(layer), steps, pointer<const int64_t>(batch_sizes), chip_of(chip),
+                         pointer<void>(workspace)};
+  };
+  m.def("rnn_forward",
+        [=](const py::tuple& layer, const py::tuple& chip, int64_t steps, uintptr_t batch_sizes, uintptr_t workspace,
+            const std::vector<std::tuple<py::tuple, int64_t, int64_t>>& directions, bool train, uintptr_t stream) {
+          const cuda::RnnPass pass = pass_of(layer, chip, steps, batch_sizes, workspace);
+          if (int(directions.size()) != pass.layer.directions) throw std::invalid_argument("rnn: directions");
+          cuda::RnnForward d[2] = {};
+          for (size_t i = 0; i < directions.size(); ++i) {
+            const Pack a("rnn_forward", std::get<0>(directions[i]), 10);
+            d[i] = {a.address<void>(0), a.address<void>(1), a.address<void>(2), a.address<void>(3),
+                    a.address<void>(4), a.address<void>(5), a.address<void>(6), a.address<void>(7),
+                    a.address<void>(8), a.address<void>(9), std::get<1>(directions[i]), std::get<2>(directions[i])};
+          }
+          py::gil_scoped_release release;
+          cuda::rnn_forward(pass, d, train, pointer<void>(stream));
+        },
+        "Queue RnnForward on a stream; a direction is (addresses, gates_row, y_row), in the order of its fields.");
+  m.def("rnn_backward",
+        [=](const py::tuple& layer, const py::tuple& chip, int64_t steps, uintptr_t batch_sizes, uintptr_t workspace,
+            const std::vector<std::tuple<py::tuple, int64_t, int64_t>>& directions, uintptr_t stream) {
+          const cuda::RnnPass pass = pass_of(layer, chip, steps, batch_sizes, workspace);
+          if (int(directions.size()) != pass.layer.directions) throw std::invalid_argument("rnn: directions");
+          cuda::RnnBackward d[2] = {};
+          for (size_t i = 0; i < directions.size(); ++i) {
+            const Pack a("rnn_backward", std::get<0>(directions[i]), 12);
+            d[i] = {a.address<void>(0), a.address<void>(1), a.address<void>(2),  a.address<void>(3),
+                    a.address<void>(4), a.address<void>(5), a.address<void>(6),  a.address<void>(7),
+                    a.address<void>(8), a.address<void>(9), a.address<void>(10), a.address<void>(11),
+                    std::get<1>(directions[i]), std::get<2>(directions[i])};
+          }
+          py::gil_scoped_release release;
+          cuda::rnn_backward(pass, d, pointer<void>(stream));
+        },
+        "Queue RnnBackward on a stream; a direction is (addresses, y_row, dgates_row), in the order of its fields.");
+}
+
+}  // namespace fastlm
+
+#endif

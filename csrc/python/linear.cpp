@@ -1,0 +1,60 @@
+// Products and quantized layers: csrc/product.h, csrc/quant.h.
+
+#include "arguments.h"
+
+namespace fastlm {
+namespace {
+
+QuantizedLinear quantized(int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads) {
+  if (kind < 0 || kind > 2 || number < 0 || number > 2 || rows < 1 || in < 1 || out < 1 || threads < 1 ||
+      (kind == 1 && in > 131072) || (kind == 2 && group != 32 && group != 64 && group != 128))
+    throw std::invalid_argument("quantized_linear: sizes out of range");
+  if (!kernels.quantized_linear) throw std::runtime_error("quantized_linear: this CPU has no AVX-512 VNNI");
+  QuantizedLinear p{};
+  p.kind = static_cast<QuantizedWeight>(kind), p.number = static_cast<Number>(number);
+  p.rows = rows, p.in = in, p.out = out, p.group = group, p.threads = threads;
+  return p;
+}
+
+}  // namespace
+
+void define_linear(py::module_& m) {
+  m.def("product_workspace",
+        [](int64_t rows, int64_t depth, int64_t columns, int threads, size_t number) {
+          Product call{};
+          call.rows = rows, call.depth = depth, call.columns = columns, call.threads = threads;
+          return kernels.product_workspace(call, number);
+        },
+        "Return the bytes of workspace that a call needs.");
+  m.def("product",
+        [](const py::tuple& sizes, const py::tuple& addresses, bool add, int threads, size_t number) {
+          const Pack n("product", sizes, 8), a("product", addresses, 5);
+          if (threads < 1 || (number != sizeof(float) && number != sizeof(double)))
+            throw std::invalid_argument("product: threads or size of a number out of range");
+          const Product call{n.size(0),          n.size(1), n.size(2),          a.address<void>(0), n.size(3), n.size(4),
+                             a.address<void>(1), n.size(5), n.size(6),          a.address<void>(2),
+                             a.address<void>(3), n.size(7), add,                threads,            a.address<void>(4)};
+          py::gil_scoped_release release;
+          kernels.product(call, number);
+        },
+        "Run Product: sizes M, K, N and strides of A, of B and of C's rows; addresses of A, B, bias, C, workspace.");
+  m.def("quantized_linear_workspace",
+        [](int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads) {
+          return kernels.quantized_linear_workspace(quantized(kind, number, rows, in, out, group, threads));
+        },
+        "Return the bytes of workspace that a call needs.");
+  m.def("quantized_linear",
+        [](int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads,
+           const py::tuple& a) {
+          if (a.size() != 6) throw std::invalid_argument("quantized_linear: expected 6 addresses");
+          QuantizedLinear p = quantized(kind, number, rows, in, out, group, threads);
+          const auto at = [&](int i) { return a[i].cast<uintptr_t>(); };
+          p.x = pointer<void>(at(0)), p.weight = pointer<void>(at(1)), p.scale = pointer<float>(at(2));
+          p.bias = pointer<float>(at(3)), p.y = pointer<void>(at(4)), p.workspace = pointer<void>(at(5));
+          py::gil_scoped_release release;
+          kernels.quantized_linear(p);
+        },
+        "Run QuantizedLinear: addresses of x, weight, scale, bias, y, workspace.");
+}
+
+}  // namespace fastlm

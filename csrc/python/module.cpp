@@ -1,0 +1,25 @@
+// fastlm._native: what Python sees of the kernels. The GIL is released while one runs.
+
+#include "arguments.h"
+
+PYBIND11_MODULE(_native, m) {
+  using namespace fastlm;
+  kernels = choose_kernels();
+  const Features cpu;
+  m.doc() = "Kernels in C++ and CUDA; see csrc/*.h for what each pointer means.";
+  m.attr("isa") = kernels.name;
+  m.attr("cpu") = cpu_of(kernels);
+  m.attr("pairs") = kernels.pairs;
+  m.attr("vnni") = kernels.quantized_linear != nullptr;
+  m.attr("bf16_arithmetic") = cpu.avx512_bf16;
+  m.attr("fp16_arithmetic") = cpu.avx512_fp16;
+  m.attr("amx") = cpu.amx_int8;
+  define_rnn(m);
+  define_rows(m);
+  define_linear(m);
+  define_loss(m);
+  define_attention(m);
+#ifdef FASTLM_CUDA
+  define_cuda(m.def_submodule("cuda", "The kernels for NVIDIA GPUs."));
+#endif
+}

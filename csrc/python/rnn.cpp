@@ -1,0 +1,196 @@
+// Recurrent layers: csrc/rnn.h.
+
+#include <type_traits>
+
+#include "arguments.h"
+
+namespace fastlm {
+namespace {
+
+// Calls f with the kernels for numbers of so many bytes.
+template <class F>
+auto with_kernels(const RnnProblem& p, size_t number, const F& f) {
+  const bool reduced = kernels.pairs && p.precision >= kernels.reduced_from && p.batch > 1;
+  if (number == sizeof(double)) return f(kernels.rnn_f64);
+  if (number == sizeof(float)) return f(reduced ? kernels.rnn_reduced : kernels.rnn_f32);
+  if (!kernels.pairs) throw std::invalid_argument("rnn: kernels for 16 bits need AVX512_BF16 or AMX");
+  return f(kernels.rnn_bf16);
+}
+
+// From (cell, reverse, steps, batch, hidden, projection, inputs, batch_sizes, threads, precision, first, last).
+RnnProblem problem(const py::tuple& p) {
+  if (p.size() != 12) throw std::invalid_argument("rnn: expected 12 numbers");
+  const auto at = [&](int i) { return p[i].cast<int64_t>(); };
+  const RnnProblem found{static_cast<Cell>(at(0)), at(1) != 0, at(2), at(3), at(4), at(5), at(6),
+                         pointer<const int64_t>(p[7].cast<uintptr_t>()), static_cast<int>(at(8)),
+                         static_cast<Precision>(at(9)), at(10), at(11)};
+  if (at(0) < 0 || at(0) > 3 || at(9) < 0 || at(9) > 2 || found.steps < 1 || found.batch < 0 || found.hidden < 1 ||
+      found.projection < 0 || (found.projection && found.cell != Cell::lstm) || found.inputs < 0 ||
+      found.threads < 1 || found.first < 0 || found.first >= found.last || found.last > found.steps)
+    throw std::invalid_argument("rnn: sizes out of range");
+  return found;
+}
+
+template <class T, class Kernel>
+void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, bool train) {
+  if (a.size() != 14) throw std::invalid_argument("rnn_forward: expected 14 addresses");
+  const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
+  const RnnForward<T> call{at(0), at(1), at(2), at(3),  at(4),  at(5),  at(6), at(7),
+                           at(8), at(9), at(10), at(11), at(12), train, at(13)};
+  py::gil_scoped_release release;
+  kernel(p, call);
+}
+
+template <class T, class Kernel>
+void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld) {
+  if (a.size() != 14) throw std::invalid_argument("rnn_backward: expected 14 addresses");
+  const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
+  const RnnBackward<T> call{at(0), at(1), at(2), at(3),  at(4), at(5),  at(6), at(7),
+                            at(8), at(9), at(10), ld,    at(11), at(12), at(13)};
+  py::gil_scoped_release release;
+  kernel(p, call);
+}
+
+template <class T, class Kernel>
+void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, const py::tuple& a, bool train) {
+  if (a.size() != 12) throw std::invalid_argument("rnn_direct: expected 12 addresses");
+  if (weights < 0 || weights > 3 || inputs < 1) throw std::invalid_argument("rnn_direct: sizes out of range");
+  const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
+  const RnnDirect<T> call{static_cast<Stored>(weights), inputs, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
+                          at(8), at(9), at(10), at(11), train};
+  py::gil_scoped_release release;
+  kernel(p, call);
+}
+
+enum Attribute { kDtype, kDevice, kIsCpu, kIsContiguous, kDataPtr };
+
+// What a tensor says of itself, by names that are made once.
+struct Attributes {
+  py::handle tensor;
+
+  explicit Attributes(py::handle tensor) : tensor(tensor) {}
+  py::object get(Attribute name) const { return checked(PyObject_GetAttr(tensor.ptr(), interned(name))); }
+  py::object call(Attribute name) const { return checked(PyObject_CallMethodNoArgs(tensor.ptr(), interned(name))); }
+
+ private:
+  static PyObject* interned(Attribute name) {
+    static PyObject* const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("device"),
+                                      PyUnicode_InternFromString("is_cpu"),
+                                      PyUnicode_InternFromString("is_contiguous"),
+                                      PyUnicode_InternFromString("data_ptr")};
+    return names[name];
+  }
+  static py::object checked(PyObject* found) {
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+  }
+};
+
+// Where tensors lie, 0 for None, each checked for what a kernel takes for granted: contiguous, on `device`, and of the
+// dtype that `kinds` names, a letter for each: n numbers, s what carries a state, w weights.
+py::tuple addresses(const py::tuple& tensors, const std::string& kinds, py::handle device, py::handle number,
+                    py::handle state, py::handle weight) {
+  if (kinds.size() != tensors.size()) throw std::invalid_argument("addresses: a kind for each tensor");
+  py::tuple found(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const py::handle t = tensors[i];
+    if (t.is_none()) {
+      found[i] = py::int_(0);
+      continue;
+    }
+    const py::handle wanted = kinds[i] == 's' ? state : kinds[i] == 'w' ? weight : number;
+    const Attributes of(t);
+    if (!of.get(kDtype).is(wanted) || !of.get(kDevice).equal(device) || !of.call(kIsContiguous).is(py::handle(Py_True)))
+      throw std::runtime_error("a kernel needs contiguous " + std::string(py::str(wanted)) + " on " +
+                               std::string(py::str(device)) + ", got " + std::string(py::str(t.attr("dtype"))) +
+                               " of strides " + std::string(py::str(t.attr("stride")())) + " on " +
+                               std::string(py::str(t.attr("device"))));
+    found[i] = of.call(kDataPtr);
+  }
+  return found;
+}
+
+// One step of one layer without gradients, checks and results included, because a stream calls for every token and
+// Python takes longer than the kernel: (y, hn) or (y, hn, cn), or None where a tensor is not what a kernel can take.
+py::object rnn_step(int cell, int64_t batch, int64_t hidden, int64_t inputs, int threads, size_t number, bool biased,
+                    py::handle x, const py::tuple& hx, const py::list& params, const py::tuple& types,
+                    py::handle empty_like) {
+  const int states = cell == 0 ? 2 : 1;
+  if (cell < 0 || cell > 3 || batch < 1 || hidden < 1 || inputs < 1 || threads < 1 || hx.size() != size_t(states) ||
+      params.size() != (biased ? 4u : 2u))
+    throw std::invalid_argument("rnn_step: sizes out of range");
+  const py::object dtype = Attributes(x).get(kDtype);
+  bool fits = true;
+  const auto address = [&](py::handle t) -> Address {
+    const Attributes of(t);
+    const py::handle type = py::type::handle_of(t);
+    const py::handle yes(Py_True);
+    fits = fits && (type.is(types[0]) || type.is(types[1])) && of.get(kDtype).is(dtype) && of.get(kIsCpu).is(yes) &&
+           of.call(kIsContiguous).is(yes);
+    return {fits ? of.call(kDataPtr).cast<uintptr_t>() : 0};
+  };
+  const Address from[] = {address(x), address(params[0]), address(params[1]),
+                          biased ? address(params[2]) : Address{0}, biased ? address(params[3]) : Address{0},
+                          address(hx[0]), states == 2 ? address(hx[1]) : Address{0}};
+  if (!fits) return py::none();
+  py::tuple results(1 + states);
+  Address to[3] = {};
+  for (int i = 0; i <= states; ++i) {
+    results[i] = empty_like(hx[i == 2]);
+    to[i] = address(results[i]);
+  }
+  if (!fits) return py::none();
+  const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, 0, nullptr, threads, Precision::highest, 0, 1};
+  const auto run = [&](const auto& kernel, auto zero, Stored stored) {
+    using T = decltype(zero);
+    const RnnDirect<T> call{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
+                            from[6], nullptr, to[0],   nullptr, to[1],   to[2],   false};
+    py::gil_scoped_release release;
+    kernel.direct(p, call);
+  };
+  if (number == sizeof(double))
+    run(kernels.rnn_f64, 0.0, Stored::f64);
+  else
+    run(kernels.rnn_f32, 0.0f, Stored::f32);
+  return results;
+}
+
+}  // namespace
+
+void define_rnn(py::module_& m) {
+  m.def("addresses", &addresses, "Return where tensors lie, 0 for None; raise where a kernel could not take one.");
+  m.def("rnn_step", &rnn_step, "Run one step of one layer without gradients: RnnDirect with its results.");
+  m.def("rnn_workspace",
+        [](const py::tuple& sizes, bool backward, size_t number) {
+          const RnnProblem p = problem(sizes);
+          return with_kernels(p, number, [&](const auto& k) { return k.workspace(p, backward, number); });
+        },
+        "Return the bytes of workspace that a call needs.");
+  m.def("rnn_forward",
+        [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses) {
+          const RnnProblem p = problem(sizes);
+          with_kernels(p, number, [&](const auto& k) {
+            forward<typename std::decay_t<decltype(k)>::Number>(k.forward, p, addresses, train);
+          });
+        },
+        "Run RnnForward: addresses of w_hh, w_hr, b_hn, gates, h0, c0, y, c, hn, cn, workspace.");
+  m.def("rnn_backward",
+        [](const py::tuple& sizes, size_t number, int64_t ld, const py::tuple& addresses) {
+          const RnnProblem p = problem(sizes);
+          with_kernels(p, number, [&](const auto& k) {
+            backward<typename std::decay_t<decltype(k)>::Number>(k.backward, p, addresses, ld);
+          });
+        },
+        "Run RnnBackward: addresses of w_hh, w_hr, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
+  m.def("rnn_direct",
+        [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses, int weights, int64_t inputs) {
+          const RnnProblem p = problem(sizes);
+          if (number == 4)
+            direct<float>(kernels.rnn_f32.direct, p, weights, inputs, addresses, train);
+          else
+            direct<double>(kernels.rnn_f64.direct, p, weights, inputs, addresses, train);
+        },
+        "Run RnnDirect: addresses of x, w_ih, w_hh, b_ih, b_hh, h0, c0, gates, y, c, hn, cn.");
+}
+
+}  // namespace fastlm
