@@ -2,10 +2,10 @@
 
 import torch
 
-from fastlm.autograd import Differentiable
 from fastlm.ops import attention_tiles
 from fastlm.ops.attention import reference
-from fastlm.ops.attention_common import ACCEPTS, Options, accumulator
+from fastlm.ops.attention_common import ACCEPTS
+from fastlm.ops.attention_cpu import differentiable
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
@@ -42,39 +42,21 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
 
 def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
     seed = torch.randint(2**62, (), device=query.device) if options.dropout_p else None
-    tensors = (query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, seed)
-    out, lse = _attention(tensors, *options)
-    return (out, lse.masked_fill(lse == torch.inf, -torch.inf)) if options.return_lse else out
+    return _attention((query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, seed), options)
 
 
-def _forward(tensors, needs, *options):
-    found = _fake(tensors, needs)
-    attention_tiles.forward(attention_tiles.Call(*tensors, Options(*options)), *found)
-    return found
+def _forward(tensors, options, out, lse):
+    attention_tiles.forward(attention_tiles.Call(*tensors, options), out, lse)
 
 
-def _fake(tensors, needs, *options):
-    query, _, value, *_ = tensors
-    out = query.new_empty(*query.shape[:3], value.size(3))
-    return [out, query.new_empty(query.shape[:3], dtype=accumulator(query))]
+def _backward(tensors, options, saved, grads, needs):
+    return attention_tiles.backward(attention_tiles.Call(*tensors, options), *saved, *grads, needs[:5])
 
 
-def _backward(grads, saved, tensors, needs, *options):
-    call = attention_tiles.Call(*tensors, Options(*options))
-    found = attention_tiles.backward(call, *saved, *grads, needs[:5])
-    # Only functorch and exporting ask for gradients of the slopes, which count as constants.
-    return [*found, *(torch.zeros_like(t) if n else None for t, n in zip(tensors[5:], needs[5:], strict=True))]
-
-
-def _reference(tensors, *options):
+def _reference(tensors, options):
     *tensors, seed = tensors
-    options = Options(*options)
     dropped = None if seed is None else attention_tiles.dropped(attention_tiles.Call(*tensors, seed, options))
-    out, lse = reference(*tensors, options._replace(return_lse=True), dropped)
-    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+    return reference(*tensors, options, dropped)
 
 
-_attention = Differentiable(
-    "attention_blocked", statics="float dropout_p, bool is_causal, float scale, int left, int right, float softcap, "
-    "bool return_lse", outputs=2, forward=_forward, fake=_fake, backward=_backward, reference=_reference,
-    reads_results=True)
+_attention = differentiable("attention_blocked", _forward, _backward, _reference)

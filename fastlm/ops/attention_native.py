@@ -3,10 +3,9 @@
 import torch
 
 import fastlm._native as _native
-from fastlm.autograd import Differentiable
 from fastlm.ops import attention_common
 from fastlm.ops.attention import reference
-from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.attention_cpu import differentiable
 from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
 from fastlm.ops.cpu import unmeasured
 
@@ -41,9 +40,7 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
 
 
 def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
-    tensors = (query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids)
-    out, lse = _attention(tensors, *options[1:])
-    return (out, lse.masked_fill(lse == torch.inf, -torch.inf)) if options.return_lse else out
+    return _attention((query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids), options)
 
 
 def _kernels(tensors, options):
@@ -52,22 +49,14 @@ def _kernels(tensors, options):
     if key_lengths is not None:
         zeros = torch.zeros_like(key_lengths, dtype=torch.int64)
         spans = torch.stack([zeros, zeros + query.size(2), zeros, key_lengths.clamp(0, key.size(2))], 1)
-    return Kernels(_native, query, key, value, mask, sinks, slopes, spans, ids, Options(0.0, *options))
+    return Kernels(_native, query, key, value, mask, sinks, slopes, spans, ids, options)
 
 
-def _forward(tensors, needs, *options):
-    found = _fake(tensors, needs)
-    _kernels(tensors, options).forward(*found)
-    return found
+def _forward(tensors, options, out, lse):
+    _kernels(tensors, options).forward(out, lse)
 
 
-def _fake(tensors, needs, *options):
-    query, _, value, *_ = tensors
-    out = query.new_empty(*query.shape[:3], value.size(3))
-    return [out, query.new_empty(query.shape[:3], dtype=accumulator(query))]
-
-
-def _backward(grads, saved, tensors, needs, *options):
+def _backward(tensors, options, saved, grads, needs):
     kernels = _kernels(tensors, options)
     # What nobody sees has no gradient that the kernel writes.
     beyond = torch.empty if kernels.spans is None else torch.zeros
@@ -75,17 +64,11 @@ def _backward(grads, saved, tensors, needs, *options):
              for t, need, make in zip(tensors, needs[:3], (torch.empty, beyond, beyond), strict=False)]
     found.append(kernels.new_dmask() if needs[3] else None)
     kernels.backward(*saved, *grads, *found)
-    found.append(kernels.dsinks(*saved, *grads) if needs[4] else None)
-    # Only functorch and exporting ask for gradients of the slopes, which count as constants.
-    found += [torch.zeros_like(t) if n else None for t, n in zip(tensors[5:], needs[5:], strict=True)]
-    return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+    return [*found, kernels.dsinks(*saved, *grads) if needs[4] else None]
 
 
-def _reference(tensors, *options):
-    out, lse = reference(*tensors, Options(0.0, *options)._replace(return_lse=True))
-    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+def _reference(tensors, options):
+    return reference(*tensors, options)
 
 
-_attention = Differentiable(
-    "attention_native", statics="bool is_causal, float scale, int left, int right, float softcap, bool return_lse",
-    outputs=2, forward=_forward, fake=_fake, backward=_backward, reference=_reference, reads_results=True)
+_attention = differentiable("attention_native", _forward, _backward, _reference)

@@ -5,21 +5,11 @@ import torch
 from fastlm.autograd import Differentiable
 from fastlm.ops import attention_launch_triton as launch
 from fastlm.ops.attention import reference
-from fastlm.ops.attention_common import Options
+from fastlm.ops.attention_common import ACCEPTS, Options
 from fastlm.ops.triton_kernels import DTYPES
 from fastlm.ops.triton_kernels import loses as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
-
-ACCEPTS = {
-    "length 1", "length 127", "length 128", "length 129", "causal", "causal, more keys", "causal, more queries",
-    "cross", "grouped", "one key head", "head size 1", "head size 3", "head size 80", "head size 128", "head size 256",
-    "wide values", "scale", "negative scale", "outliers", "boolean mask", "shared mask", "key padding", "additive mask",
-    "learned bias", "float32 bias", "minus infinity", "causal and mask", "causal and bias", "window",
-    "window, more keys", "window, more queries", "causal at the last key", "softcap", "alibi", "alibi for each row",
-    "sinks", "key lengths", "documents", "unordered documents", "log-sum-exp", "log-sum-exp of nothing",
-    "everything dropped", "everything", "no rows", "no queries", "no keys", "lengths before heads", "transposed",
-    "expanded keys"}
 
 
 def cannot(query, key, value, *rest):

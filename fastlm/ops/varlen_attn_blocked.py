@@ -7,10 +7,10 @@ import functools
 
 import torch
 
-from fastlm.autograd import Differentiable
 from fastlm.ops import attention_lanes, attention_tiles
 from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
-from fastlm.ops.attention_common import Options, accumulator, simplest
+from fastlm.ops.attention_common import accumulator, simplest
+from fastlm.ops.attention_cpu import differentiable
 from fastlm.ops.varlen_attn import reference, rows, sequences, unpaged
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -43,13 +43,7 @@ def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
 
 def run(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
         options):
-    tensors = (query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table)
-    out, lse = _varlen_attn(tensors, options.scale, options.left, options.right, options.softcap, options.return_lse)
-    return (out, lse.masked_fill(lse == torch.inf, -torch.inf)) if options.return_lse else out
-
-
-def _options(scale, left, right, softcap, return_lse):
-    return Options(scale=scale, left=left, right=right, softcap=softcap, return_lse=return_lse)
+    return _varlen_attn((query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table), options)
 
 
 def _calls(tensors, options):
@@ -65,9 +59,8 @@ def _calls(tensors, options):
     return found, attention_lanes.lanes(found[0][2], scores) if found else []
 
 
-def _forward(tensors, needs, *options):
-    out, lse = _fake(tensors, needs, *options)
-    calls, lanes = _calls(tensors, _options(*options))
+def _forward(tensors, options, out, lse):
+    calls, lanes = _calls(tensors, options)
 
     def run(lane):
         for queries, _, call in calls:
@@ -76,20 +69,14 @@ def _forward(tensors, needs, *options):
     attention_lanes.side_by_side([functools.partial(run, lane) for lane in lanes])
     end = calls[-1][0].stop if calls else 0
     out[end:], lse[end:] = 0, torch.inf
-    return [out, lse]
 
 
-def _fake(tensors, needs, *options):
-    query, _, value, *_ = tensors
-    out = query.new_empty(*query.shape[:2], value.size(-1))
-    return [out, query.new_empty(query.shape[:2], dtype=accumulator(query))]
-
-
-def _backward(grads, saved, tensors, needs, *options):
-    found = [torch.zeros(t.shape, dtype=accumulator(t)) if n else None for t, n in zip(tensors, needs, strict=True)]
-    dquery, dkey, dvalue, dsinks, *_ = found
+def _backward(tensors, options, saved, grads, needs):
+    found = [torch.zeros(t.shape, dtype=accumulator(t)) if need else None
+             for t, need in zip(tensors[:4], needs, strict=False)]
+    dquery, dkey, dvalue, dsinks = found
     wanted = [*needs[:3], False, needs[3]]
-    calls, lanes = _calls(tensors, _options(*options))
+    calls, lanes = _calls(tensors, options)
 
     def run(lane):
         for queries, keys, call in calls:
@@ -105,16 +92,11 @@ def _backward(grads, saved, tensors, needs, *options):
                 dsinks[lane.query_heads] += ds
 
     attention_lanes.side_by_side([functools.partial(run, lane) for lane in lanes])
-    return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+    return found
 
 
-def _reference(tensors, *options):
-    query, key, value, sinks, slopes, *where = tensors
-    out, lse = reference(query, key, value, sinks, slopes, *where, 0, 0, None,
-                         _options(*options)._replace(return_lse=True))
-    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+def _reference(tensors, options):
+    return reference(*tensors, 0, 0, None, options)
 
 
-_varlen_attn = Differentiable(
-    "varlen_attn_blocked", statics="float scale, int left, int right, float softcap, bool return_lse", outputs=2,
-    forward=_forward, fake=_fake, backward=_backward, reference=_reference, reads_results=True)
+_varlen_attn = differentiable("varlen_attn_blocked", _forward, _backward, _reference)

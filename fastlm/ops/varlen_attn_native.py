@@ -3,9 +3,9 @@
 import torch
 
 import fastlm._native as _native
-from fastlm.autograd import Differentiable
 from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
-from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.attention_common import accumulator
+from fastlm.ops.attention_cpu import differentiable
 from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
 from fastlm.ops.cpu import unmeasured
 from fastlm.ops.varlen_attn import reference, sequences, unpaged
@@ -41,9 +41,7 @@ def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
 
 def run(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
         options):
-    tensors = (query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table)
-    out, lse = _varlen_attn(tensors, options.scale, options.left, options.right, options.softcap, options.return_lse)
-    return (out, lse.masked_fill(lse == torch.inf, -torch.inf)) if options.return_lse else out
+    return _varlen_attn((query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table), options)
 
 
 class _Packed:
@@ -54,7 +52,7 @@ class _Packed:
         self.tokens, spans = _spans(key, *where)
         key, value = (unpaged(x) if self.tokens is None else unpaged(x)[self.tokens] for x in (key, value))
         self.kernels = Kernels(_native, *map(_rows, (query, key, value)), None, sinks, slopes, spans, (None, None),
-                               _options(*options))
+                               options)
 
     def scattered(self, grad, x):
         """Return the gradient of `x`, where that is a pool of pages, from the one of the tokens that were read."""
@@ -83,26 +81,14 @@ def _rows(x):
     return None if x is None else x.transpose(0, 1)[None]
 
 
-def _options(scale, left, right, softcap, return_lse):
-    return Options(scale=scale, left=left, right=right, softcap=softcap, return_lse=return_lse)
-
-
-def _forward(tensors, needs, *options):
-    out, lse = _fake(tensors, needs, *options)
+def _forward(tensors, options, out, lse):
     end = int(tensors[5][-1])
     out[end:], lse[end:] = 0, torch.inf
     if end:
         _Packed(tensors, options).kernels.forward(_rows(out), _rows(lse))
-    return [out, lse]
 
 
-def _fake(tensors, needs, *options):
-    query, _, value, *_ = tensors
-    out = query.new_empty(*query.shape[:2], value.size(-1))
-    return [out, query.new_empty(query.shape[:2], dtype=accumulator(query))]
-
-
-def _backward(grads, saved, tensors, needs, *options):
+def _backward(tensors, options, saved, grads, needs):
     packed = _Packed(tensors, options)
     kernels, rows = packed.kernels, [_rows(x) for x in (*saved, *grads)]
     found = [torch.zeros(t.size(2), t.size(1), t.size(3), dtype=kernels.stored) if need else None
@@ -111,19 +97,11 @@ def _backward(grads, saved, tensors, needs, *options):
     for i in (1, 2):
         if found[i] is not None:
             found[i] = packed.scattered(found[i], tensors[i])
-    found.append(kernels.dsinks(*rows) if needs[3] else None)
-    # Only functorch and exporting ask for gradients of the slopes, which count as constants.
-    found += [torch.zeros_like(t) if n else None for t, n in zip(tensors[4:], needs[4:], strict=True)]
-    return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+    return [*found, kernels.dsinks(*rows) if needs[3] else None]
 
 
-def _reference(tensors, *options):
-    query, key, value, sinks, slopes, *where = tensors
-    out, lse = reference(query, key, value, sinks, slopes, *where, 0, 0, None,
-                         _options(*options)._replace(return_lse=True))
-    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+def _reference(tensors, options):
+    return reference(*tensors, 0, 0, None, options)
 
 
-_varlen_attn = Differentiable(
-    "varlen_attn_native", statics="float scale, int left, int right, float softcap, bool return_lse", outputs=2,
-    forward=_forward, fake=_fake, backward=_backward, reference=_reference, reads_results=True)
+_varlen_attn = differentiable("varlen_attn_native", _forward, _backward, _reference)

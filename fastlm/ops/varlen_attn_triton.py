@@ -4,15 +4,12 @@ import torch
 
 from fastlm.autograd import Differentiable, transformed
 from fastlm.ops import attention_launch_triton as launch
+from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
 from fastlm.ops.attention_common import Options
 from fastlm.ops.triton_kernels import DTYPES, loses
 from fastlm.ops.varlen_attn import reference
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
-
-ACCEPTS = {"sequences", "one sequence", "causal", "causal, more keys", "causal, more queries", "window", "grouped",
-           "wide values", "empty sequences", "no sequences with queries", "softcap", "alibi", "alibi for each sequence",
-           "sinks", "used keys", "log-sum-exp", "everything", "pages"}
 
 
 def cannot(query, key, value, *rest):

@@ -387,7 +387,7 @@ def test_operators_refuse_what_the_kernel_would_read_beyond():
     call = torch.ops.fastlm.attention_native.default
     slots = [0, 0, 0, *[-1] * 6]
     with pytest.raises(RuntimeError, match="no call that the kernel can take"):
-        call([q, k, k], slots, False, 1.0, -1, -1, 0.0, False)
+        call([q, k, k], slots, *Options())
 
 
 @pytest.mark.parametrize("make", [
