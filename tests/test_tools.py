@@ -187,6 +187,15 @@ def test_readme_is_filled_from_results(result, tmp_path):
         first, second = line.split("|")[3:5]
         assert first == second
         assert re.fullmatch(r" \d+\.\d\d×( \(\d+\.\d\d–\d+\.\d\d\))?(, else stock)? ", first), first
+    for row in result["rows"]:
+        if row["mode"] == "forward":
+            row["ran"] = "stock"
+    data.write_text(json.dumps(result))
+    report.update_readme(readme, tmp_path)
+    text = readme.read_text()
+    assert "| f32 forward |" not in text
+    assert "| linear_cross_entropy | f32 training |" in text
+    assert text.count("linear_cross_entropy (f32 forward)") == 1
 
 
 def test_profile_compares_three_variants(tmp_path):

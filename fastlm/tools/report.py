@@ -199,15 +199,24 @@ def _markdown_table(headings, rows):
 
 
 def summary(results: list[dict]) -> str:
-    """Return one table for several machines: each group's geometric mean ratio, the least and the most."""
+    """Return one table for several machines: each group's geometric mean ratio, the least and the most of its rows.
+
+    A line below names the groups of which stock ran every row on every machine.
+    """
     groups = {}
     for i, result in enumerate(results):
         for row in result["rows"]:
             key = row["name"], f"{SHORT.get(row['dtype'], row['dtype'])} {row['mode']}"
             groups.setdefault(key, [[] for _ in results])[i].append(row)
     names = [f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in results]
-    rows = ((*key, *map(_summary_cell, found)) for key, found in groups.items())
-    return "\n".join(_markdown_table(("what", "type, mode", *names), rows)[1:]) + "\n"
+    ours = {key: found for key, found in groups.items() if any(r["ran"] != "stock" for rows in found for r in rows)}
+    lines = _markdown_table(("what", "type, mode", *names),
+                            ((*key, *map(_summary_cell, found)) for key, found in ours.items()))
+    if stock := sorted(groups.keys() - ours.keys()):
+        some = {name for name, _ in ours}
+        found = dict.fromkeys(f"{name} ({mode})" if name in some else name for name, mode in stock)
+        lines += ["", f"Stock PyTorch runs, nothing of ours being faster or measured there, for: {', '.join(found)}."]
+    return "\n".join(lines[1:]) + "\n"
 
 
 def _summary_cell(rows):
