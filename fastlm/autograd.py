@@ -275,9 +275,12 @@ def transformed() -> bool:
 
 
 def plain(tensors) -> bool:
-    """Tell whether the tensors hold memory that a kernel can be given (not fake or meta, no subclass or tracer)."""
+    """Tell whether the tensors hold memory that a kernel can be given (not fake or meta, no subclass or tracer).
+
+    Nor negated lazily, as `z.conj().imag` is: such numbers lie in memory with the wrong sign.
+    """
     return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors
+        type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta and not t.is_neg() for t in tensors
     ) and torch._C._functorch.peek_interpreter_stack() is None
 
 

@@ -91,7 +91,7 @@ class Op:
     def choose(self, args) -> tuple[str, dict[str, str]]:
         """Return the implementation that takes this call, and the reasons of those that were asked before it."""
         wanted = [name for name in _order if name in self.implementations] if _order else []
-        no_kernels = _forward_mode() or _foreign_device(args)
+        no_kernels = _forward_mode() or _foreign(args)
         declined: dict[str, str] = {}
         for name in wanted or self.default:
             implementation = self.implementations[name]
@@ -214,18 +214,21 @@ def _forward_mode() -> str | None:
     return None
 
 
-def _foreign_device(args) -> str | None:
-    """Return the reason why the device of the first tensor in `args` has no kernels of ours."""
+def _foreign(args) -> str | None:
+    """Return the reason why no kernel of ours can read the tensors in `args`, which are on one device."""
+    first = None
     for arg in args:
         if isinstance(arg, list | tuple) and arg:
             arg = arg[0]
         if isinstance(arg, torch.Tensor):
-            if arg.device.type not in ("cpu", "cuda"):
-                return f"device {arg.device.type}: fastlm has kernels for the CPU and NVIDIA GPUs only"
-            if arg.is_cuda and torch.version.hip:
-                return "ROCm: never measured there"
-            return None
-    return None
+            first = arg if first is None else first
+            if arg.layout is not torch.strided or arg.is_nested:
+                return f"nested, or of layout {arg.layout}: kernels read dense tensors"
+    if first is None:
+        return None
+    if first.device.type not in ("cpu", "cuda"):
+        return f"device {first.device.type}: fastlm has kernels for the CPU and NVIDIA GPUs only"
+    return "ROCm: never measured there" if first.is_cuda and torch.version.hip else None
 
 
 def _is_compiled(fn) -> bool:

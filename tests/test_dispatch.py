@@ -4,10 +4,12 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
-from fastlm.dispatch import NAMES, Call, Implementation, Op
+from fastlm.dispatch import NAMES, Call, CannotRun, Implementation, Op
 
 
 def toy(name="toy", **fast):
@@ -139,6 +141,23 @@ def test_other_devices_get_stock_with_that_reason():
     assert "meta" in calls[0].declined["native"]
     with fastlm.backend("native"), pytest.raises(RuntimeError, match="meta"):
         op(torch.zeros(5, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")
+def test_nested_and_sparse_tensors_get_stock():
+    x, weight = torch.randn(512, 128), torch.randn(256, 128)
+    sparse = weight.to_sparse_csr()
+    calls = fastlm.explain(fastlm.ops.linear, x, sparse)
+    assert calls[0].ran == "torch"
+    assert "sparse_csr" in calls[0].declined["native"]
+    torch.testing.assert_close(fastlm.ops.linear(x, sparse), F.linear(x, sparse))
+    with fastlm.backend("native"), pytest.raises(CannotRun, match="sparse_csr"):
+        fastlm.ops.linear(x, sparse)
+    nested = torch.nested.nested_tensor([torch.randn(2, 128), torch.randn(3, 128)])
+    for ours, stock in ((fastlm.nn.Linear(128, 5), nn.Linear(128, 5)), (fastlm.nn.LayerNorm(128), nn.LayerNorm(128))):
+        stock.load_state_dict(ours.state_dict())
+        for a, b in zip(ours(nested).unbind(), stock(nested).unbind(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 # --- explain ---------------------------------------------------------------------------------------------------

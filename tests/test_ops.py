@@ -104,6 +104,37 @@ def test_frozen_inputs_and_no_grad(op, name, device):
                 torch.testing.assert_close(a, b)
 
 
+def _lay(t, form):
+    """Return the numbers of `t` in another place or order in memory."""
+    if form == "lazily negated":
+        return torch._neg_view(-t) if t.is_floating_point() else t
+    if form == "behind others":
+        return torch.cat([t.new_ones(3), t.reshape(-1)])[3:].view(t.shape)
+    if t.dim() == 0:
+        return t
+    if form == "columns last":
+        return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+    return torch.stack([t, torch.ones_like(t)], -1).flatten(-2)[..., ::2]  # every other one
+
+
+@pytest.mark.parametrize("form", ["lazily negated", "behind others", "columns last", "every other one"])
+@pytest.mark.parametrize(("op", "name"), FAST, ids=lambda x: getattr(x, "name", x))
+def test_numbers_may_lie_anywhere(op, name, form, device):
+    """Of results and gradients, wherever and however arguments and upstream gradients lie in memory."""
+    implementation = op.implementations[name]
+    for sample in op.samples("test", torch.float32, device):
+        if implementation.run is None or sum(t.numel() for t in measure.floating(sample.args)) > 2000 or (
+                implementation.cannot(*sample.args)):
+            continue
+        args = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: _lay(t, form), sample.args)
+        with fastlm.backend(name):
+            results, upstream, grads = measure.differentiate(op, sample.args, constants=op.constants)
+            found = measure.differentiate(op, args, [_lay(g, form) for g in upstream], constants=op.constants)
+        for a, b in zip(found[0] + found[2], results + grads, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5,
+                                       msg=lambda m, s=sample: f"{s.name}: {m}")
+
+
 def _replace(args, old, new):
     """Return `args` with each tensor of `old` replaced by the one of `new` at its place."""
     table = {id(a): b for a, b in zip(old, new, strict=True)}

@@ -26,6 +26,8 @@ def cannot(input, target, weight, ignore_index, reduction, label_smoothing):
         return f"no kernel for {input.dtype}"
     if target.is_floating_point() and target.requires_grad:
         return "the target needs a gradient"
+    if target.is_floating_point() and torch.promote_types(target.dtype, input.dtype) is not input.dtype:
+        return f"the loss of {input.dtype} and probabilities in {target.dtype} is of the wider dtype"
     if input.size(1) == 0:
         return "there are no classes"
     return None

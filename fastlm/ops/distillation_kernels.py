@@ -87,7 +87,7 @@ class Sweep:
         """Return each row's loss, and the gradients of Σ scale·loss for the student's tensors that need one."""
         x, weight, bias, _, _, teacher_bias, *_, target = tensors
         dtype = self.products(x)
-        native = self.kernels.native
+        native, target = self.kernels.native, None if target is None else target.contiguous()
         head = Head(x, weight, dtype, needs, native, copies=2)
         biases = [None if b is None else b.to(head.sums).contiguous() for b in (bias, teacher_bias)]
         rows = head.block_rows

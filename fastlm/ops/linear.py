@@ -25,6 +25,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     for name, t in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(t, Tensor) and not (name == "bias" and t is None):
             raise TypeError(f"linear: {name} must be a Tensor, got {type(t).__name__}")
+        if t is not None and t.device != input.device:
+            raise RuntimeError(f"linear: {name} is on {t.device}, input is on {input.device}")
+    if input.is_nested:  # has no shape to check
+        return op(input, weight, bias)
     if weight.dim() not in (1, 2) or not input.dim():
         raise RuntimeError(f"linear: input has shape {list(input.shape)}, weight {list(weight.shape)}, "
                            "expected [*, in] and [out, in] or [in]")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastlm.autograd import Differentiable
+from fastlm.autograd import Differentiable, autocasts
 from fastlm.ops.head import Head, gradient_dtypes, scaled
 from fastlm.ops.linear_cross_entropy import counts_of, reference
 from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
@@ -28,6 +28,9 @@ def refuses(input, linear_weight, target, linear_bias, weight, reduction, ignore
         return "options asks for PyTorch's own chunked path"
     if target.is_floating_point() and target.requires_grad:
         return "the target needs a gradient"
+    if target.is_floating_point() and not autocasts(input.device.type) and \
+            torch.promote_types(target.dtype, input.dtype) is not input.dtype:
+        return f"the loss of {input.dtype} and probabilities in {target.dtype} is of the wider dtype"
     if linear_weight.dim() > 2:
         return "the loss has more than one dimension"
     if linear_weight.dtype != input.dtype or (linear_bias is not None and linear_bias.dtype != input.dtype):
@@ -190,7 +193,7 @@ class Blocks:
         highest, total, moment, picked, weighted, mass = sums.unbind(1)
         log_total = total.log()
         lse = highest + log_total
-        loss = self.z_loss * lse.square()
+        loss = self.z_loss * lse.square() if self.z_loss else torch.zeros_like(lse)  # the square may overflow
         if self.index is not None:
             loss = loss + self.hits[part] * (log_total - (picked - highest))
         if self.even or self.soft is not None:

@@ -103,7 +103,7 @@ def _checked(name, input, residual, normalized_shape, weight, bias, eps):
         if t.device != input.device:
             raise RuntimeError(f"{name}: {key} is on {t.device}, input is on {input.device}")
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or tuple(input.shape[-len(shape):]) != shape:
+    if not shape or (not input.is_nested and tuple(input.shape[-len(shape):]) != shape):  # nested: no shape to check
         raise RuntimeError(f"{name}: input has shape {list(input.shape)}, expected [*, {str(list(shape))[1:]} for "
                            f"normalized_shape {list(shape)}")
     if residual is not None and residual.shape != input.shape:

@@ -139,6 +139,8 @@ def steps_of(name: str, x: Tensor, batch_sizes: Tensor | None, batch: int) -> tu
     check_batch_sizes(name, batch_sizes, x.shape[0])
     if int(batch_sizes[0]) != batch:
         raise RuntimeError(f"{name}: hx is for {batch} sequences, batch_sizes for {int(batch_sizes[0])}")
+    if not batch_sizes.is_contiguous():
+        raise RuntimeError(f"{name}: batch_sizes must be contiguous, got stride {batch_sizes.stride(0)}")
     return batch_sizes.numel(), batch_sizes.data_ptr()
 
 

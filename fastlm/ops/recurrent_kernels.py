@@ -145,6 +145,7 @@ class Layers:
         if data.is_cuda:
             return self.cuda.run(data, batch_sizes, hx, params, has_biases, *options)
         projects = recurrent.projects(params, has_biases, options)
+        batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
         found = None if batch_sizes is not None or projects else self.stream(data, hx, params, has_biases, *options)
         if found is not None:
             return found

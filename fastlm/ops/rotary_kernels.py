@@ -18,11 +18,12 @@ def differentiable(name: str, turn: Callable) -> Callable:
 
     Args:
         name: of the operators.
-        turn: `turn(x, cos, sin, y, interleaved, inverse)` fills y; all may have any strides, y is not empty.
+        turn: `turn(x, cos, sin, y, interleaved, inverse)` fills y, which is not empty, the columns of a head side by
+            side; the others may have any strides.
     """
     def forward(tensors, needs, interleaved):
         x, cos, sin = tensors
-        y = torch.empty_like(x)
+        y = like(x)
         if y.numel():
             turn(x, cos, sin, y, interleaved, False)
         return [y]
@@ -43,9 +44,15 @@ def differentiable(name: str, turn: Callable) -> Callable:
         return [x if any(needs[1:]) else blank(x), cos, sin]
 
     function = Differentiable(name, statics="bool interleaved", outputs=1, forward=forward, backward=backward,
-                              keep=keep, fake=lambda tensors, *_: [torch.empty_like(tensors[0])],
+                              keep=keep, fake=lambda tensors, *_: [like(tensors[0])],
                               reference=lambda tensors, interleaved: (reference(*tensors, interleaved),))
     return lambda x, cos, sin, interleaved: function((x, cos, sin), interleaved)[0]
+
+
+def like(x):
+    """Return memory for a result, in the order of `x` where that has the columns of a head side by side."""
+    y = torch.empty_like(x)
+    return y if y.stride(3) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def over_heads(first, second, table):

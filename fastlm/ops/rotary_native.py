@@ -21,16 +21,17 @@ def loses(x, cos, sin, interleaved):
 
 def turn(x, cos, sin, y, interleaved, inverse):
     x = adjacent(x)
-    cos, sin = (_table(t) for t in (cos, sin))
+    once = cos.stride(2) == sin.stride(2) == 0
+    cos, sin = (_table(t, once) for t in (cos, sin))
     tables = (cos.stride(0) if cos.size(0) > 1 else 0, *cos.stride()[1:3])
     sizes = (*x.shape, cos.size(-1), *x.stride()[:3], *y.stride()[:3], *tables)
     _native.rotary(interleaved, inverse, sizes, address(x, y, cos, sin), x.dtype is torch.bfloat16,
                    torch.get_num_threads())
 
 
-def _table(t):
-    """Return a table in float32, the angle of a pair's second column in the place of the first's where they are one."""
-    if t.stride(2) == 0:
+def _table(t, once):
+    """Return a table in float32, `once` with the angle of a pair's second column in the place of the first's."""
+    if once:
         return t[:, :, :1].float().contiguous().expand(t.shape)
     return t.float().contiguous()
 

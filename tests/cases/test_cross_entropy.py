@@ -144,6 +144,13 @@ def test_probabilities_as_targets(device):
     agree(torch.randn(9, requires_grad=True, device=device), torch.rand(9, device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_is_the_wider_one_of_logits_and_probabilities(dtype, device):
+    x, target = torch.randn(4, 9, device=device, dtype=dtype), torch.rand(4, 9, device=device)
+    with fastlm.backend(*NATIVE, "torch"):
+        assert cross_entropy(x, target).dtype is F.cross_entropy(x, target).dtype
+
+
 def test_a_class_weight_gets_no_gradient(implementation, device):
     x, target = case(device, 4, 9)
     weight = torch.rand(9, device=device, requires_grad=True)

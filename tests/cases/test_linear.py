@@ -29,6 +29,11 @@ def test_what_is_no_tensor_is_named():
         linear(torch.randn(2, 3), [[1.0] * 3])
 
 
+def test_other_devices_are_named():
+    with pytest.raises(RuntimeError, match="linear: weight is on meta, input is on cpu"):
+        linear(torch.randn(2, 3), torch.randn(4, 3, device="meta"))
+
+
 @native
 def test_other_dtypes_are_refused_by_name():
     x, weight = torch.randn(2, 3), torch.randn(4, 3)

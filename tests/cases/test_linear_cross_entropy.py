@@ -220,6 +220,21 @@ def test_any_leading_dimensions(device):
                                F.cross_entropy(F.linear(x, weight), soft))
 
 
+def test_a_loss_as_large_as_float32_allows(device):
+    """The z-loss of 0 is 0, though the square of the log-sum-exp is infinite."""
+    x, weight, target = problem(device=device)
+    found = linear_cross_entropy(x * 1e25, weight, target)
+    torch.testing.assert_close(found, F.cross_entropy(F.linear(x * 1e25, weight), target))
+
+
+def test_dtype_is_the_wider_one_of_logits_and_probabilities(device):
+    x, weight, _ = problem(6, dtype=torch.bfloat16, device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        soft = torch.rand(6, 70, device=device).softmax(1).to(dtype)
+        found, expected = linear_cross_entropy(x, weight, soft), F.cross_entropy(F.linear(x, weight), soft)
+        assert found.dtype is expected.dtype
+
+
 def test_probabilities_that_need_a_gradient_run_stock(device):
     x, weight, _ = problem(6, device=device)
     soft = torch.rand(6, 70, device=device).softmax(1).requires_grad_()

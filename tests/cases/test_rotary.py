@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastlm
 from fastlm.ops import rotary_embedding
 
 
@@ -74,6 +75,14 @@ def test_scores_depend_on_the_distance_alone(device):
         return (q_i * k_j).sum()
 
     torch.testing.assert_close(score(7, 3), score(187, 183))
+
+
+def test_tables_may_lie_differently(device):
+    """Cosines that are one number everywhere, beside sines that differ from column to column."""
+    x, sin = randn(1, 2, 5, 8, dtype=torch.float32).to(device), torch.randn(5, 8, device=device)
+    cos = torch.tensor(0.5, device=device).expand(5, 8)
+    with fastlm.backend("native", "triton", "torch"):
+        torch.testing.assert_close(rotary_embedding(x, cos, sin), rotary_embedding(x, cos.clone(), sin))
 
 
 def test_dtype_is_that_of_x(device):
