@@ -274,6 +274,12 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def mapped() -> bool:
+    """Tell whether torch.func.vmap is active, at any level of the transforms that are."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def plain(tensors) -> bool:
     """Tell whether the tensors hold memory that a kernel can be given (not fake or meta, no subclass or tracer).
 

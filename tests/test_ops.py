@@ -104,6 +104,35 @@ def test_frozen_inputs_and_no_grad(op, name, device):
                 torch.testing.assert_close(a, b)
 
 
+STOCK = [(op, "torch") for op in ALL if op.name not in ("lstm", "gru", "rnn")]  # of which vmap knows nothing
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(("op", "name"), FAST + STOCK, ids=lambda x: getattr(x, "name", x))
+def test_mapped_over_a_batch(op, name, device):
+    """torch.func.vmap over the first argument, and over its gradient: so gradients of each sample are made."""
+    implementation = op.implementations[name]
+    sample = next(s for s in op.samples("test", torch.float32, device) if name == "torch" or
+                  s.name in implementation.accepts or implementation.run is None)
+    if implementation.run is None or implementation.cannot(*sample.args):
+        pytest.skip("not available here")
+    x, *rest = sample.args
+    upstream = [torch.randn_like(r) for r in measure.floating(op(*sample.args))]
+
+    def results(x):
+        return tuple(measure.floating(op(x, *rest)))
+
+    def loss(x):
+        return sum((r * g).sum() for r, g in zip(results(x), upstream, strict=True))
+
+    samples = torch.stack([x, x.flip(0)])
+    with fastlm.backend(name):
+        for fn in (results, torch.func.grad(loss)):
+            found, each = torch.func.vmap(fn)(samples), [fn(x) for x in samples]
+            expected = torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *each)
+            torch.testing.assert_close(found, expected)
+
+
 def _lay(t, form):
     """Return the numbers of `t` in another place or order in memory."""
     if form == "lazily negated":

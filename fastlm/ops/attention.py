@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.autograd import Differentiable, autocast, transformed
+from fastlm.autograd import Differentiable, autocast, mapped, transformed
 from fastlm.dispatch import Op, Sample
 from fastlm.ops.attention_common import (
     Options,
@@ -285,7 +285,7 @@ def additive(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _through_flash(query, key, value, attn_mask, dropout_p, is_causal) -> bool:
     """Tell whether autograd would pass through SDPA's CPU kernel, whose backward cannot be differentiated."""
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if torch.compiler.is_compiling() or not (needed or transformed()):
+    if torch.compiler.is_compiling() or not (needed or transformed()) or mapped():  # vmap can't ask for the choice
         return False
     choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal,
                                      enable_gqa=_grouped(query, key))
