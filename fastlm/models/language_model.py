@@ -156,9 +156,10 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is None and top_p is None:
         return torch.multinomial(scaled.softmax(-1), 1, generator=generator).squeeze(-1)
-    scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        scaled[:, top_k:] = -torch.inf
+    if top_k is None:
+        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
+    else:  # 0.06 ms of 50,000 tokens, which take 3.5 to sort
+        scaled, order = scaled.topk(min(top_k, scaled.size(-1)))
     probabilities = scaled.softmax(-1)
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities
