@@ -48,6 +48,7 @@ struct Kernels {
   LossKernels<Bf16> loss_bf16;
   size_t (*product_workspace)(const Product&, size_t);
   void (*product)(const Product&, size_t);
+  void (*few_rows)(const FewRows&, size_t);
   AttentionKernels<float> attention_f32;
   AttentionKernels<double> attention_f64;
   AttentionKernels<Bf16> attention_bf16;

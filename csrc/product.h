@@ -23,12 +23,24 @@ struct Product {
   void* workspace;               // product_workspace() bytes, aligned to 64
 };
 
-// T is float or double: size_t product_workspace(const Product&, size_t size_of_number)
+// x·Wᵀ + b, as a layer has it, for few rows of x.
+struct FewRows {
+  int64_t rows, depth, columns;  // ≥ 0
+  const void* x;                 // [rows, depth]
+  const void* w;                 // [columns, depth], rows contiguous
+  int64_t w_row;                 // numbers from one row of W to the next
+  const void* bias;              // [columns], or null
+  void* y;                       // [rows, columns] out; must not overlap the others
+  int threads;
+};
+
+// A number has 4 or 8 bytes, in few_rows 4 or, in bfloat16, 2.
 
 #define FASTLM_DECLARE_PRODUCT(isa)                                     \
   namespace isa {                                                       \
   size_t product_workspace(const Product&, size_t number);              \
   void product(const Product&, size_t number);                          \
+  void few_rows(const FewRows&, size_t number);                         \
   }
 
 }  // namespace fastlm

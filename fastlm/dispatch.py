@@ -224,6 +224,8 @@ def _foreign(args) -> str | None:
             first = arg if first is None else first
             if arg.layout is not torch.strided or arg.is_nested:
                 return f"nested, or of layout {arg.layout}: kernels read dense tensors"
+            if not torch.compiler.is_compiling() and hasattr(type(arg), "__tensor_flatten__"):
+                return f"{type(arg).__name__} is made of other tensors (sharded, quantized): it knows torch's ops"
     if first is None:
         return None
     if first.device.type not in ("cpu", "cuda"):

@@ -335,3 +335,32 @@ def test_checkpoint_recomputes_with_the_same_implementation(reentrant):
     assert [(c.op, c.ran) for c in fastlm.explain(step)] == [("softmax", "reference")] * 2
     expected = torch.autograd.grad(torch.softmax(x, -1).square().sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor around another, such as a sharded or a quantized one."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten", f"{func} is not torch's"
+        unwrapped = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        return func(*unwrapped, **(kwargs or {}))
+
+
+def test_tensors_made_of_others_run_stock():
+    x, weight = torch.randn(3, 600), torch.randn(600, 600)
+    call, = fastlm.explain(fastlm.ops.linear, x, Wrapper(weight))
+    assert call.ran == "torch"
+    torch.testing.assert_close(fastlm.ops.linear(x, Wrapper(weight)), torch.nn.functional.linear(x, weight))
+    with fastlm.backend("native"), pytest.raises(fastlm.dispatch.CannotRun, match=r"Wrapper|extension"):
+        fastlm.ops.linear(x, Wrapper(weight))

@@ -38,6 +38,17 @@ void define_linear(py::module_& m) {
           kernels.product(call, number);
         },
         "Run Product: sizes M, K, N and strides of A, of B and of C's rows; addresses of A, B, bias, C, workspace.");
+  m.def("few_rows",
+        [](const py::tuple& sizes, const py::tuple& addresses, int threads, size_t number) {
+          const Pack n("few_rows", sizes, 4), a("few_rows", addresses, 4);
+          if (threads < 1 || (number != sizeof(float) && number != sizeof(Bf16)))
+            throw std::invalid_argument("few_rows: threads or size of a number out of range");
+          const FewRows call{n.size(0), n.size(1), n.size(2), a.address<void>(0), a.address<void>(1),
+                             n.size(3), a.address<void>(2), a.address<void>(3), threads};
+          py::gil_scoped_release release;
+          kernels.few_rows(call, number);
+        },
+        "Run FewRows: sizes rows, depth, columns, w_row; addresses of x, w, bias, y.");
   m.def("quantized_linear_workspace",
         [](int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads) {
           return kernels.quantized_linear_workspace(quantized(kind, number, rows, in, out, group, threads));

@@ -53,7 +53,12 @@ class LanguageModel(torch.nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of the token after each of `tokens` `[B, T]`."""
         self.check(tokens)
-        return F.linear(self.hidden(tokens), self.head_weight, self.head_bias)
+        return self.linear(self.hidden(tokens), self.head_weight, self.head_bias)
+
+    @property
+    def linear(self):
+        """The function of that name of the layers' library."""
+        return F.linear if self.config.layers == "stock" else ops.linear
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy, in nats per token, of `targets` `[B, T]` given `tokens` `[B, T]`.

@@ -51,7 +51,7 @@ class RNNLM(LanguageModel):
 
     def step(self, tokens: Tensor, state) -> tuple[Tensor, object]:
         hidden, state = self._read(tokens, state)
-        return torch.nn.functional.linear(hidden[:, -1], self.head_weight, self.head_bias), state
+        return self.linear(hidden[:, -1], self.head_weight, self.head_bias), state
 
     def _read(self, tokens, state):
         hidden, state = self.recurrent(self.dropout(self.embedding(tokens)), state)

@@ -78,7 +78,7 @@ class TransformerLM(LanguageModel):
             hidden = self.hidden(seen)[:, -1]
         else:
             hidden = self._continue(tokens, caches)[:, -1]
-        return torch.nn.functional.linear(hidden, self.head_weight, self.head_bias), (seen, caches)
+        return self.linear(hidden, self.head_weight, self.head_bias), (seen, caches)
 
     def _empty_caches(self, batch):
         weight, heads = self.embedding.weight, self.config.num_heads
@@ -92,10 +92,11 @@ class TransformerLM(LanguageModel):
         x = self.embedding(tokens) + self.positions(positions)
         for block, cache in zip(self.blocks, caches, strict=True):
             attention = block.self_attn
-            qkv = torch.nn.functional.linear(block.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
+            qkv = self.linear(block.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
             q, k, v = qkv.unflatten(2, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
             k, v = cache.update(k, v)
             attended = scaled_dot_product_attention(q, k, v, window_size=(-1, 0))
-            x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
+            x = x + self.linear(attended.transpose(1, 2).flatten(2), attention.out_proj.weight,
+                                attention.out_proj.bias)
             x = x + block.linear2(block.activation(block.linear1(block.norm2(x))))
         return self.norm(x)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.nn.linear import Linear
 
 
 class KVCache:
@@ -120,8 +121,8 @@ class SelfAttention(nn.Module):
         if rope and self.head_dim % 2:
             raise ValueError(f"SelfAttention: head_dim is {self.head_dim}, expected an even one for rope")
         options = {"bias": bias, "device": device, "dtype": dtype}
-        self.qkv_proj = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, **options)
-        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **options)
+        self.qkv_proj = Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, **options)
+        self.out_proj = Linear(num_heads * self.head_dim, embed_dim, **options)
         self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
 
     def extra_repr(self) -> str:

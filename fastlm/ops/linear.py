@@ -52,7 +52,8 @@ def samples(scale: str, dtype: torch.dtype, device: str):
         return Sample(name, (draw(*shape, **options), draw(out, shape[-1]), draw(out) if bias else None))
 
     if scale == "bench":
-        for rows, inputs, outputs in ((4096, 512, 2048), (4096, 2048, 512), (1024, 768, 768), (32, 1024, 1024)):
+        for rows, inputs, outputs in ((4096, 512, 2048), (4096, 2048, 512), (1024, 768, 768), (32, 1024, 1024),
+                                      (1, 4096, 4096), (4, 512, 50257)):
             yield Sample(f"{rows}x{inputs}x{outputs}", (draw(rows, inputs), draw(outputs, inputs), draw(outputs)))
         return
     for rows, inputs, outputs in ((3, 4, 5), (1, 1, 1), (127, 33, 65), (128, 129, 128), (13, 300, 49)):

@@ -1,4 +1,4 @@
-"""linear by the products of csrc/product.h, for CPUs whose MKL is slow."""
+"""linear by the products of csrc/product.h, for CPUs on which torch's are slower."""
 
 import torch
 
@@ -10,9 +10,11 @@ from fastlm.ops.linear import reference
 
 ACCEPTS = {"3x4x5", "1x1x1", "127x33x65", "128x129x128", "13x300x49", "no bias", "outliers", "no rows", "no features",
            "not contiguous", "one vector"}
-DTYPES = (torch.float32,)
+DTYPES = (torch.float32, torch.bfloat16)
 
-LEAST = 1 << 23  # multiplications
+FEW = {torch.float32: 32, torch.bfloat16: 4}  # rows, for which the weight is not packed: benchmarks/LOG.md 2026-11-26
+LEAST_WEIGHT = 1 << 18  # numbers, for few rows
+LEAST = 1 << 23  # multiplications, for more
 ROW = "benchmarks/LOG.md 2026-11-25"
 
 
@@ -20,8 +22,8 @@ def cannot(x, weight, bias):
     if x.is_cuda:
         return "runs on the CPU alone"
     for t in (x, weight, bias):
-        if t is not None and t.dtype not in DTYPES:
-            return f"no kernel for {t.dtype}"
+        if t is not None and (t.dtype not in DTYPES or t.dtype is not x.dtype):
+            return f"no kernel for {t.dtype}" + ("" if t.dtype is x.dtype else f" beside {x.dtype}")
     if weight.dim() != 2:
         return "weight is a vector"
     return "autocast lowers it" if autocasts("cpu") else None
@@ -30,8 +32,13 @@ def cannot(x, weight, bias):
 def loses(x, weight, bias):
     if reason := unmeasured(_native, *products.CPUS):
         return reason
-    if _precision() != "highest":
+    if x.dtype is torch.float32 and _precision() != "highest":
         return "float32 may be lowered: torch's products do that"
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if not trains and weight.numel() >= LEAST_WEIGHT and x.numel() <= FEW[x.dtype] * x.size(-1):
+        return None
+    if x.dtype is torch.bfloat16:
+        return f"slower than torch in training, from {FEW[x.dtype] + 1} rows on, or with a small weight: {ROW[:-2]}26"
     return f"slower than torch below {LEAST} multiplications: {ROW}" if x.numel() * weight.size(0) < LEAST else None
 
 
@@ -52,7 +59,11 @@ def _rows(x):
 
 def forward(tensors, needs):
     x, weight, bias = tensors
-    y = products.multiply(_native, _rows(x), weight.t(), bias=None if bias is None else bias.contiguous())
+    rows = _rows(x)
+    if rows.size(0) <= FEW[x.dtype] or x.dtype is torch.bfloat16:
+        y = products.few_rows(_native, rows, weight, bias)
+    else:
+        y = products.multiply(_native, rows, weight.t(), bias=None if bias is None else bias.contiguous())
     return [y.view(*x.shape[:-1], weight.size(0))]
 
 
@@ -60,8 +71,12 @@ def backward(grads, saved, tensors, needs):
     x, weight, _ = tensors
     dy = _rows(grads[0])
     dx, dw, db = needs
-    return [products.multiply(_native, dy, weight).view(x.shape) if dx else None,
-            products.multiply(_native, dy.t(), _rows(x)) if dw else None, dy.sum(0) if db else None]
+    return [_product(dy, weight).view(x.shape) if dx else None, _product(dy.t(), _rows(x)) if dw else None,
+            dy.sum(0) if db else None]
+
+
+def _product(a, b):
+    return torch.mm(a, b) if a.dtype is torch.bfloat16 else products.multiply(_native, a, b)
 
 
 def _fake(tensors, needs):

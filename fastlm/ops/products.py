@@ -60,3 +60,30 @@ def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None
                  workspace.data_ptr())
     native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)), addresses, add, threads, size)
     return out
+
+
+def few_rows(native: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x·weightᵀ + bias as `[M, N]` by csrc/product.h, which reads the weight where it lies.
+
+    Args:
+        native: the compiled extension.
+        x: [M, K], float32 or bfloat16.
+        weight, bias: [N, K] and [N], of that dtype.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit each other.
+    """
+    (rows, depth), columns = x.shape, weight.shape[0]
+    if weight.shape != (columns, depth) or (bias is not None and bias.shape != (columns,)):
+        shapes = ", ".join(str(list(t.shape)) for t in (x, weight, bias) if t is not None)
+        raise RuntimeError(f"few_rows: shapes do not fit each other: {shapes}")
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if x.dtype not in (torch.float32, torch.bfloat16) or any(t.dtype != x.dtype or not t.is_cpu for t in tensors):
+        raise RuntimeError(f"few_rows: expected float32 or bfloat16 on the CPU, got {[t.dtype for t in tensors]}")
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    if depth > 1 and weight.stride(1) != 1:
+        weight = weight.contiguous()
+    y = x.new_empty(rows, columns)
+    addresses = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
+    native.few_rows((rows, depth, columns, weight.stride(0)), addresses, torch.get_num_threads(), x.element_size())
+    return y

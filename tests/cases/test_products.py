@@ -55,12 +55,36 @@ def sweep():
         check(3, 600, 4500, "rows", "columns", "rows apart", "bias", dtype)
 
 
+def check_few(rows, depth, columns, of_w="rows", bias=True, dtype=torch.float32):
+    x, w = draw(rows, depth, "rows", dtype), draw(columns, depth, of_w, dtype)
+    bias = torch.randn(columns).to(dtype) if bias else None
+    exact = x.double() @ w.double().t() + (0 if bias is None else bias.double())
+    found = products.few_rows(extension, x, w, bias)
+    assert found.shape == (rows, columns)
+    assert found.dtype is dtype
+    bound = torch.finfo(torch.float32).eps * (2 * depth**0.5 + 4) * (1 + exact.abs().max() if exact.numel() else 1)
+    bound = bound + (torch.finfo(dtype).eps * exact.abs() if dtype is torch.bfloat16 else 0)
+    assert (found.double() - exact).abs().le(bound).all(), (rows, depth, columns, of_w, bias is None, dtype)
+
+
+def sweep_few():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, depth, columns in itertools.product(
+                (0, 1, 2, 5, 7, 13, 33), (0, 1, 15, 16, 31, 100), (0, 1, 3, 4, 30)):
+            check_few(rows, depth, columns, dtype=dtype)
+        for of_w in STRIDES:
+            check_few(3, 130, 67, of_w, False, dtype)
+        check_few(2, 1000, 700, dtype=dtype)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         sweep()
+        sweep_few()
     finally:
         torch.set_num_threads(before)
 
@@ -69,8 +93,8 @@ def test_products(threads):
 def test_narrower_instruction_sets(isa):
     if isa not in fastlm.dispatch.build_report()["instruction_sets"]:
         pytest.skip(f"{isa} was not built")
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_products as t; t.sweep(); " \
-           f"assert t.extension.isa == {isa!r}"
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_products as t; " \
+           f"t.sweep(); t.sweep_few(); assert t.extension.isa == {isa!r}"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FASTLM_MAX_ISA": isa}, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
@@ -115,3 +139,13 @@ def test_mm_is_the_same_by_torch(native, start):
     expected = a @ b + (out if start == "add" else bias if start == "bias" else 0)
     found = products.mm(native, a, b, out, add=start == "add", bias=bias if start == "bias" else None)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_few_rows_refuse_what_does_not_fit():
+    x, w = torch.randn(2, 3), torch.randn(5, 3)
+    for args in ((x, w[:, :2]), (x, w, torch.randn(4))):
+        with pytest.raises(RuntimeError, match="few_rows: shapes do not fit each other"):
+            products.few_rows(extension, *args)
+    for args in ((x.double(), w.double()), (x, w.bfloat16())):
+        with pytest.raises(RuntimeError, match="few_rows: expected float32 or bfloat16"):
+            products.few_rows(extension, *args)
