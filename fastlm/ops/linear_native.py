@@ -12,7 +12,7 @@ ACCEPTS = {"3x4x5", "1x1x1", "127x33x65", "128x129x128", "13x300x49", "no bias",
            "not contiguous", "one vector"}
 DTYPES = (torch.float32, torch.bfloat16)
 
-FEW = {torch.float32: 32, torch.bfloat16: 4}  # rows, for which the weight is not packed: benchmarks/LOG.md 2026-11-26
+FEW = {torch.float32: 16, torch.bfloat16: 2}  # rows, for which the weight is not packed: benchmarks/LOG.md 2026-11-26
 LEAST_WEIGHT = 1 << 18  # numbers, for few rows
 LEAST = 1 << 23  # multiplications, for more
 ROW = "benchmarks/LOG.md 2026-11-25"

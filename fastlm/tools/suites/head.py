@@ -1,5 +1,7 @@
 """The language model's head: linear_cross_entropy, cross_entropy, distillation and quantized_linear at models' sizes.
 
+And `linear` on the CPU: the layers of a model that generates, token by token, and of one that trains.
+
 Time is compared with the best of eager PyTorch and, for linear_cross_entropy, its own chunked function.
 """
 
@@ -22,6 +24,8 @@ CPU_LINEAR = {((1024, 512, 50257), torch.float32): (0.75, 0.3), ((1024, 512, 502
 GPU_LINEAR = {((8192, 4096, 128256), torch.bfloat16): (1.05, 0.25)}
 CPU_ROWS = ((1024, 50257), (512, 131072))
 GPU_ROWS = ((8192, 32000), (8192, 131072))
+GENERATION = ((1, 4096, 4096), (4, 4096, 4096), (16, 4096, 4096), (1, 512, 50257))  # rows, in, out
+TRAINING = ((4096, 512, 2048), (4096, 2048, 512))
 
 
 def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[Case]:
@@ -42,6 +46,11 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
         goal = Goal(share=0.65) if gpu else Goal(ratio=1 / 0.7, memory=0.25)
         yield _case("distillation", "1024x512x50257, teacher 1024", dtype,
                     functools.partial(_distillation, dtype, device), {"training": goal})
+    if not gpu:
+        for dtype in dtypes or (torch.float32, torch.bfloat16):
+            for sizes, mode in (*((s, "forward") for s in GENERATION), *((s, "training") for s in TRAINING)):
+                yield _case("linear", "x".join(map(str, sizes)), dtype, functools.partial(_layer, *sizes, dtype),
+                            {mode: Goal(ratio=0.95)})
     yield from quantized.cases(device, dtypes)
 
 
@@ -85,6 +94,12 @@ def _rows(n, v, dtype, device) -> Subject:
     args = (x, torch.randint(v, (n,), device=device), None, -100, "mean", 0.0)
     op = OPS["cross_entropy"]
     return op_subject(op, args, training_floor=lambda: 3 * measure.floor(op, args))
+
+
+def _layer(rows, inputs, outputs, dtype) -> Subject:
+    torch.manual_seed(0)
+    args = tuple(torch.randn(shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
+    return op_subject(OPS["linear"], args, reads=args[1].nbytes if rows == 1 else None)
 
 
 def _distillation(dtype, device) -> Subject:
