@@ -214,9 +214,9 @@ struct Forward {
       alignas(64) T tops[kStats<T>] = {};
       for (int i = 0; i < rows; ++i) {
         Vector<T> top = load(scores + i * stride);
-#pragma GCC unroll 4
-        for (int j = 1; j < kWide; ++j) {
-          const Vector<T> s = load(scores + i * stride + j * lanes);
+#pragma GCC unroll 8
+        for (int j = lanes; j < stride; j += lanes) {
+          const Vector<T> s = load(scores + i * stride + j);
           top = s > top ? s : top;
         }
         tops[i] = highest<T>(top);
@@ -233,8 +233,8 @@ struct Forward {
       for (int i = 0; i < rows; ++i) {
         Vector<T> total = load(m.totals + (r + i) * lanes) * keep[i];
 #pragma GCC unroll 4
-        for (int j = 0; j < kWide; ++j) {
-          T* s = scores + i * stride + j * lanes;
+        for (int j = 0; j < stride; j += lanes) {
+          T* s = scores + i * stride + j;
           const Vector<T> w = weight<T>(load(s) - tops[i]);
           total += w;
           store(s, w);

@@ -225,7 +225,7 @@ struct Backward {
     void differentiate(const Span& span, int64_t first, int64_t r, int rows, Sees seen, T* weights, T* slopes) {
       const Attention<S>& a = f.a;
       constexpr int stride = kBlock<T>;
-      const int64_t vectors = lower<int64_t>(kWide, quotient_up(span.keys - first, kLanes<T>));
+      const int64_t vectors = quotient_up(lower<int64_t>(stride, span.keys - first), kLanes<T>);
       product(rows, Operand<T>{m.query + r * f.deep, f.deep, 1}, m.keys_across, stride, a.dim, weights, stride, vectors,
               static_cast<const T*>(nullptr));
       product(rows, Operand<T>{m.dout + r * f.wide, f.wide, 1}, m.values_across, stride, a.value_dim, slopes, stride,

@@ -11,8 +11,8 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kWide = 4;                      // vectors side by side in a tile of a product
-constexpr int kGroup = kAccumulators / kWide; // rows of such a tile
+constexpr int kGroup = 6;                      // rows of a tile of a product
+constexpr int kWide = kAccumulators / kGroup;  // vectors side by side in it
 constexpr int64_t kTileRows = 96;             // rows that share a block of keys while the cache holds it
 
 // Numbers that a group has one of for each row, in whole vectors.
@@ -20,7 +20,7 @@ template <class T>
 constexpr int kStats = (kGroup + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 
 template <class T>
-constexpr int kBlock = kWide * kLanes<T>;  // keys in a block
+constexpr int kBlock = 256 / int(sizeof(T));  // keys in a block: with fewer, what is done once a block costs more
 
 template <class T>
 FASTLM_INLINE T lower(T a, T b) { return b < a ? b : a; }
@@ -82,7 +82,7 @@ void product_rows(int rows, const Operand<T>& x, const T* panel, int64_t panel_r
 constexpr int64_t kChunk = 128;  // of a product's depth
 
 template <class T>
-constexpr T kOnes[6] = {1, 1, 1, 1, 1, 1};  // for each row of a group
+constexpr T kOnes[kGroup] = {1, 1, 1, 1, 1, 1};  // for each row of a group
 
 // The same for rows ≤ kGroup and any number of vectors, in parts as wide as each other, and for any depth: each chunk
 // starts with fresh accumulators, because one long chain of additions loses too many digits.
@@ -94,10 +94,9 @@ void product(int rows, Operand<T> x, const T* panel, int64_t panel_row, int64_t 
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = vectors * part / parts, wide = vectors * (part + 1) / parts - first, j = first * kLanes<T>;
       const int64_t deep = lower(kChunk, depth - k);
-      if (wide == 4) product_rows<T, 4, kGroup>(rows, x, panel + j, panel_row, deep, out + j, out_row, keep);
-      if (wide == 3) product_rows<T, 3, kGroup>(rows, x, panel + j, panel_row, deep, out + j, out_row, keep);
-      if (wide == 2) product_rows<T, 2, kGroup>(rows, x, panel + j, panel_row, deep, out + j, out_row, keep);
-      if (wide == 1) product_rows<T, 1, kGroup>(rows, x, panel + j, panel_row, deep, out + j, out_row, keep);
+      with_count<kWide>(wide, [&](auto n) {
+        product_rows<T, n.value, kGroup>(rows, x, panel + j, panel_row, deep, out + j, out_row, keep);
+      });
     }
 }
 

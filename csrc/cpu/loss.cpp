@@ -14,10 +14,11 @@ FASTLM_DECLARE_LOSS(FASTLM_ISA)
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = 4096;
-
 template <class S>
 constexpr int kWidth = kLanes<Compute<S>>;
+
+template <class S>
+constexpr int64_t kPiece = 256 * kWidth<S>;  // longer chains of additions lose too many digits
 
 // Numbers as they are stored, a vector of what they are computed in at a time.
 template <class S>
@@ -175,8 +176,8 @@ void read_row(const LossTile& tile, const LossRead<S>& a, int64_t row) {
   const Spread<S> spread(a.targets, row);
   const bool spreads = !plain && Spread<S>::any(a.targets), entropy = !plain && a.entropy;
   C* sums = a.sums + row * kLossSums;
-  for (int64_t begin = 0; begin < tile.cols; begin += kPiece) {
-    const int64_t end = begin + kPiece < tile.cols ? begin + kPiece : tile.cols;
+  for (int64_t begin = 0; begin < tile.cols; begin += kPiece<S>) {
+    const int64_t end = begin + kPiece<S> < tile.cols ? begin + kPiece<S> : tile.cols;
     Vector<C> tops[4];
     for (auto& top : tops) top = all(C(-INFINITY));
     int64_t i = begin;
@@ -195,7 +196,7 @@ void read_row(const LossTile& tile, const LossRead<S>& a, int64_t row) {
     }
     const C base = top == C(-INFINITY) ? 0 : top;
     Vector<C> total = {}, moment = {}, weighted = {}, mass = {};
-    const auto add = [&](int64_t i, int n) __attribute__((always_inline)) {
+    const auto add = [&](int64_t i, int n) FASTLM_INLINED {
       const Vector<C> u = logits(i, n), d = u - base;
       Vector<C> e = exponential<C>(d);
       if (n < width)
@@ -244,7 +245,7 @@ void gradient_row(const LossTile& tile, const LossGradient<S>& a, int64_t row) {
   const int64_t at = a.targets.target ? a.targets.target[row] - tile.first : -1;
   const bool inside = at >= 0 && at < tile.cols;
   C exact = 0;  // the gradient at the target, made before the logits or what is added to may be overwritten
-  const auto one = [&](int64_t i, int n) __attribute__((always_inline)) {
+  const auto one = [&](int64_t i, int n) FASTLM_INLINED {
     const Vector<C> bounded = logits.bounded(i, n);
     Vector<C> g = up * exponential<C>(logits.logit(bounded) - top);
     if (plain) return g;
@@ -256,7 +257,7 @@ void gradient_row(const LossTile& tile, const LossGradient<S>& a, int64_t row) {
     exact = one(at, 1)[0] - hit * (!plain && logits.softcap ? logits.slope(bounded)[0] : 1);
     if (a.add) exact += fetch(out + at, 1)[0];
   }
-  for_vectors<width>(0, tile.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+  for_vectors<width>(0, tile.cols, [&](int64_t i, int n) FASTLM_INLINED {
     put(out + i, a.add ? one(i, n) + fetch(out + i, n) : one(i, n), n);
   });
   if (inside) put(out + at, all(exact), 1);
@@ -295,12 +296,12 @@ void divergence_row(const LossTile& tile, const DivergenceRead<S>& a, int64_t ro
   using V = Vector<C>;
   const C beta = C(a.beta);
   Pair<S> pair(a.student, a.teacher, a.rows + row * 4, row);
-  const auto run = [&](auto kind) __attribute__((always_inline)) {
+  const auto run = [&](auto kind) FASTLM_INLINED {
     C of_q = 0, of_p = 0;
-    for (int64_t begin = 0; begin < tile.cols; begin += kPiece) {
-      const int64_t end = begin + kPiece < tile.cols ? begin + kPiece : tile.cols;
+    for (int64_t begin = 0; begin < tile.cols; begin += kPiece<S>) {
+      const int64_t end = begin + kPiece<S> < tile.cols ? begin + kPiece<S> : tile.cols;
       V piece_q = {}, piece_p = {};
-      for_vectors<kWidth<S>>(begin, end, [&](int64_t i, int n) __attribute__((always_inline)) {
+      for_vectors<kWidth<S>>(begin, end, [&](int64_t i, int n) FASTLM_INLINED {
         pair.at(i, n);
         V q_over = pair.log_q - pair.log_p, p_over = -q_over;
         if constexpr (kind.value == Divergence::jsd) pair.over_mixture(beta, q_over, p_over);
@@ -332,8 +333,8 @@ void divergence_gradient_row(const LossTile& tile, const DivergenceGradient<S>& 
   const C beta = C(a.beta), factor = a.factor[row], whole = a.divergence[2 * row + 1];
   S* out = a.gradient + row * a.stride;
   Pair<S> pair(a.student, a.teacher, a.rows + row * 4, row);
-  const auto run = [&](auto kind) __attribute__((always_inline)) {
-    for_vectors<kWidth<S>>(0, tile.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+  const auto run = [&](auto kind) FASTLM_INLINED {
+    for_vectors<kWidth<S>>(0, tile.cols, [&](int64_t i, int n) FASTLM_INLINED {
       V g = {};
       if (factor != 0) {
         pair.at(i, n);

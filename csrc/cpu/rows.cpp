@@ -71,7 +71,7 @@ FASTLM_INLINE double total(int64_t cols, const Term& term) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) part[i] += term(j + i * kWide, kWide);
     }
-    columns(j, end, [&](int64_t j, int n) { part[0] += term(j, n); });
+    columns(j, end, [&](int64_t j, int n) FASTLM_INLINED { part[0] += term(j, n); });
     found += sum<float>((part[0] + part[1]) + (part[2] + part[3]));
   }
   return found;
@@ -110,19 +110,21 @@ void norm_forward(const NormForward& a) {
       if (a.residual) {
         const T* residual = static_cast<const T*>(a.residual) + row * a.residual_row;
         T* sum = static_cast<T*>(a.sum) + row * H;
-        columns(0, H, [&](int64_t j, int n) { write(sum + j, read(x + j, n) + read(residual + j, n), n); });
+        columns(0, H, [&](int64_t j, int n) FASTLM_INLINED {
+          write(sum + j, read(x + j, n) + read(residual + j, n), n);
+        });
         x = sum;
       }
       float mean = 0;
-      if (centred) mean = float(total(H, [&](int64_t j, int n) { return read(x + j, n); }) / H);
-      const double squares = total(H, [&](int64_t j, int n) {
+      if (centred) mean = float(total(H, [&](int64_t j, int n) FASTLM_INLINED { return read(x + j, n); }) / H);
+      const double squares = total(H, [&](int64_t j, int n) FASTLM_INLINED {
         const V d = keep(read(x + j, n) - mean, n);
         return d * d;
       });
       const float rstd = float(1 / __builtin_sqrt(squares / H + a.eps));
       T* y = static_cast<T*>(a.y) + row * H;
       const auto finish = [&](auto weighted, auto biased) {
-        columns(0, H, [&](int64_t j, int n) {
+        columns(0, H, [&](int64_t j, int n) FASTLM_INLINED {
           V v = (read(x + j, n) - mean) * rstd;
           if (weighted) v *= read(a.weight + j, n);
           if (biased) v += read(a.bias + j, n);
@@ -163,16 +165,17 @@ void norm_backward_rows(const NormBackward& a, int64_t row, float* dweight, floa
     rstd[i] = a.rstd[row + i];
     along[i] = level[i] = 0;
     if (!a.dx) continue;
-    const auto u = [&](int64_t j, int n) {
+    const auto u = [&](int64_t j, int n) FASTLM_INLINED {
       const V g = read(dy[i] + j, n);
       return a.weight ? g * read(a.weight + j, n) : g;
     };
-    along[i] = float(total(H, [&](int64_t j, int n) { return u(j, n) * (read(x[i] + j, n) - mean[i]); }) * rstd[i] / H);
+    const auto product = [&](int64_t j, int n) FASTLM_INLINED { return u(j, n) * (read(x[i] + j, n) - mean[i]); };
+    along[i] = float(total(H, product) * rstd[i] / H);
     if (centred) level[i] = float(total(H, u) / H);
   }
   T* const dx = a.dx ? static_cast<T*>(a.dx) + row * H : nullptr;
   const T* const dsum = a.dsum ? static_cast<const T*>(a.dsum) + row * H : nullptr;
-  columns(0, H, [&](int64_t j, int n) {
+  columns(0, H, [&](int64_t j, int n) FASTLM_INLINED {
     const V weight = a.weight ? read(a.weight + j, n) : V{} + 1;
     V dw = {}, db = {};
 #pragma GCC unroll 4
@@ -201,7 +204,7 @@ void norm_backward(const NormBackward& a) {
     const auto flush = [&] {
       for (float* part : now) {
         if (!part) continue;
-        columns(0, H, [&](int64_t j, int n) {
+        columns(0, H, [&](int64_t j, int n) FASTLM_INLINED {
           write(part + 2 * H + j, read(part + 2 * H + j, n) + read(part + j, n), n);
           write(part + j, V{}, n);
         });
@@ -223,7 +226,7 @@ void norm_backward(const NormBackward& a) {
     me.meet();
     for (int which = 0; which < 2; ++which) {
       if (!out[which]) continue;
-      columns(me.begin(H), me.end(H), [&](int64_t j, int n) {
+      columns(me.begin(H), me.end(H), [&](int64_t j, int n) FASTLM_INLINED {
         V all = {};
         for (int i = 0; i < me.count; ++i) all += read(a.workspace + (i * 4 + 2 + which) * H + j, n);
         write(out[which] + j, all, n);
@@ -298,7 +301,9 @@ template <class T, Gate kind>
 void gated_forward(const Gated& g) {
   gated_rows<T>(g, [&](const T* a, const T* b, int64_t begin, int64_t count) {
     T* const y = static_cast<T*>(g.y) + begin;
-    columns(0, count, [&](int64_t j, int n) { write(y + j, gate<kind>(read(a + j, n)) * read(b + j, n), n); });
+    columns(0, count, [&](int64_t j, int n) FASTLM_INLINED {
+      write(y + j, gate<kind>(read(a + j, n)) * read(b + j, n), n);
+    });
   });
 }
 
@@ -307,7 +312,7 @@ void gated_backward(const Gated& g) {
   gated_rows<T>(g, [&](const T* a, const T* b, int64_t begin, int64_t count) {
     const T* const dy = static_cast<const T*>(g.dy) + begin;
     T *const da = static_cast<T*>(g.y) + begin, *const db = static_cast<T*>(g.db) + begin;
-    columns(0, count, [&](int64_t j, int n) {
+    columns(0, count, [&](int64_t j, int n) FASTLM_INLINED {
       V slope;
       const V d = read(dy + j, n), value = gate<kind>(read(a + j, n), &slope);
       write(db + j, d * value, n);
@@ -322,7 +327,7 @@ void gated_backward(const Gated& g) {
 template <class T>
 void turn(const T* x, T* y, int64_t half, bool interleaved, const float* cos, const float* sin, int64_t second,
           float sign) {
-  const auto turned = [&](int64_t j, int n, V& a, V& b) {
+  const auto turned = [&](int64_t j, int n, V& a, V& b) FASTLM_INLINED {
     const V sa = sign * read(sin + j, n), sb = second ? sign * read(sin + second + j, n) : sa;
     const V ca = read(cos + j, n), cb = second ? read(cos + second + j, n) : ca;
     // The transposed rotation takes each product's sine from where the other column had it.
@@ -331,7 +336,7 @@ void turn(const T* x, T* y, int64_t half, bool interleaved, const float* cos, co
     a = first;
   };
   if (!interleaved) {
-    columns(0, half, [&](int64_t j, int n) {
+    columns(0, half, [&](int64_t j, int n) FASTLM_INLINED {
       V a = read(x + j, n), b = read(x + half + j, n);
       turned(j, n, a, b);
       write(y + j, a, n);
@@ -344,7 +349,7 @@ void turn(const T* x, T* y, int64_t half, bool interleaved, const float* cos, co
     even[i] = 2 * i, odd[i] = 2 * i + 1;
     low[i] = i / 2 + i % 2 * kWide, high[i] = low[i] + kWide / 2;
   }
-  columns(0, half, [&](int64_t j, int n) {
+  columns(0, half, [&](int64_t j, int n) FASTLM_INLINED {
     const int n0 = 2 * n < kWide ? 2 * n : kWide, n1 = 2 * n - n0;
     const V u = read(x + 2 * j, n0), v = n1 ? read(x + 2 * j + kWide, n1) : V{};
     V a = __builtin_shuffle(u, v, even), b = __builtin_shuffle(u, v, odd);
@@ -386,16 +391,16 @@ void softmax(const Softmax& a) {
       const T* x = static_cast<const T*>(a.x) + row * a.x_row;
       T* y = static_cast<T*>(a.y) + row * H;
       if (mask && !by_column && !*mask) {
-        columns(0, H, [&](int64_t c, int n) { write(y + c, V{}, n); });
+        columns(0, H, [&](int64_t c, int n) FASTLM_INLINED { write(y + c, V{}, n); });
         continue;
       }
-      const auto masked = [&](int64_t c, int n, const V& kept, const V& absent) {
+      const auto masked = [&](int64_t c, int n, const V& kept, const V& absent) FASTLM_INLINED {
         Bytes bytes = {};
         std::memcpy(&bytes, mask + c, n);
         return __builtin_convertvector(bytes, Words) != 0 ? kept : absent;
       };
       V highest = V{} + lowest;
-      columns(0, H, [&](int64_t c, int n) {
+      columns(0, H, [&](int64_t c, int n) FASTLM_INLINED {
         V z = read(x + c, n) * a.scale;
         if (by_column) z = masked(c, n, z, V{} + lowest);
         store<float>(scores + c, z, n);
@@ -404,13 +409,13 @@ void softmax(const Softmax& a) {
       });
       float top = lowest;
       for (int lane = 0; lane < kWide; ++lane) top = highest[lane] > top ? highest[lane] : top;
-      const double mass = total(H, [&](int64_t c, int n) {
+      const double mass = total(H, [&](int64_t c, int n) FASTLM_INLINED {
         const V e = keep(exp_negative(load<float>(scores + c, n) - top), n);
         store<float>(scores + c, e, n);
         return e;
       });
       const float factor = float(1 / mass);
-      columns(0, H, [&](int64_t c, int n) {
+      columns(0, H, [&](int64_t c, int n) FASTLM_INLINED {
         V p = load<float>(scores + c, n) * factor;
         // Also where nothing is kept, and inf - inf has made the mass NaN.
         if (by_column && mass != mass) p = masked(c, n, p, V{});

@@ -12,6 +12,9 @@
 #include "../gates.h"
 #include "../numbers.h"
 
+// Of a lambda for whole vectors and for a last part: called in two places, GCC leaves a call for each vector.
+#define FASTLM_INLINED __attribute__((always_inline))
+
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {

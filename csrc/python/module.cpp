@@ -11,9 +11,11 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cpu") = cpu_of(kernels);
   m.attr("pairs") = kernels.pairs;
   m.attr("vnni") = kernels.quantized_linear != nullptr;
-  m.attr("bf16_arithmetic") = cpu.avx512_bf16;
-  m.attr("fp16_arithmetic") = cpu.avx512_fp16;
-  m.attr("amx") = cpu.amx_int8;
+  // What torch computes with; whoever caps our kernels below AVX-512 to stand for another CPU caps torch alike.
+  const bool wide = m.attr("isa").cast<std::string>() == "avx512";
+  m.attr("bf16_arithmetic") = wide && cpu.avx512_bf16;
+  m.attr("fp16_arithmetic") = wide && cpu.avx512_fp16;
+  m.attr("amx") = wide && cpu.amx_int8;
   define_rnn(m);
   define_rows(m);
   define_linear(m);
