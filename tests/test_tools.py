@@ -141,6 +141,19 @@ def test_curves_agree_between_layers():
         assert curve.difference < 1e-4, curve
 
 
+def test_a_capped_machine_is_named_so_and_caps_both_sides(monkeypatch):
+    monkeypatch.setenv("FASTLM_MAX_ISA", "avx2")
+    for name in bench.CAPS["avx2"]:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="caps fastlm alone; for torch set ATEN_CPU_CAPABILITY=avx2 ONEDNN"):
+        bench.capped()
+    for name, value in bench.CAPS["avx2"].items():
+        monkeypatch.setenv(name, value)
+    device = bench._cpu_name()
+    assert device.endswith(", both capped to AVX2")
+    assert report._slug({"device": device, "threads": 2}).endswith("-avx2-2t")
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (dict(suites=("nonsense",)), "ops, modules, models"),
     (dict(dtypes=["float7"]), "dtype is 'float7'"),

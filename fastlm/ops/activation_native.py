@@ -20,6 +20,9 @@ LEAST = {
 if _native.cpu == "zen5":  # where stock's exponential is faster in bfloat16
     LEAST |= {("silu", torch.float32): (1 << 20, 1 << 20), ("silu", torch.bfloat16): (1 << 23, 1 << 23),
               ("gelu", torch.float32): (1 << 21, 1 << 18), ("gelu", torch.bfloat16): (0, 1 << 23)}
+elif _native.cpu == "avx2":
+    LEAST |= {("silu", torch.float32): (1 << 20, 1 << 20), ("silu", torch.bfloat16): (0, 0),
+              ("gelu", torch.float32): (1 << 22, 1 << 21), ("gelu", torch.bfloat16): (0, 0)}
 
 
 def cannot(gate, up, kind):

@@ -12,7 +12,7 @@ from fastlm.ops.attention_common import Options, accumulator
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST = 256  # numbers in a head
-MEASURED = ("zen5",)  # CPUs timed in benchmarks/LOG.md
+MEASURED = ("zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 
 
 class Kernels:

@@ -13,6 +13,7 @@ __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 ACCEPTS = attention_common.ACCEPTS - {"everything dropped"}
 LEAST = 1 << 22  # multiplications, below which SDPA needs less time than Python does: benchmarks/LOG.md 2026-11-25
+LEAST_ON_AVX2 = {torch.float32: 1 << 26}  # where SDPA's products are as fast, other numbers 1 << 24: 2026-11-26
 
 
 def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
@@ -34,8 +35,9 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
         return None
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
-    if scores * (query.size(3) + value.size(3)) < LEAST:
-        return f"SDPA is faster below {LEAST} multiplications: benchmarks/LOG.md 2026-11-25"
+    least = LEAST_ON_AVX2.get(query.dtype, 1 << 24) if _native.cpu == "avx2" else LEAST
+    if scores * (query.size(3) + value.size(3)) < least:
+        return f"SDPA is faster below {least} multiplications: benchmarks/LOG.md 2026-11-25 and 26"
     return None
 
 

@@ -13,7 +13,7 @@ ACCEPTS = {"1 classes", "127 classes", "128 classes", "129 classes", "many class
            "everything, mean", "smoothing of one", "outliers", "no rows", "no rows, none", "images",
            "classes last in memory", "every other column", "probabilities"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
+MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 LEAST_CLASSES, LEAST_LOGITS = 1000, 4_000_000
 
 _kernels = LossKernels(_native)

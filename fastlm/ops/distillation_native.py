@@ -6,10 +6,11 @@ import torch
 import fastlm._native as _native
 from fastlm.ops.cpu import unmeasured
 from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
+from fastlm.ops.head import few_on_avx2
 from fastlm.ops.loss_kernels import LossKernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
+MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 
 
 def cannot(student, weight, *rest):
@@ -20,12 +21,12 @@ def cannot(student, weight, *rest):
     return None
 
 
-def loses(student, *rest):
+def loses(student, weight, *rest):
     if unknown := unmeasured(_native, *MEASURED):
         return unknown
     if student.dtype is torch.float16 or (student.dtype is torch.bfloat16 and _native.cpu != "zen5"):
         return "not yet measured in 16 bits"
-    return None
+    return few_on_avx2(_native, student, weight)
 
 
 def _products(x):

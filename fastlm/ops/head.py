@@ -19,7 +19,21 @@ GPU_ROWS = 2048
 HALF_ROWS = 512
 SUM_BYTES = 4
 
+LOGITS_ON_AVX2 = 1 << 23
+
 TILE = 4096  # classes at a time, where weights are converted for the products, or these have 16 bits on a CPU
+
+
+def few_on_avx2(native, x: Tensor, weight: Tensor) -> str | None:
+    """Return that stock is as fast with AVX2, whose products in float32 and float64 are the same: benchmarks/LOG.md
+    2026-11-26; None for many logits, for bfloat16, which stock multiplies slowly there, and on other CPUs.
+    """
+    if native.cpu != "avx2" or x.dtype is torch.bfloat16:
+        return None
+    few = x.shape[:-1].numel() * weight.size(0) < LOGITS_ON_AVX2
+    if few or x.dtype is torch.float64:
+        return f"no faster than torch below {LOGITS_ON_AVX2} logits or in float64: benchmarks/LOG.md 2026-11-26"
+    return None
 
 
 def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, grows: bool = False,

@@ -5,11 +5,12 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops.cpu import unmeasured
+from fastlm.ops.head import few_on_avx2
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
 from fastlm.ops.loss_kernels import LossKernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
+MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 
 
 def cannot(input, *rest):
@@ -28,7 +29,7 @@ def loses(input, linear_weight, *rest):
         return "not yet measured with bfloat16 arithmetic on this CPU"
     if input.dtype is torch.float16:
         return "not yet measured in float16"
-    return None
+    return few_on_avx2(_native, input, linear_weight)
 
 
 def _products(x):

@@ -24,15 +24,16 @@ ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 PLAIN = (Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
-MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
+MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-24"
 
 
 def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *options) -> str | None:
     """Return why stock is the better choice, None where a measured row says that it is not.
 
-    Stock runs a dense LSTM in float32 and bfloat16 through oneDNN, which is hard to beat, and all else step by step
-    in PyTorch, which only few steps, and so little to save, make as fast as a kernel.
+    Stock runs a dense LSTM in float32 and bfloat16 (in float32 alone without AVX-512) through oneDNN, which is hard
+    to beat, and all else step by step in PyTorch, which only few steps, and so little to save, make as fast as a
+    kernel.
     """
     if data.is_cuda:
         return "not yet run on a GPU"
@@ -45,6 +46,7 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     if (dtype is torch.bfloat16 and native.bf16_arithmetic and not pairs) or \
             (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
+    narrow = native.cpu == "avx2"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[-1].shape[1:]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
@@ -57,9 +59,10 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     in_place = batch_sizes is None and not trains and hidden >= 64 and batch * steps <= 16
     if steps == 1 and batch_sizes is None:
         ahead = not trains and hidden >= 64 and (dtype is torch.float32 or (cell == "lstm" and hidden >= 256 and
-                                                 dtype is torch.bfloat16))
+                                                 dtype is torch.bfloat16 and not narrow))
         return None if ahead else f"one step: slower than torch's, or not measured: {ROW}"
-    if cell != "lstm" or batch_sizes is not None or dtype not in (torch.float32, torch.bfloat16):
+    of_onednn = (torch.float32,) if narrow else (torch.float32, torch.bfloat16)
+    if cell != "lstm" or batch_sizes is not None or dtype not in of_onednn:
         elman = cell in ("tanh", "relu")
         if in_place and dtype is torch.float32 and (steps >= 8 if elman else batch * steps >= 4):
             return None
@@ -67,6 +70,8 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
         return f"slower than torch below {least} steps: {ROW}" if steps < least else None
     if hidden < 256:
         return f"slower than torch's oneDNN below 256 hidden units: {ROW}"
+    if narrow:
+        return None if in_place else "no faster than torch's oneDNN: benchmarks/LOG.md 2026-11-26, AVX2"
     if native.cpu == "zen5":
         return _losses_on_zen5(steps, batch, hidden, trains)
     if trains or (in_place and hidden >= 512):

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fastlm.ops.cpu import unmeasured
 
-MEASURED = ("intel", "zen5")  # CPUs timed in benchmarks/LOG.md
-ROW = "benchmarks/LOG.md 2026-11-23 and 25"
+MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
+ROW = "benchmarks/LOG.md 2026-11-23, 25 and 26"
 
 
 def cannot_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:

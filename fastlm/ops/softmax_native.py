@@ -19,7 +19,7 @@ def cannot(x, dim, mask, scale, log):
 
 
 def loses(x, dim, mask, scale, log):
-    least = 1 << 17 if _native.cpu == "zen5" else 1 << 14
+    least = 1 << 14 if _native.cpu == "intel" else 1 << 17
     return loses_below(_native, (least, least), x)
 
 

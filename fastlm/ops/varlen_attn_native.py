@@ -10,8 +10,8 @@ from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
 from fastlm.ops.cpu import unmeasured
 from fastlm.ops.varlen_attn import reference, sequences, unpaged
 
-LEAST = 1 << 23  # multiplications of few sequences
-ROW = "benchmarks/LOG.md 2026-11-25"
+LEAST, LEAST_ON_AVX2 = 1 << 23, 1 << 26  # multiplications of few sequences
+ROW = "benchmarks/LOG.md 2026-11-25 and 26"
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
@@ -34,8 +34,9 @@ def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
     if lacking or torch.compiler.is_compiling():  # stock's loop over sequences reads values, which a graph has not
         return None
     count = cu_seq_q.size(0) - 1
-    if count < 4 and count * max_q * max_k * query.size(1) * (query.size(2) + value.size(-1)) < LEAST:
-        return f"SDPA for each of so few sequences is faster below {LEAST} multiplications: {ROW}"
+    least = LEAST_ON_AVX2 if _native.cpu == "avx2" else LEAST
+    if count < 4 and count * max_q * max_k * query.size(1) * (query.size(2) + value.size(-1)) < least:
+        return f"SDPA for each of so few sequences is faster below {least} multiplications: {ROW}"
     return None
 
 

@@ -7,6 +7,7 @@ against float64 beside stock's own, and the peak memory of both. Where stock ran
 import dataclasses
 import functools
 import itertools
+import os
 import platform
 import statistics
 import subprocess
@@ -22,6 +23,10 @@ from fastlm import measure
 from fastlm.dispatch import CannotRun, build_report, explain
 from fastlm.tools.suites import EVERYTHING, SUITES, Case, Goal, Subject, load
 
+# FASTLM_MAX_ISA -> what caps torch and its libraries alike, so that a machine stands for one with fewer instructions.
+CAPS = {isa: dict(zip(("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"), caps, strict=True))
+        for isa, caps in {"generic": ("default", "SSE41", "SSE4_2"), "avx2": ("avx2", "AVX2", "AVX2"),
+                          "avx512": ("avx512", "AVX512_CORE", "AVX512")}.items()}
 SAME_LOSSES = 1e-4  # the largest relative difference between two loss curves that counts as agreement
 
 
@@ -250,7 +255,22 @@ def _cpu_name():
             name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return name
+    return name + (f", both capped to {cap.upper()}" if (cap := capped()) else "")
+
+
+def capped() -> str:
+    """Return the instruction set that the environment caps fastlm and torch to, "" where it caps neither.
+
+    Raises:
+        ValueError: fastlm alone is capped: its times beside a wider torch's say nothing of any CPU.
+    """
+    cap = os.environ.get("FASTLM_MAX_ISA", "")
+    if cap not in CAPS:
+        return ""
+    lacking = [f"{name}={value}" for name, value in CAPS[cap].items() if os.environ.get(name) != value]
+    if lacking:
+        raise ValueError(f"bench: FASTLM_MAX_ISA={cap} caps fastlm alone; for torch set {' '.join(lacking)} too")
+    return cap
 
 
 def _commit():

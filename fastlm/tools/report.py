@@ -31,7 +31,7 @@ def save(result: dict, folder: str | Path, name: str) -> list[Path]:
 
 
 def _slug(machine):
-    words = re.sub(r"\(\w+\)|CPU|Processor|@", " ", machine["device"])
+    words = re.sub(r"\(\w+\)|CPU|Processor|@|both capped to", " ", machine["device"])
     return re.sub(r"[^a-z0-9.]+", "-", f"{words} {machine['threads']}t".lower()).strip("-")
 
 

@@ -1,8 +1,5 @@
-"""What lstm, gru and rnn need beyond the matrix of test_ops: arguments, dropout, threads, compilers, capped CPUs."""
+"""What lstm, gru and rnn need beyond the matrix of test_ops: arguments, dropout, threads, compilers, other CPUs."""
 
-import os
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -289,48 +286,6 @@ def test_opcheck(cell, options):
 
 # --- other CPUs ------------------------------------------------------------------------------------------------
 
-PARITY = """
-import torch
-import fastlm._native as native
-from fastlm import measure
-from fastlm.ops import ALL
-from tests.parity import keep_error_rule
-from tests.test_ops import args_of
-assert {isa!r} in (native.isa, native.pairs), native.isa
-for op in ALL:
-    if op.name in ("lstm", "gru", "rnn"):
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            for i, sample in enumerate(op.samples("test", dtype, "meta")):
-                if op.implementations["native"].cannot(*args_of(op, dtype, i, "cpu").args) is None:
-                    print(op.name, sample.name, dtype)
-                    keep_error_rule(lambda draw: measure.errors(op, "native", args_of(op, dtype, i, "cpu", draw).args))
-"""
-
-
-def sets_below():
-    """Return the narrower instruction sets that were built: the widest is what all other tests run."""
-    if not RUNS:
-        return []
-    import fastlm._native as extension
-    built = fastlm.dispatch.build_report()["instruction_sets"]
-    return built[: built.index(extension.pairs or extension.isa)]
-
-
-@native
-@pytest.mark.parametrize("isa", sets_below())
-def test_capped_instruction_set(isa):
-    env = os.environ | {"FASTLM_MAX_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", PARITY.format(isa=isa)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-80:] + done.stderr
-
-
-@native
-def test_unknown_cap_is_refused():
-    done = subprocess.run([sys.executable, "-c", "import fastlm._native"], env=os.environ | {"FASTLM_MAX_ISA": "mmx"},
-                          capture_output=True, text=True)
-    assert "FASTLM_MAX_ISA must be generic, avx2, avx512, avx512_bf16 or amx, got mmx" in done.stderr
-
-
 @native
 def test_stock_runs_where_it_was_measured_to_win():
     """Whatever the instruction set, a refusal is a reason and the default call agrees with stock."""
@@ -348,6 +303,7 @@ def test_stock_runs_where_it_was_measured_to_win():
 AVX512 = {"cpu": "intel", "pairs": None, "bf16_arithmetic": False, "fp16_arithmetic": False}
 COOPER_LAKE = AVX512 | {"pairs": "avx512_bf16", "bf16_arithmetic": True}
 ZEN_5 = COOPER_LAKE | {"cpu": "zen5"}
+AVX2 = AVX512 | {"cpu": "avx2"}
 SAPPHIRE_RAPIDS = {"cpu": "intel", "pairs": "amx", "bf16_arithmetic": True, "fp16_arithmetic": True}
 
 
@@ -361,6 +317,7 @@ SAPPHIRE_RAPIDS = {"cpu": "intel", "pairs": "amx", "bf16_arithmetic": True, "fp1
     (torch.bfloat16, ZEN_5, "highest", None),
     (torch.bfloat16, ZEN_5 | {"pairs": None}, "highest", "not yet measured on a CPU with bfloat16 arithmetic"),
     (torch.float16, COOPER_LAKE, "highest", None),
+    (torch.float16, AVX2, "highest", None),
     (torch.float16, SAPPHIRE_RAPIDS, "highest", "not yet measured on a CPU with float16 arithmetic"),
 ])
 def test_reasons_on_cpus_with_16_bit_arithmetic(dtype, cpu, precision, expected):
@@ -371,6 +328,21 @@ def test_reasons_on_cpus_with_16_bit_arithmetic(dtype, cpu, precision, expected)
         assert recurrent_kernels.losses(SimpleNamespace(**cpu), "gru", *args) == expected
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("cell", "dtype", "sizes", "wins"), [
+    ("lstm", torch.float32, dict(steps=64, batch=4, hidden=512), False),
+    ("lstm", torch.float32, dict(steps=4, batch=4, hidden=512), True),
+    ("lstm", torch.float32, dict(steps=1, batch=1, hidden=512), True),
+    ("lstm", torch.bfloat16, dict(steps=1, batch=1, hidden=512), False),
+    ("lstm", torch.bfloat16, dict(steps=64, batch=4, hidden=512), True),
+    ("gru", torch.float32, dict(steps=64, batch=4, hidden=512), True),
+])
+def test_what_runs_with_avx2(cell, dtype, sizes, wins):
+    """oneDNN takes the LSTM in float32, but for few rows; what stock does step by step is ours."""
+    with torch.no_grad():
+        args = recurrent.make_args(*CELLS[cell], dtype, "meta", **sizes)
+        assert (recurrent_kernels.losses(SimpleNamespace(**AVX2), cell, *args) is None) == wins
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
