@@ -76,7 +76,7 @@ def read_text(path: str | Path) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {error.start}; "
-                         "convert it first, for example with iconv") from error
+                         "unpack or convert it first, for example with xz -d or iconv") from error
     if not text.strip():
         raise ValueError(f"data: {path} is empty, expected text")
     return text.replace("\r\n", "\n")
