@@ -118,6 +118,8 @@ struct RnnDirect {
   T* c;                    // [N, H] out when `train`, else not used
   T *hn, *cn;              // [B, H] out
   bool train;              // keep what the backward pass needs
+  bool back;               // visit the units from the last to the first: a call that follows one the other way, by the
+                           // same weights, begins with those that the caches still hold
 };
 
 #define FASTLM_DECLARE_RNN_DIRECT(isa)                                     \

@@ -46,13 +46,18 @@ class Sample(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """One way to compute an op. `cannot` and `loses` read metadata only and return a reason or None."""
+    """One way to compute an op. `cannot` and `loses` read metadata only and return a reason or None.
+
+    `at_once` takes a call as the caller made it: it returns the result where all checks and choices would end in `run`,
+    else None; where these take longer than the kernel.
+    """
 
     run: Callable[..., Any]
     cannot: Callable[..., str | None] = lambda *args: None
     loses: Callable[..., str | None] = lambda *args: None
     accepts: frozenset[str] = frozenset()
     dtypes: tuple[torch.dtype, ...] = ()
+    at_once: Callable[..., Any] = lambda *args: None
 
 
 class Op:
@@ -78,6 +83,7 @@ class Op:
         self.implementations["torch"] = Implementation(torch)
         self.implementations["reference"] = Implementation(reference)
         self.default = (*fast, "torch")
+        self._at_once = self.implementations[self.default[0]].at_once
 
     def __repr__(self):
         return f"Op({self.name!r}: {', '.join(self.implementations)})"
@@ -87,6 +93,10 @@ class Op:
         if _calls is not None:
             _calls.append(Call(self.name, ran, declined))
         return self.implementations[ran].run(*args)
+
+    def at_once(self, *args):
+        """Return the result of a call as it came, unchecked, where an implementation is sure of it, else None."""
+        return None if _order or _calls is not None else self._at_once(*args)
 
     def choose(self, args) -> tuple[str, dict[str, str]]:
         """Return the implementation that takes this call, and the reasons of those that were asked before it."""
@@ -199,7 +209,8 @@ def _load(files: str, name: str) -> Implementation:
         elif name == "triton" and error.name == "triton":
             reason = "Triton is not installed: pip install triton"
         return Implementation(run=None, cannot=lambda *args: reason)
-    return Implementation(module.run, module.cannot, module.loses, frozenset(module.ACCEPTS), module.DTYPES)
+    return Implementation(module.run, module.cannot, module.loses, frozenset(module.ACCEPTS), module.DTYPES,
+                          getattr(module, "at_once", Implementation._field_defaults["at_once"]))
 
 
 def triton_can_run() -> bool:

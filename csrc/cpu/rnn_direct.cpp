@@ -80,19 +80,22 @@ FASTLM_INLINE void sums(Vector<T>* v, T* out) {
   store(out, v[0], n);
 }
 
-// acc[m][r] += w[r] · x[m] lane by lane, for R rows of w [·, depth] and M of x [·, depth]. A row is too short a stream
-// for the hardware to run ahead of: each is fetched 512 bytes ahead (benchmarks/LOG.md, 2026-11-24).
+// acc[m][r] += w[r] · x[m] lane by lane, for R rows of w [·, depth] and M of x [·, depth]; the rows from `next` on follow.
+// A row is too short a stream for the hardware to run ahead of: each is fetched 512 bytes ahead (benchmarks/LOG.md,
+// 2026-11-24).
 template <class T, class W, int R, int M>
-FASTLM_INLINE void accumulate(const W* w, const T* x, int64_t depth, Vector<T> (&acc)[M][R]) {
+FASTLM_INLINE void accumulate(const W* w, const W* next, const T* x, int64_t depth, Vector<T> (&acc)[M][R]) {
   constexpr int lanes = kLanes<T>;
+  constexpr int64_t ahead = 512 / sizeof(W);
   int64_t k = 0;
   for (; k + lanes <= depth; k += lanes) {
     Vector<T> v[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) v[m] = load(x + m * depth + k);
+    const W* const later = k + ahead < depth ? w + k + ahead : next + (k + ahead - depth);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(w + r * depth + k + 512 / sizeof(W));
+      __builtin_prefetch(later + r * depth);
       const Vector<T> a = widen(w + r * depth + k);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[m][r] += a * v[m];
@@ -118,16 +121,18 @@ struct Units {
   const W* row(int g, int i) const { return w + (g * hidden + u + i) * depth; }
 };
 
-// out[m·stride + g·spread + i] = row (g, i) · x[m], for `rows` rows of x [·, depth], which are M at most
+// out[m·stride + g·spread + i] = row (g, i) · x[m], for `rows` rows of x [·, depth], which are M at most; `next` are the
+// weights that follow
 template <class T, class W, int M>
-void multiply(int rows, const Units<W>& units, const T* x, T* out, int64_t stride, int64_t spread) {
+void multiply(int rows, const Units<W>& units, const W* next, const T* x, T* out, int64_t stride, int64_t spread) {
   if constexpr (M > 1)
-    if (rows < M) return multiply<T, W, M - 1>(rows, units, x, out, stride, spread);
+    if (rows < M) return multiply<T, W, M - 1>(rows, units, next, x, out, stride, spread);
   constexpr int most = 8 * M > kAccumulators ? 4 : 8, together = most < kLanes<T> ? most : kLanes<T>;
   const auto tile = [&](auto size, int g, int i) {
     constexpr int R = decltype(size)::value;
     Vector<T> acc[M][R] = {};
-    accumulate<T, W, R, M>(units.row(g, i), x, units.depth, acc);
+    const W* const then = i + R < units.count ? units.row(g, i + R) : g + 1 < units.gates ? units.row(g + 1, 0) : next;
+    accumulate<T, W, R, M>(units.row(g, i), then, x, units.depth, acc);
     for (int m = 0; m < M; ++m) sums<T, R>(acc[m], out + m * stride + g * spread + i);
   };
   for (int g = 0; g < units.gates; ++g) {
@@ -210,21 +215,27 @@ void direct(const RnnProblem& p, const RnnDirect<T>& a) {
   for (int64_t i = 0; i < p.steps; ++i) all += rows_at(i);
   const int64_t worthwhile = 1 + all * G * H * (H + I) / 65536, team = p.threads < vectors ? p.threads : vectors;
   parallel(int(team < worthwhile ? team : worthwhile), [&](Member& me) {
-    const auto for_units = [&](const auto& f) {
-      for (int64_t u = me.begin(vectors) * lanes; u < me.end(vectors) * lanes; u += lanes)
-        f(u, H - u < lanes ? int(H - u) : lanes);
+    // Calls f(u, count, next) for each vector of this member's units; `next` is the unit that follows.
+    const auto for_units = [&](bool back, const auto& f) {
+      const int64_t first = me.begin(vectors), last = me.end(vectors);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t u = (back ? first + last - 1 - i : i) * lanes, next = u + (back ? -lanes : lanes);
+        f(u, H - u < lanes ? int(H - u) : lanes, i + 1 < last ? next : u);
+      }
     };
+    const auto row_of = [&](const void* w, int64_t depth, int64_t u) { return static_cast<const W*>(w) + u * depth; };
     // The products with x of several steps are made first, where gates or y will lie, and read W_ih once.
-    const auto product_of_x = [&](int64_t u, int n, int64_t row, int count, T* out, int64_t stride, int64_t spread) {
+    const auto product_of_x = [&](int64_t u, int n, const W* next, int64_t row, int count, T* out, int64_t stride,
+                                  int64_t spread) {
       const Units<W> units{static_cast<const W*>(a.w_ih), H, I, u, G, n};
-      multiply<T, W, kMostRows>(count, units, a.x + row * I, out, stride, spread);
+      multiply<T, W, kMostRows>(count, units, next, a.x + row * I, out, stride, spread);
     };
     const int64_t stride = elman ? H : 4 * H;
     T* const products_of_x = elman ? a.y : a.gates;
     if (p.steps > 1)
-      for_units([&](int64_t u, int n) {
+      for_units(a.back, [&](int64_t u, int n, int64_t next) {
         for_rows(0, all, [&](int64_t row, int count) {
-          product_of_x(u, n, row, count, products_of_x + row * stride + u, stride, H);
+          product_of_x(u, n, row_of(a.w_ih, I, next), row, count, products_of_x + row * stride + u, stride, H);
         });
       });
     T products[kMostRows * width], single[kMostRows * width];
@@ -233,12 +244,14 @@ void direct(const RnnProblem& p, const RnnDirect<T>& a) {
     for (int64_t i = 0; i < p.steps; ++i) {
       const int64_t rows = rows_at(i), earlier = rows_at(i - 1), later = rows_at(i + 1);
       const int64_t known = rows < earlier ? rows : earlier;
-      for_units([&](int64_t u, int n) {
+      for_units(a.back != (i % 2 == 1), [&](int64_t u, int n, int64_t next) {
         const Units<W> units{static_cast<const W*>(a.w_hh), H, H, u, G, n};
+        const W* const then = row_of(a.w_hh, H, next);
         const auto advance = [&](const T* h_before, const T* c_before) {
           return [&, h_before, c_before](int64_t b, int count) {
-            multiply<T, W, kMostRows>(count, units, h_before + b * H, products, width, lanes);
-            if (p.steps == 1) product_of_x(u, n, b, count, single, width, lanes);
+            multiply<T, W, kMostRows>(count, units, p.steps == 1 ? row_of(a.w_ih, I, u) : then, h_before + b * H,
+                                      products, width, lanes);
+            if (p.steps == 1) product_of_x(u, n, then, b, count, single, width, lanes);
             for (int m = 0; m < count; ++m) {
               const T* const x = p.steps == 1 ? single + m * width : products_of_x + (row + b + m) * stride + u;
               gates<T, cell>(p, a, row + b + m, b + m, u, n, x, p.steps == 1 ? lanes : H, products + m * width,

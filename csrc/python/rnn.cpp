@@ -1,5 +1,6 @@
 // Recurrent layers: csrc/rnn.h.
 
+#include <array>
 #include <type_traits>
 
 #include "arguments.h"
@@ -57,12 +58,12 @@ void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, con
   if (weights < 0 || weights > 3 || inputs < 1) throw std::invalid_argument("rnn_direct: sizes out of range");
   const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
   const RnnDirect<T> call{static_cast<Stored>(weights), inputs, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
-                          at(8), at(9), at(10), at(11), train};
+                          at(8), at(9), at(10), at(11), train, false};
   py::gil_scoped_release release;
   kernel(p, call);
 }
 
-enum Attribute { kDtype, kDevice, kIsCpu, kIsContiguous, kDataPtr };
+enum Attribute { kDtype, kDevice, kIsCpu, kIsContiguous, kDataPtr, kShape, kIsNeg };
 
 // What a tensor says of itself, by names that are made once.
 struct Attributes {
@@ -77,7 +78,8 @@ struct Attributes {
     static PyObject* const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("device"),
                                       PyUnicode_InternFromString("is_cpu"),
                                       PyUnicode_InternFromString("is_contiguous"),
-                                      PyUnicode_InternFromString("data_ptr")};
+                                      PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("shape"),
+                                      PyUnicode_InternFromString("is_neg")};
     return names[name];
   }
   static py::object checked(PyObject* found) {
@@ -111,55 +113,100 @@ py::tuple addresses(const py::tuple& tensors, const std::string& kinds, py::hand
 }
 
 // One step of one layer without gradients, checks and results included, because a stream calls for every token and
-// Python takes longer than the kernel: (y, hn) or (y, hn, cn), or None where a tensor is not what a kernel can take.
-py::object rnn_step(int cell, int64_t batch, int64_t hidden, int64_t inputs, int threads, size_t number, bool biased,
-                    py::handle x, const py::tuple& hx, const py::list& params, const py::tuple& types,
-                    py::handle empty_like) {
-  const int states = cell == 0 ? 2 : 1;
-  if (cell < 0 || cell > 3 || batch < 1 || hidden < 1 || inputs < 1 || threads < 1 || hx.size() != size_t(states) ||
-      params.size() != (biased ? 4u : 2u))
-    throw std::invalid_argument("rnn_step: sizes out of range");
-  const py::object dtype = Attributes(x).get(kDtype);
+// Python takes longer than the kernel: (y, hn) or (y, hn, cn), or None where the arguments are not what a kernel can
+// take, for whatever reason. They come as the caller gave them.
+//
+// `types` are the classes of tensors that a kernel may read, `dtypes` begins with float32 and may go on with float64.
+class RnnStep {
+  const py::tuple &types, &dtypes;
+  py::object dtype;  // of all tensors
   bool fits = true;
-  const auto address = [&](py::handle t) -> Address {
+
+  // A tensor that a kernel can read, of this shape; 0 stands for a size that it is to tell.
+  template <size_t n>
+  Address address(py::handle t, std::array<int64_t, n>& shape) {
+    const py::handle type = py::type::handle_of(t), yes(Py_True);
+    fits = fits && (type.is(types[0]) || type.is(types[1]));
+    if (!fits) return {0};
     const Attributes of(t);
-    const py::handle type = py::type::handle_of(t);
-    const py::handle yes(Py_True);
-    fits = fits && (type.is(types[0]) || type.is(types[1])) && of.get(kDtype).is(dtype) && of.get(kIsCpu).is(yes) &&
-           of.call(kIsContiguous).is(yes);
+    if (!dtype) dtype = of.get(kDtype);
+    const py::object sizes = of.get(kShape);
+    fits = of.get(kDtype).is(dtype) && of.get(kIsCpu).is(yes) && PyTuple_Check(sizes.ptr()) &&
+           PyTuple_GET_SIZE(sizes.ptr()) == n && of.call(kIsContiguous).is(yes) && !of.call(kIsNeg).is(yes);
+    for (size_t i = 0; fits && i < n; ++i) {
+      const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
+      if (!shape[i]) shape[i] = size;
+      fits = size > 0 && size == shape[i];
+    }
     return {fits ? of.call(kDataPtr).cast<uintptr_t>() : 0};
-  };
-  const Address from[] = {address(x), address(params[0]), address(params[1]),
-                          biased ? address(params[2]) : Address{0}, biased ? address(params[3]) : Address{0},
-                          address(hx[0]), states == 2 ? address(hx[1]) : Address{0}};
-  if (!fits) return py::none();
-  py::tuple results(1 + states);
-  Address to[3] = {};
-  for (int i = 0; i <= states; ++i) {
-    results[i] = empty_like(hx[i == 2]);
-    to[i] = address(results[i]);
   }
-  if (!fits) return py::none();
-  const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, 0, nullptr, threads, Precision::highest, 0, 1};
-  const auto run = [&](const auto& kernel, auto zero, Stored stored) {
-    using T = decltype(zero);
-    const RnnDirect<T> call{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
-                            from[6], nullptr, to[0],   nullptr, to[1],   to[2],   false};
-    py::gil_scoped_release release;
-    kernel.direct(p, call);
-  };
-  if (number == sizeof(double))
-    run(kernels.rnn_f64, 0.0, Stored::f64);
-  else
-    run(kernels.rnn_f32, 0.0f, Stored::f32);
-  return results;
-}
+  template <class... Sizes>
+  Address of_shape(py::handle t, Sizes... sizes) {
+    std::array<int64_t, sizeof...(sizes)> shape{sizes...};
+    return address(t, shape);
+  }
+
+ public:
+  RnnStep(const py::tuple& types, const py::tuple& dtypes) : types(types), dtypes(dtypes) {}
+
+  // hx: a tensor or a sequence of them; params: w_ih, w_hh and, where `biased`, b_ih and b_hh; least: of hidden units.
+  py::object run(int cell, int64_t least, int threads, bool biased, bool batch_first, py::handle x, py::handle hx,
+                 py::handle params, py::handle empty_like) {
+    if (cell < 0 || cell > 3 || threads < 1) throw std::invalid_argument("rnn_step: sizes out of range");
+    const int states = cell == 0 ? 2 : 1, gates = cell == 0 ? 4 : cell == 1 ? 3 : 1;
+    const auto listed = [](py::handle all, Py_ssize_t count) {
+      return (PyTuple_Check(all.ptr()) || PyList_Check(all.ptr())) && PySequence_Fast_GET_SIZE(all.ptr()) == count;
+    };
+    const auto item = [](py::handle all, int i) { return py::handle(PySequence_Fast_GET_ITEM(all.ptr(), i)); };
+    const bool alone = states == 1 && !listed(hx, 1);
+    if (!(alone || listed(hx, states)) || !listed(params, biased ? 4 : 2)) return py::none();
+    std::array<int64_t, 3> of_x{batch_first ? 0 : 1, batch_first ? 1 : 0, 0};
+    std::array<int64_t, 2> of_w{0, 0};
+    Address from[7] = {address(x, of_x)};
+    const bool single = fits && dtype.is(dtypes[0]);
+    fits = fits && (single || (dtypes.size() > 1 && dtype.is(dtypes[1])));
+    from[2] = address(item(params, 1), of_w);
+    const int64_t batch = of_x[batch_first ? 0 : 1], inputs = of_x[2], rows = of_w[0], hidden = of_w[1];
+    fits = fits && rows == gates * hidden && hidden >= least;
+    from[1] = of_shape(item(params, 0), rows, inputs);
+    for (int i = 3; i < 5 && biased; ++i) from[i] = of_shape(item(params, i - 1), rows);
+    for (int i = 0; i < states; ++i) from[5 + i] = of_shape(alone ? hx : item(hx, i), int64_t(1), batch, hidden);
+    if (!fits) return py::none();
+    py::tuple results(1 + states);
+    Address to[3] = {};
+    for (int i = 0; i <= states; ++i) {
+      results[i] = empty_like(alone ? hx : item(hx, i == 2));
+      to[i] = of_shape(results[i], int64_t(1), batch, hidden);
+    }
+    if (!fits) return py::none();
+    const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, 0, nullptr, threads, Precision::highest, 0, 1};
+    static bool back = false;  // the GIL guards it; either way gives the same numbers
+    back = !back;
+    const auto call = [&, against = back](const auto& kernel, auto zero, Stored stored) {
+      using T = decltype(zero);
+      const RnnDirect<T> a{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
+                           from[6], nullptr, to[0],   nullptr, to[1],   to[2],   false,   against};
+      py::gil_scoped_release release;
+      kernel.direct(p, a);
+    };
+    if (single)
+      call(kernels.rnn_f32, 0.0f, Stored::f32);
+    else
+      call(kernels.rnn_f64, 0.0, Stored::f64);
+    return results;
+  }
+};
 
 }  // namespace
 
 void define_rnn(py::module_& m) {
   m.def("addresses", &addresses, "Return where tensors lie, 0 for None; raise where a kernel could not take one.");
-  m.def("rnn_step", &rnn_step, "Run one step of one layer without gradients: RnnDirect with its results.");
+  m.def("rnn_step",
+        [](int cell, int64_t least, int threads, bool biased, bool batch_first, py::handle x, py::handle hx,
+           py::handle params, const py::tuple& types, const py::tuple& dtypes, py::handle empty_like) {
+          return RnnStep(types, dtypes).run(cell, least, threads, biased, batch_first, x, hx, params, empty_like);
+        },
+        "Run one step of one layer without gradients: RnnDirect with its results; None where a kernel cannot.");
   m.def("rnn_workspace",
         [](const py::tuple& sizes, bool backward, size_t number) {
           const RnnProblem p = problem(sizes);

@@ -15,12 +15,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
 from fastlm.autograd import autocasts
+from fastlm.ops import recurrent
+from fastlm.ops.gru import op as gru_op
+from fastlm.ops.lstm import op as lstm_op
+from fastlm.ops.rnn import op as rnn_op
 
 
 class _Recurrent(nn.Module):
     """Hold the parameters of a stack of recurrent layers and bring input and state into the op's form."""
 
+    op = rnn_op
     gates = 1  # rows of each weight matrix, in hidden sizes
+    _cell = ()  # what the op takes besides torch's arguments
 
     def __init__(self, mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
                  proj_size, device, dtype):
@@ -79,7 +85,7 @@ class _Recurrent(nn.Module):
     @property
     def _flat_weights(self) -> list[Tensor]:
         try:
-            return [self._parameters[name] for name in self._flat_weights_names]
+            return [self._parameters[name] for names in self._all_weights for name in names]
         except KeyError:  # parametrised or pruned: an attribute that is made of others
             return [getattr(self, name) for name in self._flat_weights_names]
 
@@ -116,6 +122,9 @@ class _Recurrent(nn.Module):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
+        found = self.op.at_once(input, hx, *self._settings, self.batch_first, *self._cell)
+        if found is not None:
+            return found[0], self._join(found[1:])
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._name}: input has {input.dim()} dimensions, expected 2 or 3")
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
@@ -149,6 +158,9 @@ class _Recurrent(nn.Module):
         output, *state = self._run(data, batch_sizes, self._join(state), *self._settings)
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return output, self._join(_permute(state, unsorted_indices))
+
+    def _run(self, *args):
+        return self.op(*recurrent.canonical(self.op.name, self.gates, len(self._widths), args, {}), *self._cell)
 
     @property
     def _settings(self):
@@ -204,14 +216,15 @@ class RNN(_Recurrent):
                          dropout, bidirectional, 0, device, dtype)
         self.nonlinearity = nonlinearity
 
-    def _run(self, *args):
-        return ops.rnn(*args, nonlinearity=self.nonlinearity)
+    @property
+    def _cell(self):
+        return (self.nonlinearity,)
 
 
 class GRU(_Recurrent):
     """Apply a gated recurrent unit (Cho et al. 2014), with the arguments of `torch.nn.GRU`."""
 
-    gates = 3
+    op, gates = gru_op, 3
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
                  batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
@@ -221,14 +234,11 @@ class GRU(_Recurrent):
         super().__init__("GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0,
                          device, dtype)
 
-    def _run(self, *args):
-        return ops.gru(*args)
-
 
 class LSTM(_Recurrent):
     """Apply long short-term memory (Hochreiter & Schmidhuber 1997), with the arguments of `torch.nn.LSTM`."""
 
-    gates = 4
+    op, gates = lstm_op, 4
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
                  batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
@@ -247,9 +257,6 @@ class LSTM(_Recurrent):
 
     def _join(self, state):
         return tuple(state)
-
-    def _run(self, *args):
-        return ops.lstm(*args)
 
 
 class _Cell:

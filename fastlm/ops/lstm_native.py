@@ -4,10 +4,10 @@ import fastlm._native as _native
 from fastlm.ops.lstm import step
 from fastlm.ops.recurrent_kernels import ACCEPTS, DTYPES, Layers, losses
 
-__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+__all__ = ["ACCEPTS", "DTYPES", "at_once", "cannot", "loses", "run"]
 
 _layers = Layers(_native, "lstm", step)
-cannot, run = _layers.cannot, _layers.run
+cannot, run, at_once = _layers.cannot, _layers.run, _layers.at_once
 
 
 def loses(*args) -> str | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, autocast, autocasts
-from fastlm.dispatch import Sample
+from fastlm.dispatch import Op, Sample
 
 DENSE = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 PACKED = ("data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
@@ -53,6 +53,12 @@ def canonical(name: str, gates: int, states: int, args: tuple, kwargs: dict) -> 
         raise RuntimeError(f"{name}: hx has {len(hx)} tensors, expected {states}")
     _check_sizes(name, gates, data, batch_sizes, hx, params, *options)
     return data, batch_sizes, hx, list(params), *options
+
+
+def call(op: Op, gates: int, states: int, args: tuple, kwargs: dict, *cell: str) -> tuple[Tensor, ...]:
+    """Run an op on the arguments of either overload of `torch.lstm`, checked; `cell` is RNN's nonlinearity."""
+    found = None if kwargs else op.at_once(*args, *cell)
+    return op(*canonical(op.name, gates, states, args, kwargs), *cell) if found is None else found
 
 
 def _check_tensors(name, data, hx, params):

@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 PLAIN = (Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
+IN_PLACE = 64  # hidden units from which on few rows are multiplied by weights where they lie
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-24"
@@ -56,9 +57,9 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     if recurrent.projects(params, options[0], options[1:]):  # which stock does without oneDNN, step by step
         return f"slower than torch below 8 steps of a projection: {ROW}" if steps < 8 else None
     # Without gradients few rows run in place, which pays sooner.
-    in_place = batch_sizes is None and not trains and hidden >= 64 and batch * steps <= 16
+    in_place = batch_sizes is None and not trains and hidden >= IN_PLACE and batch * steps <= 16
     if steps == 1 and batch_sizes is None:
-        ahead = not trains and hidden >= 64 and (dtype is torch.float32 or (cell == "lstm" and hidden >= 256 and
+        ahead = not trains and hidden >= IN_PLACE and (dtype is torch.float32 or (cell == "lstm" and hidden >= 256 and
                                                  dtype is torch.bfloat16 and not narrow))
         return None if ahead else f"one step: slower than torch's, or not measured: {ROW}"
     of_onednn = (torch.float32,) if narrow else (torch.float32, torch.bfloat16)
@@ -172,22 +173,28 @@ class Layers:
         layer = recurrent.directions(one, has_biases, options[3])
         return cast(recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options), result)
 
-    def stream(self, data, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first):
-        """Return one step of one layer without gradients, None where the call is another or needs more than a kernel.
+    def at_once(self, *args):
+        """Return what `run` makes of a call as it came, unchecked; None where that is no step of a stream or not ours.
 
         A stream calls for every token: here Python, its caches swept by the weights, takes as long as the kernel.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or num_layers > 1 or bidirectional \
-                or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != len(recurrent.DENSE) or \
+                self.native.cpu not in MEASURED or (self.native.pairs and _precision() != "highest"):
             return None
-        steps, batch = data.shape[:2][::-1] if batch_first else data.shape[:2]
-        _, _, hidden = hx[0].shape
-        size = {torch.float32: 4, torch.float64: 8}.get(data.dtype)
-        if steps != 1 or size is None or not batch or not data.shape[2] or hidden < 64 or transformed() \
+        return self.stream(*args, dtypes=(torch.float32,))
+
+    def stream(self, x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
+               dtypes=(torch.float32, torch.float64)):
+        """Return one step of one layer without gradients, None where the call is another or needs more than a kernel.
+
+        All arguments are checked, by the extension where they are tensors.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or num_layers != 1 or bidirectional \
+                or not 0 <= dropout <= 1 or torch.is_autocast_enabled("cpu") or transformed() \
                 or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
             return None
-        found = self.native.rnn_step(CELLS[self.cell], batch, hidden, data.shape[2], torch.get_num_threads(), size,
-                                     has_biases, data, hx, params, PLAIN, torch.empty_like)
+        found = self.native.rnn_step(CELLS[self.cell], IN_PLACE, torch.get_num_threads(), bool(has_biases),
+                                     bool(batch_first), x, hx, params, PLAIN, dtypes, torch.empty_like)
         if found is None or not batch_first:
             return found
         return found[0].transpose(0, 1), *found[1:]
@@ -196,7 +203,7 @@ class Layers:
         """Tell whether there is so little to compute that packed weights would not pay for their packing."""
         steps = batch_sizes.numel() if batch_sizes is not None else x.shape[1 if batch_first else 0]
         _, batch, hidden = hx[0].shape
-        return x.shape[-1] > 0 and hidden >= 64 and (steps == 1 or batch * steps <= 16)
+        return x.shape[-1] > 0 and hidden >= IN_PLACE and (steps == 1 or batch * steps <= 16)
 
     def result_dtype(self, data, batch_sizes, hx) -> torch.dtype:
         """Return what stock returns: under autocast the dense LSTM and the RNN lower it, the others keep hx's."""

@@ -7,7 +7,7 @@ from fastlm.ops.recurrent_kernels import ACCEPTS as SHARED
 from fastlm.ops.recurrent_kernels import DTYPES, Layers, losses
 from fastlm.ops.rnn import step
 
-__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+__all__ = ["ACCEPTS", "DTYPES", "at_once", "cannot", "loses", "run"]
 
 ACCEPTS = SHARED | {"relu plain", "relu packed bidirectional layers"}
 
@@ -24,3 +24,7 @@ def loses(*args) -> str | None:
 
 def run(*args):
     return _layers[args[-1]].run(*args[:-1])
+
+
+def at_once(*args):
+    return _layers[args[-1]].at_once(*args[:-1])

@@ -545,6 +545,48 @@ def test_stream_goes_through_dispatch(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("spoilt", ["input", "features", "hx", "many hx", "state", "dtype", "params", "bias", "dropout",
+                                    "layers", "counts", "no tensor"])
+def test_stream_refuses_what_does_not_fit(cell, spoilt):
+    """The short way of a stream, which nobody asked for by name, raises what the long way raises."""
+    rows, states = {"LSTM": 4, "GRU": 3, "RNN": 1}[cell] * 64, 2 if cell == "LSTM" else 1
+    x, hx = torch.randn(1, 3, 5), [torch.randn(1, 3, 64) for _ in range(states)]
+    params = [torch.randn(rows, 5), torch.randn(rows, 64), torch.randn(rows), torch.randn(rows)]
+    options = [True, 1, 0.0, False, False, False]
+    if spoilt == "input":
+        x = x[0]
+    elif spoilt == "features":
+        x = x[..., 1:]
+    elif spoilt == "hx":
+        hx = [h[:, :2] for h in hx]
+    elif spoilt == "many hx":
+        hx.append(hx[0])
+    elif spoilt == "state":
+        hx[-1] = torch.randn(1, 3, 65)
+    elif spoilt == "dtype":
+        hx[-1] = hx[-1].double()
+    elif spoilt == "params":
+        params[1] = params[1][1:]
+    elif spoilt == "bias":
+        params[3] = params[3][:-1]
+    elif spoilt == "dropout":
+        options[2] = 1.5
+    elif spoilt == "layers":
+        options[1] = 0
+    elif spoilt == "counts":
+        params.pop()
+    else:
+        params[0] = params[0].tolist()
+    op = getattr(fastlm.ops, cell.lower())
+    with torch.no_grad():
+        with fastlm.backend("torch"), pytest.raises(Exception) as long:
+            op(x, tuple(hx), params, *options)
+        with pytest.raises(long.type) as short:
+            op(x, tuple(hx), params, *options)
+    assert str(short.value) == str(long.value)
+
+
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("steps", [0, 1, 4])
 @pytest.mark.parametrize("batch", [0, 2])
 def test_nothing_to_do_is_stock_s(cell, steps, batch):
