@@ -113,8 +113,11 @@ def test_goals_are_held_row_by_row_and_in_the_mean():
     assert training.missed == []
     (mean,) = bench.means([forward, training])
     assert mean == {"name": "group", "wanted": 0.5, "rows": 2, "least": min(forward.ratio, training.ratio),
-                    "found": pytest.approx((forward.ratio * training.ratio) ** 0.5)}
-    assert "MISSED" in report.cells(vars(forward))[7]
+                    "found": pytest.approx((forward.ratio * training.ratio) ** 0.5),
+                    "at_peak": pytest.approx((forward.at_peak * training.at_peak) ** 0.5)}
+    # At the floor's time the share is 1, and the ratio that many times what it is.
+    assert forward.at_peak * forward.peak_share == pytest.approx(forward.ratio)
+    assert f"MISSED (at peak: {forward.at_peak:.2f}×)" in report.cells(vars(forward))[7]
 
 
 def test_every_forces_each_implementation_that_can_run():

@@ -34,7 +34,8 @@ SAME_LOSSES = 1e-4  # the largest relative difference between two loss curves th
 class Row:
     """One measurement. Times are seconds, memory is bytes, `ratio` is the best baseline's time over our time.
 
-    `goal` has the fields of `suites.Goal` that were set; `missed` names those that were not reached.
+    `goal` has the fields of `suites.Goal` that were set; `missed` names those that were not reached. `at_peak` is the
+    ratio that a call would have that took `Subject.floor`: no more can be reached on this machine.
     """
 
     suite: str
@@ -56,6 +57,7 @@ class Row:
     memory: int | None = None
     baseline_memory: int | None = None
     peak_share: float | None = None
+    at_peak: float | None = None
     bytes_per_s: float | None = None
     goal: dict = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
@@ -118,6 +120,7 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
             # Backward costs about two forwards: of a product's arithmetic, of an elementwise op's bytes.
             training = subject.training_floor or (lambda: 3 * subject.floor())
             row.peak_share = (training if mode == "training" else subject.floor)() / found.median
+            row.at_peak = row.ratio / row.peak_share
         if subject.reads is not None:
             row.bytes_per_s = subject.reads / found.median
         if mode == "training" and ran != "torch":
@@ -139,14 +142,15 @@ def hold(row: Row, goal: Goal) -> None:
 
 
 def means(rows: list[Row]) -> list[dict]:
-    """Return for each group that has a goal its geometric mean ratio ("found"), the one wanted, the least, and rows."""
-    groups: dict[tuple[str, float], list[float]] = {}
+    """Return for each group with a goal the mean ratio found, wanted and at peak, the least, and how many rows."""
+    groups: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
         for name, wanted in row.goal.get("means", {}).items():
-            groups.setdefault((name, wanted), []).append(row.ratio)
-    return [{"name": name, "found": statistics.geometric_mean(ratios), "wanted": wanted, "least": min(ratios),
-             "rows": len(ratios)}
-            for (name, wanted), ratios in groups.items()]
+            groups.setdefault((name, wanted), []).append(row)
+    return [{"name": name, "found": statistics.geometric_mean(r.ratio for r in group), "wanted": wanted,
+             "at_peak": statistics.geometric_mean(r.at_peak for r in group) if all(r.at_peak for r in group) else None,
+             "least": min(r.ratio for r in group), "rows": len(group)}
+            for (name, wanted), group in groups.items()]
 
 
 def _forced(fn, name):

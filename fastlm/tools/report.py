@@ -52,8 +52,14 @@ def cells(row: dict) -> tuple[str, ...]:
 def _goal(row):
     """Say what the row was to reach, each figure with whether it did."""
     signs = {"ratio": "≥{:.2f}×", "memory": "≤{:.2f} of stock's MB", "share": "≥{:.0%} of floor"}
-    return ", ".join(f"{sign.format(row['goal'][name])} {'MISSED' if name in row['missed'] else 'met'}"
+    at_peak = {"ratio": row.get("at_peak")}
+    return ", ".join(f"{sign.format(row['goal'][name])} {_reached(name not in row['missed'], at_peak.get(name))}"
                      for name, sign in signs.items() if name in row["goal"]) or "-"
+
+
+def _reached(met, at_peak):
+    """Say whether a goal was met; of a ratio that was not, also what it would be at the machine's peak."""
+    return "met" if met else f"MISSED (at peak: {at_peak:.2f}×)" if at_peak else "MISSED"
 
 
 def _floor(row):
@@ -80,7 +86,7 @@ CURVE_HEADINGS = ("model", "stock loss", "fastlm loss", "difference", "stock tok
 
 def mean_cells(mean: dict) -> tuple[str, ...]:
     """Format the geometric mean of a group of rows."""
-    reached = "met" if mean["found"] >= mean["wanted"] else "MISSED"
+    reached = _reached(mean["found"] >= mean["wanted"], mean.get("at_peak"))
     return (mean["name"], str(mean["rows"]), f"{mean['least']:.2f}×", f"{mean['found']:.2f}×",
             f"≥{mean['wanted']:.2f}× {reached}")
 
