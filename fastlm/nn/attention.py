@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlm import dispatch, ops
 from fastlm.autograd import autocasts, plain, transformed
+from fastlm.ops.linear import op as LINEAR
 
 FEW_SCORES = 1 << 21  # below, stock's fused functions are faster: benchmarks/LOG.md 2026-11-24
 FUSED = {"attention": "stock's fused function is faster: benchmarks/LOG.md 2026-11-24"}
@@ -70,9 +71,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             allowed = ~mask if mask is not None and mask.dtype is torch.bool else mask
             attended, weights = ops.scaled_dot_product_attention(q, k, v, allowed, dropout, is_causal), None
         if self.batch_first and batched and not self.training:
-            return F.linear(attended.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias), weights
+            return ops.linear(attended.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias), weights
         # In memory [L, N, E] as in stock, whatever batch_first says: a dropout that follows draws the same mask.
-        output = F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        output = ops.linear(attended.permute(2, 0, 1, 3).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(1), weights
         return output.transpose(0, 1) if self.batch_first else output, weights
@@ -93,7 +94,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
             return False
-        return need_weights or x.size(0) * self.num_heads * x.size(1) ** 2 < FEW_SCORES
+        few = need_weights or x.size(0) * self.num_heads * x.size(1) ** 2 < FEW_SCORES
+        product = LINEAR.implementations["native"]  # where that is the faster one, so it is beside what is fused
+        return few and bool(product.cannot(x, weight, bias) or product.loses(x, weight, bias))
 
     def _check(self, query, key, value) -> bool:
         """Raise where the inputs do not fit; return whether they are batched."""
@@ -116,10 +119,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query, key, value):
         bias, packed = self.in_proj_bias, self.in_proj_weight
         if packed is not None and query is key and key is value:
-            return F.linear(query, packed, bias).chunk(3, -1)
+            return ops.linear(query, packed, bias).chunk(3, -1)
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else packed.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        return [ops.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """Bring a projection into the shape `[N, H, L, D]`."""
