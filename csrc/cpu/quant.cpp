@@ -1,17 +1,13 @@
 // Tiles of up to 6 rows of x by 4 or 8 rows of the weight, both read along K as they lie in memory: up to 24 vectors of
 // partial sums, added up across their lanes at the end. The weight is widened in registers, once for all rows of x.
+// Many rows go through quant_panels.h where that wins.
 #include "../quant.h"
 
 #if defined(__AVX512F__)
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-#include <limits>
 #include <type_traits>
 
-#include "../gates.h"
+#include "quant_panels.h"
 #include "team.h"
 
 namespace fastlm {
@@ -25,31 +21,6 @@ constexpr int64_t kCache = 40 << 10;      // of L1, for a chunk of x and of the 
 
 // Weight rows of a tile: many streams together read memory fastest, few leave registers for rows of x.
 constexpr int wide(int rows) { return rows <= 2 ? 8 : 4; }
-
-FASTLM_INLINE __m512 load_number(const void* p, int64_t i, Number number, __mmask16 mask) {
-  if (number == Number::f32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + i);
-  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + i);
-  if (number == Number::f16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-FASTLM_INLINE void store_number(void* p, int64_t i, Number number, __mmask16 mask, __m512 v) {
-  if (number == Number::f32) return _mm512_mask_storeu_ps(static_cast<float*>(p) + i, mask, v);
-  __m256i half;
-  if (number == Number::f16) {
-    half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  } else {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
-  }
-  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + i, mask, half);
-}
-
-FASTLM_INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-FASTLM_INLINE __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
 FASTLM_INLINE __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 FASTLM_INLINE __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
@@ -90,12 +61,6 @@ struct Rows {
   const float* scale[kMostWide];
 };
 
-// Of a row that was rounded to 8 bits: its scale, and 128 · Σ_k x[k], what the weight's offset adds to each sum.
-struct RowOfX {
-  float scale;
-  int32_t offset;
-};
-
 // Each kind of weight says how a line of x is laid out and how one line of the weight rows is multiplied with MR rows
 // of it. The rows of a tile take turns line by line, so that a tile reads x from one end to the other. `left` counts the
 // values of K from this line on; only the last line is a Tail.
@@ -108,9 +73,7 @@ struct Int8 {
   explicit Int8(const QuantizedLinear&) {}
 
   void prepare(const QuantizedLinear& p, int64_t row, X* x, int64_t stride, RowOfX*) const {
-    for (int64_t start = 0; start < p.in; start += kStep, x += stride)
-      for (int64_t k = 0; k < kStep; k += 16)
-        _mm512_store_ps(x + k, load_number(p.x, row * p.in + start + k, p.number, first(p.in - start - k)));
+    copy_row(p, row, kStep, x, stride);
   }
 
   template <int MR, bool Tail, int N = wide(MR)>
@@ -189,12 +152,6 @@ struct Int4 {
   }
 };
 
-// Add products of unsigned a and signed b to acc, four in a lane. As text: the other functions need no VNNI.
-FASTLM_INLINE __m512i dot(__m512i acc, __m512i a, __m512i b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-  return acc;
-}
-
 struct Dynamic {
   using X = int8_t;
   using Sum = __m512i;
@@ -202,28 +159,8 @@ struct Dynamic {
 
   explicit Dynamic(const QuantizedLinear&) {}
 
-  // Round a row to scale·x. A number that is not finite makes the scale, and so the row of y, NaN.
   void prepare(const QuantizedLinear& p, int64_t row, X* x, int64_t stride, RowOfX* rows) const {
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t k = 0; k < p.in; k += 16) {
-      const __m512 v = load_number(p.x, row * p.in + k, p.number, first(p.in - k));
-      most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
-    }
-    const uint32_t largest = _mm512_reduce_max_epu32(most);  // magnitudes order as their bits do
-    float s = std::numeric_limits<float>::quiet_NaN();
-    if (largest < 0x7f800000) {
-      std::memcpy(&s, &largest, 4);
-      s = std::max(s / 127.f, std::numeric_limits<float>::min());
-    }
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t start = 0; start < p.in; start += kStep, x += stride)
-      for (int64_t k = 0; k < kStep; k += 16) {
-        const __m512 v = load_number(p.x, row * p.in + start + k, p.number, first(p.in - start - k));
-        const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(v, _mm512_set1_ps(s)));
-        total = _mm512_add_epi32(total, q);
-        _mm_store_si128((__m128i*)(x + k), _mm512_cvtepi32_epi8(q));
-      }
-    rows[row] = {s, static_cast<int32_t>(128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(total)))};
+    rows[row] = round_row(p, row, kStep, x, stride);
   }
 
   template <int MR, bool Tail, int N = wide(MR)>
@@ -276,13 +213,14 @@ template <class Kind>
 Sizes sizes(const QuantizedLinear& p) {
   const int64_t lines = (p.in + Kind::kStep - 1) / Kind::kStep, padded = lines * Kind::kStep;
   const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  return {lines, padded, aligned(p.rows * padded * int64_t(sizeof(typename Kind::X))), aligned(p.rows * int64_t(sizeof(RowOfX)))};
+  return {lines, padded, aligned(p.rows * padded * int64_t(sizeof(typename Kind::X))),
+          aligned(p.rows * int64_t(sizeof(RowOfX)))};
 }
 
 template <class Kind>
 void run(const QuantizedLinear& p) {
   using X = typename Kind::X;
-  constexpr bool dynamic = std::is_same<Kind, Dynamic>::value, int4 = std::is_same<Kind, Int4>::value;
+  constexpr bool int4 = std::is_same<Kind, Int4>::value;
   using Tile = decltype(&tile<Kind, 1>);
   const Tile tiles[kRows] = {tile<Kind, 1>, tile<Kind, 2>, tile<Kind, 3>, tile<Kind, 4>, tile<Kind, 5>, tile<Kind, 6>};
   const Kind kind(p);
@@ -326,27 +264,30 @@ void run(const QuantizedLinear& p) {
         for (int i = 0; i < height; ++i) {
           for (int64_t t = 0; t < count; ++t)  // not a gather: mitigations have made those slow
             std::memcpy(row + t * across, sum + t * kSums + i * across, across * sizeof(float));
-          for (int64_t n = 0; n < width; n += 16) {
-            const __mmask16 mask = first(width - n);
-            const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + n0 + n) : _mm512_setzero_ps();
-            __m512 v = _mm512_load_ps(row + n);
-            __m512 scale = int4 ? _mm512_set1_ps(1.f) : _mm512_maskz_loadu_ps(mask, p.scale + n0 + n);
-            if (dynamic) {
-              const RowOfX& of = rows_of_x[m + i];
-              v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(of.offset)));
-              scale = _mm512_mul_ps(scale, _mm512_set1_ps(of.scale));
-            }
-            store_number(p.y, (m + i) * p.out + n0 + n, p.number, mask, _mm512_fmadd_ps(v, scale, bias));
-          }
+          finish(p, m + i, n0, width, row, rows_of_x + m + i);
         }
       }
     }
   });
 }
 
+// Few rows do not repay unpacking, and float32 products do not at any number; CPUs without AVX512_BF16 were measured
+// before there were panels (benchmarks/LOG.md 2026-11-26).
+bool in_panels(const QuantizedLinear& p) {
+  return p.rows >= 16 && (p.kind == QuantizedWeight::int8_dynamic || p.number == Number::bf16) &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+template <class Then>
+auto with_panel(const QuantizedLinear& p, const Then& then) {
+  if (p.kind == QuantizedWeight::int8_dynamic) return then(BytePanel());
+  return p.kind == QuantizedWeight::int8 ? then(PairPanel<8>()) : then(PairPanel<4>());
+}
+
 }  // namespace
 
 size_t quantized_linear_workspace(const QuantizedLinear& p) {
+  if (in_panels(p)) return with_panel(p, [&](auto kind) { return PanelPlan<decltype(kind)>(p).bytes(p.threads); });
   const Sizes size = p.kind == QuantizedWeight::int8   ? sizes<Int8>(p)
                      : p.kind == QuantizedWeight::int4 ? sizes<Int4>(p)
                                                        : sizes<Dynamic>(p);
@@ -354,6 +295,7 @@ size_t quantized_linear_workspace(const QuantizedLinear& p) {
 }
 
 void quantized_linear(const QuantizedLinear& p) {
+  if (in_panels(p)) return with_panel(p, [&](auto kind) { panels<decltype(kind)>(p); });
   if (p.kind == QuantizedWeight::int8) return run<Int8>(p);
   if (p.kind == QuantizedWeight::int4) return run<Int4>(p);
   run<Dynamic>(p);

@@ -40,7 +40,7 @@ def layer(mode, inputs=48, outputs=10, **options):
 def test_error_stays_within_the_documented_bound(mode, group_size, dtype, outlier, implementation, device):
     if implementation == "triton":
         skip_misinterpreted(dtype)
-    for rows, inputs, outputs in ((1, 512, 64), (7, 333, 31), (16, 64, 5)):
+    for rows, inputs, outputs in ((1, 512, 64), (7, 333, 31), (16, 64, 5), (17, 1101, 71), (515, 70, 9)):
         weight, x = torch.randn(outputs, inputs, device=device), torch.randn(rows, inputs, device=device)
         weight[0, 3] *= outlier
         x[0, 5] *= outlier
@@ -65,6 +65,19 @@ def test_each_weight_moves_by_half_a_scale_at_most(mode, group_size):
         half = scale.view(9, -1)[:, start // width].double()[:, None] / 2
         moved = (found - weight.double())[:, start:start + width].abs()
         assert (moved <= half * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize(("mode", "byte", "value"), [
+    ("int8", -128, -128), ("int8", 127, 127), ("int8_dynamic", -128, -128), ("int8_dynamic", 127, 127),
+    ("int4", 0, -8), ("int4", 255, 7)])
+def test_the_largest_integers(rows, mode, byte, value, implementation, device):
+    weight = torch.full((67, 128 if mode == "int4" else 256), byte, dtype=torch.uint8 if mode == "int4" else torch.int8)
+    scale = torch.ones((67, 4) if mode == "int4" else 67)
+    for sign in (1, -1):
+        x = torch.full((rows, 256), sign * 127.0).bfloat16()
+        y = quantized_linear(x.to(device), weight.to(device), scale.to(device), mode=mode)
+        assert (y == torch.tensor(sign * 127.0 * 256 * value).bfloat16()).all()
 
 
 def test_the_layout_of_int4():
