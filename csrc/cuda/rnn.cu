@@ -31,8 +31,9 @@ void check(const char* name, cudaError_t status) {
 template <class A>
 int resident_blocks(const char* name, Kernel<A> kernel, const Plan& plan, const Chip& chip) {
   int blocks = 0;
+  // The most that there is, not what this plan takes: threads that launch other plans set the same attribute.
   check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   plan.shared));
+                                   chip.shared));
   check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, size_t(plan.shared)));
   return blocks * chip.multiprocessors;
 }
