@@ -73,9 +73,9 @@ __device__ void forward_group(const Forward& a, const Team<P>& team) {
           sums[g] = g < gates ? team.sum(g * task.plan.units + pair.local, pair.column) : V(0);
         forward_gates<Math<T>>(cell, x[p], sums, bias[p], h[p], c[p]);
       }
-      team.publish_number(i + 1, pair.column, pair.unit, 0, h[p]);
+      if (i + 1 < steps) team.publish_number(i + 1, pair.column, pair.unit, 0, h[p]);
     }
-    team.published_all(i + 1);
+    if (i + 1 < steps) team.published_all(i + 1);
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const Pair pair(team, p);
@@ -98,6 +98,7 @@ __device__ void forward_group(const Forward& a, const Team<P>& team) {
     static_cast<T*>(d.hn)[state] = to<T>(h[p]);
     if (cell == Cell::lstm) static_cast<T*>(d.cn)[state] = to<T>(c[p]);
   }
+  __syncthreads();  // the sums are read before the next group's are written
 }
 
 template <class P>
