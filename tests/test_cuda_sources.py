@@ -29,9 +29,11 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 TARGETS = re.findall(r'"(\w+)"', re.search(r"CUDA_TARGETS = (\[.*\])", (ROOT / "setup.py").read_text()).group(1))
 FORMATS = ["float32", "float64", "tf32", "bfloat16", "float16"]
 CELLS, GATES, SIZES = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}, (4, 3, 1, 1), (4, 8, 4, 2, 2)
-# Multiprocessors and shared memory of a block: A100, H100 (PCIe, SXM), B200, and a slice of an H100.
-CHIPS = {"A100": (108, 163 << 10), "H100 PCIe": (114, 227 << 10), "H100": (132, 227 << 10), "B200": (148, 227 << 10),
-         "slice": (16, 227 << 10)}
+CHEAPEST, GRID, CLUSTER = range(3)
+# Multiprocessors, shared memory of a block, blocks of a cluster: A100, H100 (PCIe, SXM), B200, and a slice of an H100.
+CHIPS = {"A100": (108, 163 << 10, 0), "H100 PCIe": (114, 227 << 10, 16), "H100": (132, 227 << 10, 16),
+         "B200": (148, 227 << 10, 16), "slice": (16, 227 << 10, 8)}
+KERNELS = 9 + 6 + 3 + 4  # of a format by tensor cores: forward and backward, on a grid and in a cluster
 
 
 def reports(sources, targets, folder):
@@ -53,7 +55,7 @@ def test_compiles_without_spills(request, tmp_path):
     sources, targets = (SOURCES, TARGETS) if deep else ([s for s in SOURCES if s.stem == "rnn_bf16"], ["90a"])
     kernels = list(reports(sources, targets, tmp_path))
     names = {name for name, *_ in kernels}
-    assert len(names) == (3 * (9 + 6) + 2 * (3 + 3) if deep else 9 + 6)
+    assert len(names) == (3 * KERNELS + 2 * (3 + 3) if deep else KERNELS)
     assert sorted(k[:2] for k in kernels) == sorted((n, f"sm_{t}") for n in names for t in TARGETS if t in targets)
     for name, target, stack, stores, loads, registers in kernels:
         print(f"\n{target:8} {registers:4} registers  {name}", end="")
@@ -110,17 +112,19 @@ def test_emulated_kernels_obey_the_error_rule(emulated):
     printed = emulated(EMULATION / "run.py")
     found = verdicts(printed)
     assert {name: verdict for name, verdict in found.items() if verdict != "ok"} == {}
-    assert len(found) == 3 * (7 + 7 + 7 + 3) + 2 + 3 + 2
-    ran = set(re.findall(r"^tiles rnn_(\w+) 3 (\d) (\d)$", printed, re.M))
-    assert ran >= {("forward", m, n) for m in "124" for n in "124"} - {("forward", "1", "2")}, ran
-    assert ran >= {("backward", m, n) for m, n in ("11", "12", "14", "21", "22", "41")}, ran
+    assert len(found) == 3 * (7 + 7 + 7 + 3) + 2 + 3 + 2 + 3 * (2 + 7 + 2)
+    ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
+    assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124"} - {("forward", "grid", "1", "2")}, ran
+    assert ran >= {("backward", "grid", m, n) for m, n in ("11", "12", "14", "21", "22", "41")}, ran
+    assert ran >= {("forward", "cluster", m, n) for m, n in ("41", "42", "81")}, ran
+    assert ran >= {("backward", "cluster", m, n) for m, n in ("11", "12", "21", "22")}, ran
 
 
 @pytest.mark.parametrize("omitted", ["FASTLM_EMULATED_BARRIERS", "FASTLM_EMULATED_FLAGS"])
 def test_emulation_notices_what_is_missing(emulated, omitted):
     """Without the barriers in a block, or without waiting for other blocks, the numbers are wrong."""
     found = verdicts(emulated(EMULATION / "run.py", "T2 B17 H33", **{omitted: "0"}))
-    assert len(found) == 3 * 5
+    assert len(found) == 3 * 10
     assert "ok" not in found.values()
 
 
@@ -136,37 +140,60 @@ def plans_of(emulated, folder, wanted):
 def test_plans(emulated, tmp_path):
     """Every unit has one owner, every sequence one team at a time, and all of it fits the chip."""
     layers = list(itertools.product(CELLS, FORMATS, (1, 3, 16, 17, 64, 500), (1, 7, 33, 256, 650, 1024, 2048), (1, 2)))
-    wanted = [((CELLS[cell], FORMATS.index(form), batch, hidden, directions), backward, chip)
-              for cell, form, batch, hidden, directions in layers for backward in (False, True)
-              for chip in CHIPS.values()]
+    wanted = [((CELLS[cell], FORMATS.index(form), batch, hidden, directions, exchange), backward, chip)
+              for cell, form, batch, hidden, directions in layers for exchange in (CHEAPEST, GRID, CLUSTER)
+              for backward in (False, True) for chip in CHIPS.values()]
     plans = plans_of(emulated, tmp_path, wanted)
-    for (layer, backward, (multiprocessors, shared)), plan in zip(wanted, plans, strict=True):
-        _, number, batch, hidden, directions = layer
-        if plan is None:
-            assert hidden > 256 or (multiprocessors, shared) == CHIPS["slice"], layer
-            continue
-        gates, size, sequences = GATES[layer[0]], SIZES[number], 8 * plan["n_tiles"]
+    for (layer, backward, chip), plan in zip(wanted, plans, strict=True):
+        _, number, batch, hidden, directions, exchange = layer
+        multiprocessors, shared, most = chip
         tensor_core = FORMATS[number] not in ("float32", "float64")
+        if plan is None:
+            few = exchange != CLUSTER or (tensor_core and most)
+            assert hidden > (33 if exchange == CLUSTER else 256) or chip == CHIPS["slice"] or not few, layer
+            continue
+        gates, size, sequences, cluster = GATES[layer[0]], SIZES[number], 8 * plan["n_tiles"], plan["cluster"]
+        assert exchange == CHEAPEST or cluster == (exchange == CLUSTER)
         # Slice s owns units s·units ≤ u < (s + 1)·units that there are: none is left over, and none has no work.
         assert (plan["slices"] - 1) * plan["units"] < hidden <= plan["slices"] * plan["units"]
         assert plan["units"] * (1 if backward else gates) <= 16 * plan["m_tiles"]
         assert plan["units"] * sequences <= 2 * 256
         assert (plan["groups"] - 1) * sequences < batch <= plan["groups"] * sequences
-        assert 1 <= plan["teams"] <= plan["groups"]
-        assert plan["blocks"] == directions * plan["teams"] * plan["slices"] <= multiprocessors
+        assert plan["blocks"] == directions * plan["teams"] * plan["slices"]
+        if cluster:
+            assert plan["slices"] <= most
+            assert plan["teams"] == plan["groups"]
+        else:
+            assert 1 <= plan["teams"] <= plan["groups"]
+            assert plan["blocks"] <= multiprocessors
         assert plan["depth"] % 32 == 0
         assert plan["depth"] >= hidden * (gates if backward else 1)
+        assert plan["row"] >= plan["depth"]
+        assert plan["row"] * size % (128 if cluster else 64) == 64 * cluster  # sequences in a cluster in turn by banks
         weights = 16 * plan["m_tiles"] * (plan["depth"] * size + (0 if tensor_core else 16))
         sums = 8 * sequences * (16 * plan["m_tiles"] + 4) * max(4, size)
-        assert plan["shared"] == weights + sums <= shared
+        slots = 2 * sequences * plan["row"] * size
+        assert plan["shared"] == weights + sums + cluster * slots <= shared
         flags = 4 * directions * plan["groups"] * plan["slices"]
-        slots = 2 * directions * plan["groups"] * sequences * plan["depth"] * size
-        assert flags + slots <= plan["workspace"] < flags + slots + 256
+        published = 0 if cluster else flags + directions * plan["groups"] * slots
+        assert published <= plan["workspace"] < published + 256
+
+
+def test_cheapest_plan(emulated, tmp_path):
+    """The one that is taken costs no more than either that may be asked for, and both exchanges are taken somewhere."""
+    layers = list(itertools.product((0, 1), (3,), (1, 16, 64), (64, 256, 512, 1024), (1, 2)))
+    wanted = [((*layer, exchange), backward, CHIPS["H100"]) for layer in layers for backward in (False, True)
+              for exchange in (CHEAPEST, GRID, CLUSTER)]
+    plans, taken = plans_of(emulated, tmp_path, wanted), set()
+    for cheapest, *others in zip(plans[::3], plans[1::3], plans[2::3], strict=True):
+        assert cheapest["cost"] == min(plan["cost"] for plan in others if plan)
+        taken.add(cheapest["cluster"])
+    assert taken == {False, True}
 
 
 def test_plans_of_models(emulated, tmp_path):
     """What benchmarks hold the kernels to: 16 bits at H ≤ 1024 have a plan on an H100, one direction without turns."""
-    wanted = [((CELLS[cell], FORMATS.index("bfloat16"), batch, hidden, 1), backward, CHIPS["H100"])
+    wanted = [((CELLS[cell], FORMATS.index("bfloat16"), batch, hidden, 1, GRID), backward, CHIPS["H100"])
               for cell in ("lstm", "gru") for batch in (1, 16, 64) for hidden in (256, 512, 650, 768, 1024)
               for backward in (False, True)]
     for (layer, backward, _), plan in zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True):

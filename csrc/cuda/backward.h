@@ -63,9 +63,9 @@ __device__ Kept<Wide<T>> read_kept(const Task& task, const RnnBackward& d, const
   return k;
 }
 
-template <class P>
-__device__ void backward_group(const Backward& a, const Team<P>& team) {
-  using T = typename P::Number;
+template <class Team>
+__device__ void backward_group(const Backward& a, const Team& team) {
+  using T = typename Team::T;
   using V = Wide<T>;
   const Task& task = a.task;
   const RnnBackward& d = a.direction[team.direction];
@@ -130,13 +130,12 @@ __device__ void backward_group(const Backward& a, const Team<P>& team) {
   __syncthreads();  // the sums are read before the next group's are written
 }
 
-template <class P>
-__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ Backward a) {
+template <class P, class X>
+__device__ void backward_block(const Backward& a, uint4* shared) {
   using T = typename P::Number;
-  FASTLM_DYNAMIC_SHARED(shared);
   const Plan& plan = a.task.plan;
   const int H = a.task.hidden, lane = int(threadIdx.x) % 32, gates = gates_of(a.task.cell);
-  Team<P> team(a.task, gates, shared);
+  Team<P, X> team(a.task, gates, shared);
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
 #pragma unroll 8
   for (int k = int(threadIdx.x) / 32; k < plan.depth; k += kWarps) {
@@ -145,7 +144,16 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
       team.weights[P::place(row, k, plan.depth)] = row < plan.units && team.unit(row) < H && unit < H
           ? P::operand(w_hh[(int64_t(gate) * H + unit) * H + team.unit(row)]) : to<T>(Wide<T>(0));
   }
-  for (team.group = team.team; team.group < plan.groups; team.group += plan.teams) backward_group(a, team);
+  for (int group = team.team; group < plan.groups; group += plan.teams) {
+    team.take(group);
+    backward_group(a, team);
+  }
+}
+
+template <class P, class X>
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ Backward a) {
+  FASTLM_DYNAMIC_SHARED(shared);
+  if constexpr (kClusters || !X::kCluster) backward_block<P, X>(a, shared);
 }
 
 }  // namespace fastlm::cuda

@@ -1,5 +1,5 @@
 // What the recurrent kernels need of the hardware beyond C++: number formats, matrix products of a warp, flags between
-// blocks. Tests compile the kernels against an emulation of it (tests/cuda_emulation).
+// blocks, clusters of blocks. Tests compile the kernels against an emulation of it (tests/cuda_emulation).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -80,6 +80,27 @@ __device__ inline int flag(const int* place) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
   return value;
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+
+// Stores into the shared memory of the cluster's block `rank`, at the place that `place` is in this block's. What is
+// stored is seen by all threads of the cluster after all of them have arrived and they have waited.
+template <class T>
+__device__ inline void store_in_peer(T* place, int rank, T value) {
+  uint32_t address;
+  const uint32_t here = uint32_t(__cvta_generic_to_shared(place));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(here), "r"(rank));
+  if constexpr (sizeof(T) == 2)
+    asm volatile("st.shared::cluster.b16 [%0], %1;" ::"r"(address), "h"(value.bits) : "memory");
+  else
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 }  // namespace fastlm::cuda
 #endif

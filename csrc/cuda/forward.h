@@ -28,9 +28,9 @@ __device__ void forward_gates(Cell cell, V (&x)[4], const V (&sums)[4], V bias, 
   }
 }
 
-template <class P>
-__device__ void forward_group(const Forward& a, const Team<P>& team) {
-  using T = typename P::Number;
+template <class Team>
+__device__ void forward_group(const Forward& a, const Team& team) {
+  using T = typename Team::T;
   using V = Wide<T>;
   const Task& task = a.task;
   const RnnForward& d = a.direction[team.direction];
@@ -101,13 +101,12 @@ __device__ void forward_group(const Forward& a, const Team<P>& team) {
   __syncthreads();  // the sums are read before the next group's are written
 }
 
-template <class P>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Forward a) {
+template <class P, class X>
+__device__ void forward_block(const Forward& a, uint4* shared) {
   using T = typename P::Number;
-  FASTLM_DYNAMIC_SHARED(shared);
   const Plan& plan = a.task.plan;
   const int H = a.task.hidden, lane = int(threadIdx.x) % 32, rows = plan.units * gates_of(a.task.cell);
-  Team<P> team(a.task, 1, shared);
+  Team<P, X> team(a.task, 1, shared);
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
   for (int row = int(threadIdx.x) / 32; row < P::kRows; row += kWarps) {
     const int unit = team.unit(row % plan.units);
@@ -117,7 +116,16 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       team.weights[P::place(row, k, plan.depth)] =
           row < rows && unit < H && k < H ? P::operand(from[k]) : to<T>(Wide<T>(0));
   }
-  for (team.group = team.team; team.group < plan.groups; team.group += plan.teams) forward_group(a, team);
+  for (int group = team.team; group < plan.groups; group += plan.teams) {
+    team.take(group);
+    forward_group(a, team);
+  }
+}
+
+template <class P, class X>
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Forward a) {
+  FASTLM_DYNAMIC_SHARED(shared);
+  if constexpr (kClusters || !X::kCluster) forward_block<P, X>(a, shared);
 }
 
 }  // namespace fastlm::cuda

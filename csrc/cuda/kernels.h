@@ -24,24 +24,25 @@ Kernels kernels_tf32(const Plan&);
 Kernels kernels_bf16(const Plan&);
 Kernels kernels_fp16(const Plan&);
 
-template <template <class, int, int> class Product, class T, int m, int n>
+template <template <class, int, int> class Product, class T, bool cluster, int m, int n>
 void take(const Plan& plan, Kernels& found) {
   using P = Product<T, m, n>;
-  if (plan.m_tiles != m || plan.n_tiles != n) return;
-  if constexpr (tiles_exist(P::kTensorCore, false, m, n)) found.forward = forward_kernel<P>;
-  if constexpr (tiles_exist(P::kTensorCore, true, m, n)) found.backward = backward_kernel<P>;
+  using X = std::conditional_t<cluster, Cluster<T>, Grid<T>>;
+  if (plan.cluster != cluster || plan.m_tiles != m || plan.n_tiles != n) return;
+  if constexpr (tiles_exist(P::kTensorCore, false, cluster, m, n)) found.forward = forward_kernel<P, X>;
+  if constexpr (tiles_exist(P::kTensorCore, true, cluster, m, n)) found.backward = backward_kernel<P, X>;
 }
 
 template <template <class, int, int> class Product, class T, int... i>
 Kernels choose(const Plan& plan, std::integer_sequence<int, i...>) {
   Kernels found{};
-  (take<Product, T, kTiles[i / 3], kTiles[i % 3]>(plan, found), ...);
+  (take<Product, T, i / 16 == 1, kTiles[i / 4 % 4], kTiles[i % 4]>(plan, found), ...);
   return found;
 }
 
 template <template <class, int, int> class Product, class T>
 Kernels choose(const Plan& plan) {
-  return choose<Product, T>(plan, std::make_integer_sequence<int, 9>());
+  return choose<Product, T>(plan, std::make_integer_sequence<int, 32>());
 }
 
 }  // namespace fastlm::cuda

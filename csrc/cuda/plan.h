@@ -6,8 +6,11 @@
 //   forward:  rows = a unit's gates (units · G),  depth = hidden units,             published: h
 //   backward: rows = units,                       depth = gates of all hidden units, published: gradients of the gates
 // The depth is cut into spans of 32 units, gate by gate inside a span, and padded with zeros; the warps of a block
-// split it and add their parts up. `teams` teams of each direction are on the chip at a time; each takes group after
-// group.
+// split it and add their parts up.
+//
+// A team exchanges in one of two ways. On a grid it goes through L2: all blocks of the launch are on the chip together,
+// `teams` teams of each direction, and each takes group after group. In a cluster the blocks write into each other's
+// shared memory: a group has its own team, a cluster each, and clusters that find no place yet wait for their turn.
 #pragma once
 
 #include <algorithm>
@@ -26,34 +29,43 @@ constexpr int kPairs = 2;     // (unit, sequence) pairs that a thread owns at mo
 constexpr int kSpan = 32;     // units
 constexpr int kLoad = 16;     // bytes that a thread loads at a time
 constexpr int kChunk = 64;    // bytes of a row's depth, the least that a warp takes
-constexpr int kTiles[] = {1, 2, 4};  // of rows (16 each) and of sequences (8 each)
+constexpr int kTiles[] = {1, 2, 4, 8};  // of rows (16 each) and of sequences (8 each)
 constexpr int kPackedSequences = 512;  // whose lengths travel as kernel arguments
+
+enum class Exchange : int { cheapest, grid, cluster };  // of what a team publishes
 
 struct Layer {
   Cell cell;
   Number number;
   int batch, hidden, directions;
+  Exchange exchange;  // which is asked for
 };
 
 struct Chip {
   int multiprocessors;
-  int shared;  // bytes that a block may use
+  int shared;   // bytes that a block may use
+  int cluster;  // blocks of a cluster at most; 0: it has none
 };
 
 struct Plan {
+  bool cluster;          // how a team exchanges
   int m_tiles, n_tiles;  // of a block's product
   int units, slices;     // units of a block; blocks of a team
   int groups, teams;     // of each direction
   int depth;             // numbers, padded
+  int row;               // numbers from one sequence to the next of what is published
   int blocks;            // of the launch: directions · teams · slices; 0: nothing fits
   int shared;            // bytes of a block
-  int64_t workspace;     // bytes: flags, then what the teams publish
-  double cost;           // estimated clocks of a step, times the groups that a team takes
+  int64_t workspace;     // bytes: flags, then what the teams publish; a cluster needs none
+  double cost;           // estimated clocks of a step, times how often groups take turns
 };
 
-// Products whose sums fit the registers of a thread. Backward, where a row is a unit, kPairs allows no more.
-constexpr bool tiles_exist(bool tensor_core, bool backward, int m_tiles, int n_tiles) {
-  return m_tiles * n_tiles <= (!tensor_core ? 2 : backward ? 4 : 16);
+// Products whose sums fit the registers of a thread. Backward, where a row is a unit, kPairs allows no more. A cluster,
+// whose few blocks hold all units, has many rows in a block.
+constexpr bool tiles_exist(bool tensor_core, bool backward, bool cluster, int m_tiles, int n_tiles) {
+  const bool few = backward ? std::max(m_tiles, n_tiles) <= 2 : m_tiles >= 4 && m_tiles * n_tiles <= 8;
+  if (cluster) return tensor_core && few;
+  return std::max(m_tiles, n_tiles) <= 4 && m_tiles * n_tiles <= (!tensor_core ? 2 : backward ? 4 : 16);
 }
 
 FASTLM_INLINE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -71,26 +83,30 @@ constexpr int64_t flag_bytes(const Layer& l, const Plan& p) {
 
 // Bytes of one of the two slots that a team publishes into by turns.
 constexpr int64_t slot_bytes(const Layer& l, const Plan& p) {
-  return int64_t(8) * p.n_tiles * p.depth * size_of(l.number);
+  return int64_t(8) * p.n_tiles * p.row * size_of(l.number);
 }
 
 // Clocks of one step, from rates of Hopper's data sheet. It need only rank plans.
-constexpr double clocks(const Layer& l, const Plan& p) {
+constexpr double clocks(const Layer& l, bool backward, const Plan& p) {
   const double sequences = 8.0 * p.n_tiles, rows = 16.0 * p.m_tiles, bytes = double(p.depth) * size_of(l.number);
-  const double handshake = 2500;                                       // flag, fence, latency of the first load
-  const double rate = std::min(64.0, 3200.0 / p.blocks);               // of L2, a clock and block
-  const double read = std::min(sequences, double(l.batch)) * bytes / rate;
+  const double some = std::min(sequences, double(l.batch));
+  const double handshake = p.cluster ? 1000 : 2500;  // flag or barrier, fence, latency of the first load
+  const double rate = p.cluster ? 128 : std::min(64.0, 3200.0 / p.blocks);  // shared memory, L2: a clock and block
+  const double read = some * bytes / rate;
+  const double numbers = some * p.units * (backward ? gates_of(l.cell) : 1);  // that a block publishes
+  const double sent = p.cluster ? numbers * size_of(l.number) * (p.slices - 1) / 16 : 0;
   const double weights = rows * bytes / 128;
   const double parts = 2 * kWarps * sequences * rows * 4 / 128;
   const double fma = by_tensor_core(l.number) ? 0 : rows * sequences * p.depth / 128;
   const double gates = 150.0 * divide_up(int(p.units * sequences), kThreads);
-  return handshake + read + std::max(weights, fma) + parts + gates;
+  return handshake + read + sent + std::max(weights, fma) + parts + gates;
 }
 
 // The plan of given tiles; its `blocks` is 0 where it does not fit.
-constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, int m_tiles, int n_tiles) {
-  const int gates = gates_of(l.cell), sequences = 8 * n_tiles;
+constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool cluster, int m_tiles, int n_tiles) {
+  const int gates = gates_of(l.cell), sequences = 8 * n_tiles, number = size_of(l.number);
   Plan p{};
+  p.cluster = cluster;
   p.m_tiles = m_tiles;
   p.n_tiles = n_tiles;
   const int most = std::min(16 * m_tiles / (backward ? 1 : gates), kPairs * kThreads / sequences);
@@ -98,27 +114,33 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, int m
   p.slices = divide_up(l.hidden, p.units);
   p.groups = divide_up(l.batch, sequences);
   p.depth = divide_up(l.hidden, kSpan) * kSpan * (backward ? gates : 1);
-  const int64_t number = size_of(l.number), width = by_tensor_core(l.number) ? 4 : std::max<int>(4, number);
+  const int chunk = kChunk / number;
+  p.row = cluster ? (p.depth / chunk | 1) * chunk : p.depth;  // odd: two sequences do not share their banks
+  const int width = by_tensor_core(l.number) ? 4 : std::max(4, number);
   const int64_t shared = int64_t(16) * m_tiles * weights_row(l.number, p.depth) * number +
-                         int64_t(kWarps) * sequences * part_row(m_tiles) * width;
-  p.teams = std::min(p.groups, chip.multiprocessors / (p.slices * l.directions));
-  if (p.teams == 0 || shared > chip.shared) return p;
+                         int64_t(kWarps) * sequences * part_row(m_tiles) * width + (cluster ? 2 * slot_bytes(l, p) : 0);
+  const int together = chip.multiprocessors / (p.slices * (cluster ? 1 : l.directions));  // teams
+  if (together == 0 || shared > chip.shared || (cluster && p.slices > chip.cluster)) return p;
+  p.teams = cluster ? p.groups : std::min(p.groups, together);
   p.blocks = l.directions * p.teams * p.slices;
   p.shared = int(shared);
-  p.workspace = flag_bytes(l, p) + 2 * l.directions * p.groups * slot_bytes(l, p);
-  p.cost = clocks(l, p) * divide_up(p.groups, p.teams);
+  p.workspace = cluster ? 0 : flag_bytes(l, p) + 2 * l.directions * p.groups * slot_bytes(l, p);
+  p.cost = clocks(l, backward, p) * divide_up(cluster ? l.directions * p.groups : p.groups, together);
   return p;
 }
 
 // The cheapest plan; its `blocks` is 0 where the recurrent weights do not fit the chip.
 constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
   Plan best{};
-  for (const int m_tiles : kTiles)
-    for (const int n_tiles : kTiles) {
-      if (!tiles_exist(by_tensor_core(l.number), backward, m_tiles, n_tiles)) continue;
-      const Plan p = plan_tiles(l, backward, chip, m_tiles, n_tiles);
-      if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
-    }
+  for (const bool cluster : {false, true}) {
+    if (l.exchange == (cluster ? Exchange::grid : Exchange::cluster)) continue;
+    for (const int m_tiles : kTiles)
+      for (const int n_tiles : kTiles) {
+        if (!tiles_exist(by_tensor_core(l.number), backward, cluster, m_tiles, n_tiles)) continue;
+        const Plan p = plan_tiles(l, backward, chip, cluster, m_tiles, n_tiles);
+        if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
+      }
+  }
   return best;
 }
 

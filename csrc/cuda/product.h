@@ -1,8 +1,9 @@
 // A block's product of one step: sums[row][sequence] = Σ_k weights[row][k] · published[sequence][k]. Weights lie in
-// shared memory; what was published is read from L2 straight into registers, each number once by one warp of the block.
+// shared memory; what was published is read by X::load straight into registers, each number once by one warp of the
+// block.
 //
 // Product<T, m, n> makes 16·m rows of 8·n sequences. `place` says where a weight lies. `multiply` is one warp's part,
-// of chunks first ≤ i < last of the depth; it writes part[sequence][part_row(m)], rows fastest. Sequences from
+// of chunks first ≤ i < last of the plan's depth; it writes part[sequence][part_row(m)], rows fastest. Sequences from
 // `sequences` on count as zero and are not read.
 #pragma once
 
@@ -12,13 +13,13 @@
 namespace fastlm::cuda {
 
 // Loads [kSteps][kRows] groups of kLoad bytes, `row_step` rows apart, `step` groups apart, zeros where not `wanted`.
-template <int kSteps, int kRows, class Wanted>
+template <class X, int kSteps, int kRows, class Wanted>
 __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int64_t row_step, int step, const Wanted& wanted) {
 #pragma unroll
   for (int s = 0; s < kSteps; ++s)
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
-      to[s][j] = wanted(s, j) ? load_published(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
+      to[s][j] = wanted(s, j) ? X::load(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
 }
 
 // By tensor cores. The two products of a chunk take the depth in another order than it lies in memory, the same for
@@ -43,18 +44,19 @@ struct TensorProduct {
       return x;
   }
 
-  __device__ static void multiply(const T* weights, const T* published, int sequences, int depth, int first, int last,
-                                  float* part) {
+  template <class X>
+  __device__ static void multiply(const T* weights, const T* published, int sequences, const Plan& plan, int first,
+                                  int last, float* part) {
     constexpr int kSteps = 8 / n;  // chunks that are loaded while those before them are multiplied
     const int lane = int(threadIdx.x) % 32, row = lane / 4, quarter = lane % 4;
-    const int width = depth * int(sizeof(T)) / kLoad;
+    const int width = plan.row * int(sizeof(T)) / kLoad;
     const uint4* a = reinterpret_cast<const uint4*>(weights) + lane;
     const uint4* b = reinterpret_cast<const uint4*>(published) + int64_t(row) * width + quarter;
     float sums[m][n][4] = {};
     uint4 now[kSteps][n], next[kSteps][n];
     const auto load_from = [&](int chunk) {
-      load(next, b + chunk * 4, int64_t(8) * width, 4,
-           [&](int s, int j) { return chunk + s < last && row + 8 * j < sequences; });
+      load<X>(next, b + chunk * 4, int64_t(8) * width, 4,
+              [&](int s, int j) { return chunk + s < last && row + 8 * j < sequences; });
     };
     load_from(first);
     for (int chunk = first; chunk < last; chunk += kSteps) {
@@ -97,16 +99,18 @@ struct ScalarProduct {
   __device__ static int place(int row, int k, int depth) { return row * (depth + kEach) + k; }
   __device__ static T operand(T x) { return x; }
 
-  __device__ static void multiply(const T* weights, const T* published, int sequences, int depth, int first, int last,
-                                  T* part) {
+  template <class X>
+  __device__ static void multiply(const T* weights, const T* published, int sequences, const Plan& plan, int first,
+                                  int last, T* part) {
     constexpr int kSteps = kChunk / kLoad;
-    const int lane = int(threadIdx.x) % 32, row = lane / 4, column = lane % 4, width = depth / kEach;
+    const int lane = int(threadIdx.x) % 32, row = lane / 4, column = lane % 4, width = plan.depth / kEach;
     const uint4* a = reinterpret_cast<const uint4*>(weights) + row * (width + 1);
-    const uint4* b = reinterpret_cast<const uint4*>(published) + int64_t(column) * width;
+    const uint4* b = reinterpret_cast<const uint4*>(published) + int64_t(column) * plan.row / kEach;
     T sums[2 * m][2 * n] = {};
     for (int chunk = first; chunk < last; ++chunk) {
       uint4 found[kSteps][2 * n];
-      load(found, b + chunk * kSteps, int64_t(4) * width, 1, [&](int, int j) { return column + 4 * j < sequences; });
+      load<X>(found, b + chunk * kSteps, int64_t(4) * plan.row / kEach, 1,
+              [&](int, int j) { return column + 4 * j < sequences; });
 #pragma unroll
       for (int s = 0; s < kSteps; ++s)
 #pragma unroll

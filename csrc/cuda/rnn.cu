@@ -28,14 +28,49 @@ void check(const char* name, cudaError_t status) {
   throw std::runtime_error(std::string(name) + ": CUDA refused the launch: " + cudaGetErrorString(status));
 }
 
+// How a plan is launched: all blocks that wait for each other are on the chip together, or CUDA refuses.
+struct Launch {
+  cudaLaunchAttribute together{};
+  cudaLaunchConfig_t config{};
+
+  explicit Launch(const Plan& plan, void* stream = nullptr) {
+    if (plan.cluster) {
+      together.id = cudaLaunchAttributeClusterDimension;
+      together.val.clusterDim.x = unsigned(plan.slices);
+      together.val.clusterDim.y = together.val.clusterDim.z = 1;
+    } else {
+      together.id = cudaLaunchAttributeCooperative;
+      together.val.cooperative = 1;
+    }
+    config.gridDim = dim3(unsigned(plan.blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = size_t(plan.shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &together;
+    config.numAttrs = 1;
+  }
+  Launch(const Launch&) = delete;
+};
+
+// Lets the kernel use all shared memory, whatever this plan takes: threads that launch other plans set the same.
 template <class A>
-int resident_blocks(const char* name, Kernel<A> kernel, const Plan& plan, const Chip& chip) {
-  int blocks = 0;
-  // The most that there is, not what this plan takes: threads that launch other plans set the same attribute.
-  check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   chip.shared));
-  check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, size_t(plan.shared)));
-  return blocks * chip.multiprocessors;
+void permit(const char* name, Kernel<A> kernel, bool cluster, int shared) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  check(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  if (cluster) check(name, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+template <class A>
+bool fits(const char* name, Kernel<A> kernel, const Plan& plan, const Chip& chip) {
+  permit(name, kernel, plan.cluster, chip.shared);
+  int found = 0;
+  if (plan.cluster) {
+    const Launch launch(plan);
+    check(name, cudaOccupancyMaxActiveClusters(&found, kernel, &launch.config));
+    return found > 0;
+  }
+  check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, size_t(plan.shared)));
+  return found * chip.multiprocessors >= plan.blocks;
 }
 
 template <class A>
@@ -44,7 +79,7 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
   const Plan found = plan(l, backward, pass.chip);
   if (!found.blocks) throw std::runtime_error(std::string(name) + ": the recurrent weights do not fit the GPU");
   const Kernel<A> kernel = kernels_of(l.number, found).*which;
-  if (resident_blocks(name, kernel, found, pass.chip) < found.blocks)
+  if (!fits(name, kernel, found, pass.chip))
     throw std::runtime_error(std::string(name) + ": the GPU cannot hold all blocks at a time");
   char* const workspace = static_cast<char*>(pass.workspace);
   Task& task = a.task;
@@ -55,18 +90,9 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
     for (int64_t t = 0; t < pass.steps; ++t)
       for (int64_t b = 0; b < pass.batch_sizes[t]; ++b) task.lengths[b] = int(t) + 1;
   }
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(found.blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = size_t(found.shared);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &together;
-  config.numAttrs = 1;
-  check(name, cudaMemsetAsync(workspace, 0, size_t(found.workspace), config.stream));
-  check(name, cudaLaunchKernelEx(&config, kernel, a));
+  const Launch how(found, stream);
+  if (found.workspace) check(name, cudaMemsetAsync(workspace, 0, size_t(found.workspace), how.config.stream));
+  check(name, cudaLaunchKernelEx(&how.config, kernel, a));
 }
 
 }  // namespace
@@ -84,12 +110,28 @@ void rnn_backward(const RnnPass& pass, const RnnBackward* directions, void* stre
   launch("rnn_backward", pass, true, &Kernels::backward, a, stream);
 }
 
-int rnn_resident_blocks(const Layer& layer, bool backward, const Chip& chip) {
+bool rnn_fits(const Layer& layer, bool backward, const Chip& chip) {
   const Plan found = plan(layer, backward, chip);
-  if (!found.blocks) return 0;
+  if (!found.blocks) return false;
   const Kernels kernels = kernels_of(layer.number, found);
-  return backward ? resident_blocks("rnn_backward", kernels.backward, found, chip)
-                  : resident_blocks("rnn_forward", kernels.forward, found, chip);
+  return backward ? fits("rnn_backward", kernels.backward, found, chip)
+                  : fits("rnn_forward", kernels.forward, found, chip);
+}
+
+int largest_cluster(int shared) {
+  constexpr int kMost = 16;
+  const Layer layer{Cell::lstm, Number::bf16, 1, 16 * kMost, 1, Exchange::cluster};
+  const Plan found = plan(layer, false, {kMost, shared, kMost});
+  if (!found.blocks) return 0;
+  const Kernel<Forward> kernel = kernels_of(layer.number, found).forward;
+  cudaFuncAttributes built{};
+  check("largest_cluster", cudaFuncGetAttributes(&built, kernel));
+  if (built.ptxVersion < 90) return 0;  // the code that runs here was written for older GPUs
+  permit("largest_cluster", kernel, true, shared);
+  const Launch launch(found);
+  int blocks = 0;
+  check("largest_cluster", cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &launch.config));
+  return std::min(blocks, kMost);
 }
 
 int built_version() { return CUDART_VERSION; }

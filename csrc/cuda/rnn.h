@@ -1,4 +1,4 @@
-// A recurrent layer on an NVIDIA GPU, in one direction or in both at once: two passes, each one cooperative launch.
+// A recurrent layer on an NVIDIA GPU, in one direction or in both at once: two passes, one launch each.
 //
 // Cells, T, B, H, N, the layout of rows, of packed sequences and of gates are those of ../rnn.h. Pointers are device
 // memory of the pass's numbers but for RnnPass::batch_sizes, which is read before the call returns. A call only queues
@@ -59,8 +59,11 @@ struct RnnBackward {
 void rnn_forward(const RnnPass&, const RnnForward* directions, bool train, void* stream);
 void rnn_backward(const RnnPass&, const RnnBackward* directions, void* stream);
 
-// How many blocks of the pass's kernel the current GPU can hold at a time: at least plan.blocks for a launch.
-int rnn_resident_blocks(const Layer&, bool backward, const Chip&);
+// Whether the current GPU holds the blocks of the pass that wait for each other at a time.
+bool rnn_fits(const Layer&, bool backward, const Chip&);
+
+// Chip::cluster of the current GPU, whose blocks may use `shared` bytes; 0 where the code that runs on it knows none.
+int largest_cluster(int shared);
 
 // The CUDA version that this was built with, and the newest that the installed driver knows (0: no driver), as
 // 1000·major + 10·minor.

@@ -10,17 +10,18 @@
 namespace fastlm {
 namespace {
 
-// From (cell, number, batch, hidden, directions).
+// From (cell, number, batch, hidden, directions, exchange).
 cuda::Layer layer_of(const py::tuple& a) {
   const auto at = [&](int i) { return a[i].cast<int>(); };
-  const cuda::Layer l{static_cast<Cell>(at(0)), static_cast<cuda::Number>(at(1)), at(2), at(3), at(4)};
-  if (a.size() != 5 || at(0) < 0 || at(0) > 3 || at(1) < 0 || at(1) > 4 || l.batch < 1 || l.hidden < 1 ||
-      l.directions < 1 || l.directions > 2)
+  const cuda::Layer l{static_cast<Cell>(at(0)), static_cast<cuda::Number>(at(1)), at(2), at(3), at(4),
+                      static_cast<cuda::Exchange>(at(5))};
+  if (a.size() != 6 || at(0) < 0 || at(0) > 3 || at(1) < 0 || at(1) > 4 || l.batch < 1 || l.hidden < 1 ||
+      l.directions < 1 || l.directions > 2 || at(5) < 0 || at(5) > 2)
     throw std::invalid_argument("rnn: sizes out of range");
   return l;
 }
 
-cuda::Chip chip_of(const py::tuple& a) { return {a[0].cast<int>(), a[1].cast<int>()}; }
+cuda::Chip chip_of(const py::tuple& a) { return {a[0].cast<int>(), a[1].cast<int>(), a[2].cast<int>()}; }
 
 }  // namespace
 
@@ -35,18 +36,21 @@ void define_cuda(py::module_ m) {
           const cuda::Plan p = cuda::plan(l, backward, chip_of(chip));
           if (!p.blocks) return py::none();
           using py::literals::operator""_a;
-          return py::dict("m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles, "units"_a = p.units,
-                          "slices"_a = p.slices, "groups"_a = p.groups, "teams"_a = p.teams, "depth"_a = p.depth,
-                          "blocks"_a = p.blocks, "shared"_a = p.shared, "workspace"_a = p.workspace,
-                          "cost"_a = p.cost);
+          return py::dict("cluster"_a = p.cluster, "m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles,
+                          "units"_a = p.units, "slices"_a = p.slices, "groups"_a = p.groups, "teams"_a = p.teams,
+                          "depth"_a = p.depth, "row"_a = p.row, "blocks"_a = p.blocks, "shared"_a = p.shared,
+                          "workspace"_a = p.workspace, "cost"_a = p.cost);
         },
-        "Return cuda::plan of a layer (cell, number, batch, hidden, directions) on a chip (multiprocessors, bytes of "
-        "shared memory that a block may use); None where nothing fits.");
-  m.def("rnn_resident_blocks",
+        "Return cuda::plan of a layer (cell, number, batch, hidden, directions, exchange) on a chip (multiprocessors, "
+        "bytes of shared memory that a block may use, blocks of a cluster); None where nothing fits.");
+  m.def("rnn_fits",
         [](const py::tuple& layer, bool backward, const py::tuple& chip) {
-          return cuda::rnn_resident_blocks(layer_of(layer), backward, chip_of(chip));
+          return cuda::rnn_fits(layer_of(layer), backward, chip_of(chip));
         },
-        "Return how many blocks of the pass the current GPU holds at a time.");
+        "Return whether the current GPU holds the blocks of the pass that wait for each other at a time.");
+  m.def("largest_cluster", &cuda::largest_cluster,
+        "Return how many blocks a cluster may have on the current GPU, whose blocks may use so many bytes of shared "
+        "memory; 0: it has no clusters.");
   const auto pass_of = [](const py::tuple& layer, const py::tuple& chip, int64_t steps, uintptr_t batch_sizes,
                           uintptr_t workspace) {
     if (steps < 1 || steps > INT32_MAX) throw std::invalid_argument("rnn: sizes out of range");

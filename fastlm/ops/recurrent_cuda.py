@@ -17,6 +17,7 @@ from fastlm.ops import recurrent
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 NUMBERS = {torch.float32: 0, torch.float64: 1, "tf32": 2, torch.bfloat16: 3, torch.float16: 4}
+EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2}  # how the blocks of a kernel hand their results to each other
 
 
 class CudaLayers:
@@ -33,7 +34,7 @@ class CudaLayers:
         self.gates, self.states = GATES[cell], 2 if cell == "lstm" else 1
         self.missing = missing(native)
         self.kernels = Differentiable(
-            f"{cell}_layer_cuda", outputs=1 + self.states, forward=self.forward, fake=self.fake,
+            f"{cell}_layer_cuda", statics="str exchange", outputs=1 + self.states, forward=self.forward, fake=self.fake,
             backward=self.backward, reference=self.reference, reads_results=True)
 
     def cannot(self, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
@@ -63,7 +64,9 @@ class CudaLayers:
         """
         return torch.float32 if self.cell == "relu" and result.itemsize == 2 else result
 
-    def run(self, data, batch_sizes, hx, params, has_biases, *options) -> tuple[Tensor, ...]:
+    def run(self, data, batch_sizes, hx, params, has_biases, *options, exchange="cheapest") -> tuple[Tensor, ...]:
+        """Run the network. `exchange` names one of EXCHANGES, to measure one against the other; raises where it cannot.
+        """
         result = self.result_dtype(data)
         compute = self.compute_dtype(result)
 
@@ -72,12 +75,12 @@ class CudaLayers:
             slots = [p for i in range(0, len(params), per) for p in (*params[i: i + per], None, None)[:4]]
             tensors = [x, *hx, *slots]
             x, *rest = [t if t is None or t.dtype is compute else t.to(compute) for t in tensors]
-            return self.kernels([x, batch_sizes, *rest])
+            return self.kernels([x, batch_sizes, *rest], exchange)
 
         found = recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options)
         return tuple(t.to(result) for t in found)
 
-    def reference(self, tensors):
+    def reference(self, tensors, exchange):
         x, batch_sizes, *rest = tensors
         hx, params = rest[:self.states], rest[self.states:]
         layer = recurrent.directions(lambda *args: recurrent.scan(self.step, *args), params[2] is not None,
@@ -86,7 +89,7 @@ class CudaLayers:
 
     # --- one layer, D directions: H columns of y for each, states [D, B, H] ---
 
-    def forward(self, tensors, needs):
+    def forward(self, tensors, needs, exchange):
         x, batch_sizes, hx, weights = self.unpack(tensors)
         train, (count, batch, hidden) = any(needs), hx[0].shape
         rows, wide = x.reshape(x.shape[:-1].numel(), x.shape[-1]), self.gates * hidden
@@ -110,7 +113,7 @@ class CudaLayers:
                                        of.get("c"), of.get("before"), *pair([s[d] for s in last])),
                              gates.stride(1), y.stride(0)))
         if batch:
-            self.launch("rnn_forward", y, hx[0].shape, x, batch_sizes, launched, train)
+            self.launch("rnn_forward", exchange, y, hx[0].shape, x, batch_sizes, launched, train)
         return [y.view(*x.shape[:-1], count * hidden), *last, *saved.values()]
 
     def saved(self, y, batch_sizes, hidden, count):
@@ -125,14 +128,14 @@ class CudaLayers:
             found["before"] = new(hidden)
         return found
 
-    def fake(self, tensors, needs):
+    def fake(self, tensors, needs, exchange):
         x, batch_sizes, hx, _ = self.unpack(tensors)
         count, _, hidden = hx[0].shape
         y = x.new_empty(x.shape[:-1].numel(), count * hidden)
         saved = self.saved(y, batch_sizes, hidden, count) if any(needs) else {}
         return [y.view(*x.shape[:-1], count * hidden), *(s.new_empty(s.shape) for s in hx), *saved.values()]
 
-    def backward(self, grads, saved, tensors, needs):
+    def backward(self, grads, saved, tensors, needs, exchange):
         x, batch_sizes, hx, weights = self.unpack(tensors)
         count, batch, hidden = hx[0].shape
         rows, wide = x.reshape(x.shape[:-1].numel(), x.shape[-1]), self.gates * hidden
@@ -154,7 +157,7 @@ class CudaLayers:
                                        *pair([s[d] for s in d_last]), dgates[d], *pair([s[d] for s in d_hx])),
                              y.stride(0), dgates.stride(1)))
         if batch:
-            self.launch("rnn_backward", y, hx[0].shape, x, batch_sizes, launched)
+            self.launch("rnn_backward", exchange, y, hx[0].shape, x, batch_sizes, launched)
         # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side.
         turn, dx, found = hidden if self.cell == "gru" else 0, None, []
         need_x, _, *need_params = (needs[0], None, *needs[2 + self.states:])
@@ -190,36 +193,40 @@ class CudaLayers:
         hx, params = [s.contiguous() for s in rest[:self.states]], rest[self.states:]
         return x, batch_sizes, hx, [params[i: i + 4] for i in range(0, len(params), 4)]
 
-    def launch(self, name, y, shape, x, batch_sizes, directions, *options):
+    def launch(self, name, exchange, y, shape, x, batch_sizes, directions, *options):
         """Queue a pass on PyTorch's current stream."""
         count, batch, hidden = shape
         steps, sizes = recurrent.steps_of(self.cell, x, batch_sizes, batch)
-        layer = (CELLS[self.cell], number_of(y.dtype), batch, hidden, count)
-        chip = chip_of(str(y.device))
+        layer = (CELLS[self.cell], number_of(y.dtype), batch, hidden, count, EXCHANGES[exchange])
+        chip = chip_of(self.native, str(y.device))
         with torch.cuda.device(y.device):
             plan = self.native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
+            if plan is None:
+                raise RuntimeError(f"{name}: {hidden} units do not fit this GPU (exchange: {exchange})")
             workspace = y.new_empty(plan["workspace"], dtype=torch.uint8)
             getattr(self.native.cuda, name)(layer, chip, steps, sizes, workspace.data_ptr(), directions, *options,
                                             torch.cuda.current_stream().cuda_stream)
 
 
 @functools.cache
-def chip_of(device: str) -> tuple[int, int]:
-    """Return the GPU's multiprocessors, and the bytes of shared memory that a block may use there."""
+def chip_of(native: ModuleType, device: str) -> tuple[int, int, int]:
+    """Return the GPU's multiprocessors, the bytes of shared memory that a block may use, the blocks of a cluster."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    shared = properties.shared_memory_per_block_optin
+    with torch.cuda.device(device):
+        cluster = native.cuda.largest_cluster(shared) if properties.major >= 9 else 0
+    return properties.multi_processor_count, shared, cluster
 
 
 @functools.cache
 def misfit(native: ModuleType, cell: int, number: int, hidden: int, bidirectional: bool, device: str) -> str | None:
     """Return why no plan of a layer fits the GPU. The batch plays no part: it goes through in groups."""
-    layer = (cell, number, 1, hidden, 2 if bidirectional else 1)
+    layer, chip = (cell, number, 1, hidden, 2 if bidirectional else 1, EXCHANGES["cheapest"]), chip_of(native, device)
     for backward in (False, True):
-        plan = native.cuda.rnn_plan(layer, backward, chip_of(device))
-        if plan is None:
+        if native.cuda.rnn_plan(layer, backward, chip) is None:
             return f"the recurrent weights of {hidden} units do not fit the shared memory of this GPU"
         with torch.cuda.device(device):
-            if native.cuda.rnn_resident_blocks(layer, backward, chip_of(device)) < plan["blocks"]:
+            if not native.cuda.rnn_fits(layer, backward, chip):
                 return "the GPU cannot hold all blocks at a time"
     return None
 

@@ -2,7 +2,8 @@
 //
 // All threads of all blocks of a launch are fibers of one operating system thread. They run one after the other until
 // they wait, in an order that is drawn anew each round, and half of the warps sleep for some rounds: a result that
-// depends on an order that CUDA does not promise comes out wrong. A launch in which nothing moves any more fails. Shared memory begins as NaN.
+// depends on an order that CUDA does not promise comes out wrong. A launch in which nothing moves any more fails.
+// Shared memory begins as NaN.
 // FASTLM_EMULATED_BARRIERS=0 leaves __syncthreads out, to show that this is noticed; see emulated_device.h for flags.
 #pragma once
 
@@ -39,13 +40,20 @@ struct alignas(16) uint4 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
-  union {
+  struct {
     int cooperative;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 
@@ -65,17 +73,26 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulation {
 
 constexpr int kSharedMemory = 227 << 10;  // of a block
+constexpr unsigned kCluster = 16;         // blocks at most
 
 struct Fiber {
   static constexpr size_t kStack = 64 << 10;
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool waits, done;
+  long phase;  // of its cluster, that it waits for
+  std::vector<std::function<void()>> unpublished;
 };
 
 struct Block {
   std::unique_ptr<char[]> shared;
+  unsigned arrived = 0, done = 0;
+  std::vector<std::function<void()>> unpublished;
+};
+
+struct Cluster {
   unsigned arrived = 0;
+  long phase = 0;
   std::vector<std::function<void()>> unpublished;
 };
 
@@ -84,7 +101,8 @@ inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline std::vector<unsigned> ready;  // fibers of the next round
 inline std::vector<Block> blocks;
-inline unsigned current, threads;
+inline std::vector<Cluster> clusters;
+inline unsigned current, threads, cluster_blocks;
 inline const std::function<void()>* body;
 inline bool barriers = true;
 inline long moves;  // grows whenever something happens that a waiting thread may wait for
@@ -95,6 +113,7 @@ inline bool unless_zero(const char* name) {
 }
 
 inline Block& block() { return blocks[current / threads]; }
+inline Cluster& cluster() { return clusters[current / threads / cluster_blocks]; }
 inline uint4* dynamic_shared() { return reinterpret_cast<uint4*>(block().shared.get()); }
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 inline void wake(unsigned first, unsigned count) {
@@ -109,6 +128,7 @@ inline void wake(unsigned first, unsigned count) {
 inline void run_thread() {
   (*body)();
   fibers[current].done = true;
+  ++block().done;
   ++moves;
   yield();
 }
@@ -120,6 +140,8 @@ inline bool run(unsigned count) {
   for (unsigned i = 0; i < count; ++i) {
     Fiber& fiber = fibers[i];
     fiber.done = fiber.waits = false;
+    fiber.phase = 0;
+    fiber.unpublished.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Fiber::kStack;
@@ -180,11 +202,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   threads = blockDim.x;
+  const bool clustered = config->attrs->id == cudaLaunchAttributeClusterDimension;
+  cluster_blocks = clustered ? config->attrs->val.clusterDim.x : gridDim.x;
   if (gridDim.x == 0 || threads == 0 || threads > 1024 || config->dynamicSmemBytes > kSharedMemory ||
-      config->numAttrs != 1 || !config->attrs->val.cooperative)
+      config->numAttrs != 1 || (clustered ? cluster_blocks - 1 >= kCluster : !config->attrs->val.cooperative) ||
+      gridDim.x % cluster_blocks)
     return cudaErrorInvalidConfiguration;
   blocks.clear();
   blocks.resize(gridDim.x);
+  clusters.clear();
+  clusters.resize(clustered ? gridDim.x / cluster_blocks : 0);
   for (Block& b : blocks) {
     b.shared.reset(new char[config->dynamicSmemBytes]);
     std::memset(b.shared.get(), 0xff, config->dynamicSmemBytes);
@@ -192,12 +219,28 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return run(gridDim.x * threads) ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= emulation::kSharedMemory ? cudaSuccess : cudaErrorInvalidConfiguration;
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  const int most = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize ? emulation::kSharedMemory : 1;
+  return value <= most ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   *blocks = 1;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* found, Kernel, const cudaLaunchConfig_t* config) {
+  *found = config->attrs->val.clusterDim.x <= emulation::kCluster;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, Kernel, const cudaLaunchConfig_t*) {
+  *size = emulation::kCluster;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {

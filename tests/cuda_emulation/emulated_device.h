@@ -1,5 +1,7 @@
 // csrc/cuda/device.h on the host. What a block publishes stays out of sight of all until one of its threads raises a
-// flag: a flag that is raised too early, or not waited for, is noticed. FASTLM_EMULATED_FLAGS=0 waits for none.
+// flag: a flag that is raised too early, or not waited for, is noticed. What a thread stores in another block of its
+// cluster gets there at once or, as chance will have it, only when all have arrived at a barrier after it.
+// FASTLM_EMULATED_FLAGS=0 waits neither for flags nor for clusters.
 #pragma once
 
 #include <cmath>
@@ -113,10 +115,46 @@ inline void raise(int* flag, int value) {
   *flag = value;
   ++emulation::moves;
 }
+inline const bool waits_for_others = emulation::unless_zero("FASTLM_EMULATED_FLAGS");
 inline int flag(const int* place) {
-  static const bool wait = emulation::unless_zero("FASTLM_EMULATED_FLAGS");
   emulation::yield();
-  return wait ? *place : 1 << 30;
+  return waits_for_others ? *place : 1 << 30;
+}
+
+constexpr bool kClusters = true;
+
+template <class T>
+void store_in_peer(T* place, int rank, T value) {
+  using namespace emulation;
+  const unsigned own = current / threads, peer = own / cluster_blocks * cluster_blocks + unsigned(rank);
+  char* const to = blocks[peer].shared.get() + (reinterpret_cast<char*>(place) - blocks[own].shared.get());
+  const auto store = [=] {
+    if (waits_for_others && blocks[peer].done == threads) std::abort();  // its shared memory is another's
+    *reinterpret_cast<T*>(to) = value;
+  };
+  if (draw() % 2)
+    store();
+  else
+    fibers[current].unpublished.push_back(store);
+}
+inline void cluster_arrive() {
+  using namespace emulation;
+  Cluster& all = cluster();
+  auto& mine = fibers[current].unpublished;
+  all.unpublished.insert(all.unpublished.end(), mine.begin(), mine.end());
+  mine.clear();
+  fibers[current].phase = all.phase + 1;
+  if (++all.arrived == threads * cluster_blocks) {
+    for (const auto& store : all.unpublished) store();
+    all.unpublished.clear();
+    all.arrived = 0;
+    ++all.phase;
+  }
+  ++moves;
+}
+inline void cluster_wait() {
+  do emulation::yield();
+  while (waits_for_others && emulation::cluster().phase < emulation::fibers[emulation::current].phase);
 }
 
 }  // namespace fastlm::cuda

@@ -1,11 +1,12 @@
 """Run lstm, gru and rnn through an extension whose CUDA kernels are emulated, and hold them to the error rule.
 
 Usage: python run.py EXTENSION [SAMPLE], in a process of its own: the extension takes the place of `fastlm._native`.
-Prints a line `op format sample: ok` or `op format sample: ERROR` for each call, then the tiles that ran, each as
-`tiles pass format rows sequences`.
+Prints a line `op exchange format sample: ok` or `op exchange format sample: ERROR` for each call, then the tiles that
+ran, each as `tiles pass exchange format rows sequences`.
 """
 
 import contextlib
+import functools
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -24,29 +25,34 @@ from fastlm.ops import recurrent, recurrent_cuda  # noqa: E402
 GATES_AND_STATES = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
 FEATURES = {"no bias", "packed", "packed bidirectional layers", "no sequences", "outliers", "not a number",
             "not contiguous", "relu plain", "relu packed bidirectional layers"}
-HOPPER = 227 << 10
-# Name -> shape, (multiprocessors, shared memory of a block): few multiprocessors make teams small and take turns.
+# Multiprocessors, shared memory of a block, blocks of a cluster: few multiprocessors make teams small and take turns.
+HOPPER = {count: (count, 227 << 10, 16) for count in (1, 3, 4, 6, 7, 8, 9, 10, 20, 132)}
 SIZES = {
-    "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), (1, HOPPER)),
-    "T3 B1 H33": (dict(steps=3, batch=1, hidden=33), (132, HOPPER)),
-    "T7 B3 H7 both ways": (dict(steps=7, batch=3, hidden=7, bidirectional=True), (4, HOPPER)),
-    "T2 B17 H33": (dict(steps=2, batch=17, hidden=33), (9, HOPPER)),
-    "T3 B17 H64": (dict(steps=3, batch=17, hidden=64), (8, HOPPER)),
-    "T3 B33 H70": (dict(steps=3, batch=33, hidden=70), (10, HOPPER)),
+    "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), HOPPER[1]),
+    "T3 B1 H33": (dict(steps=3, batch=1, hidden=33), HOPPER[132]),
+    "T7 B3 H7 both ways": (dict(steps=7, batch=3, hidden=7, bidirectional=True), HOPPER[4]),
+    "T2 B17 H33": (dict(steps=2, batch=17, hidden=33), HOPPER[9]),
+    "T3 B17 H64": (dict(steps=3, batch=17, hidden=64), HOPPER[8]),
+    "T3 B33 H70": (dict(steps=3, batch=33, hidden=70), HOPPER[10]),
     # More sequences than a group takes, whose number changes from step to step, in both directions.
     "tall packed": (dict(lengths=(4,) * 3 + (3,) * 20 + (2,) * 12 + (1,) * 6, hidden=17, bidirectional=True),
-                    (6, HOPPER)),
+                    HOPPER[6]),
 }
 # The depth in several loads, and tiles that small layers do not take.
 WIDE = {
-    "lstm": {"T2 B9 H300": (dict(steps=2, batch=9, hidden=300), (20, HOPPER)),
-             "T2 B33 H136": (dict(steps=2, batch=33, hidden=136), (9, HOPPER)),
-             "T2 B1 H136": (dict(steps=2, batch=1, hidden=136), (9, HOPPER))},
+    "lstm": {"T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[20]),
+             "T2 B33 H136": (dict(steps=2, batch=33, hidden=136), HOPPER[9]),
+             "T2 B1 H136": (dict(steps=2, batch=1, hidden=136), HOPPER[9])},
     "gru": {},
-    "rnn": {"T2 B1 H136": (dict(steps=2, batch=1, hidden=136), (3, HOPPER)),
-            "T2 B1 H70": (dict(steps=2, batch=1, hidden=70), (3, HOPPER))},
+    "rnn": {"T2 B1 H136": (dict(steps=2, batch=1, hidden=136), HOPPER[3]),
+            "T2 B1 H70": (dict(steps=2, batch=1, hidden=70), HOPPER[3])},
 }
 FEW = {name: SIZES[name] for name in ("T2 B17 H33",)}
+# A cluster of few blocks makes them hold many rows.
+CLUSTERS = {name: SIZES[name] for name in ("T1 B1 H1", "T3 B1 H33", "T2 B17 H33", "T3 B33 H70", "tall packed")} | {
+    "T5 B9 H75": (dict(steps=5, batch=9, hidden=75), (9, 227 << 10, 4)),
+    "T4 B17 H40 both ways": (dict(steps=4, batch=17, hidden=40, bidirectional=True), (3, 227 << 10, 3)),
+}
 
 chip, launched, tiles = None, [], set()
 
@@ -57,7 +63,7 @@ def counted(name):
     def run(layer, chip, *rest):
         plan = native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
         launched.append(name)
-        tiles.add((name, layer[1], plan["m_tiles"], plan["n_tiles"]))
+        tiles.add((name, "cluster" if plan["cluster"] else "grid", layer[1], plan["m_tiles"], plan["n_tiles"]))
         kernel(layer, chip, *rest)
     return run
 
@@ -68,21 +74,32 @@ torch.cuda.get_device_properties = lambda device: SimpleNamespace(
     major=9, multi_processor_count=chip[0], shared_memory_per_block_optin=chip[1])
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.current_stream = lambda: SimpleNamespace(cuda_stream=0)
+assert native.cuda.largest_cluster(227 << 10) == 16
+native.cuda.largest_cluster = lambda shared: chip[2]
 for kernel in ("rnn_forward", "rnn_backward"):
     setattr(native.cuda, kernel, counted(kernel))
 
 
 def cases(op):
-    """Yield (format, chip, sample): features in float32, sizes in the formats."""
+    """Yield (exchange, format, chip, sample): features in float32, sizes in the formats."""
     for sample in op.samples("test", torch.float32, "cpu"):
         if sample.name in FEATURES:
-            yield "float32", (7, HOPPER), sample
-    for form, sizes in (("float64", SIZES), ("bfloat16", SIZES | WIDE[op.name]), ("float16", FEW), ("float32", FEW),
-                        ("tf32", FEW)):
+            yield "grid", "float32", HOPPER[7], sample
+    for exchange, form, sizes in (
+            ("grid", "float64", SIZES), ("grid", "bfloat16", SIZES | WIDE[op.name]), ("grid", "float16", FEW),
+            ("grid", "float32", FEW), ("grid", "tf32", FEW), ("cheapest", "float32", FEW),
+            ("cheapest", "bfloat16", FEW), ("cluster", "bfloat16", CLUSTERS), ("cluster", "float16", FEW),
+            ("cluster", "tf32", FEW)):
         dtype = torch.float32 if form == "tf32" else getattr(torch, form)
         for name, (shape, chip) in sizes.items():
             args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
-            yield form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
+            yield exchange, form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
+
+
+def layers_of(op):
+    """Return the CudaLayers that an op runs."""
+    layers = sys.modules[f"fastlm.ops.{op.name}_native"]._layers
+    return [each.cuda for each in (layers.values() if isinstance(layers, dict) else [layers])]
 
 
 def same_as_fake(args):
@@ -91,7 +108,7 @@ def same_as_fake(args):
     data, batch_sizes, hx, params, *_ = args
     tensors = [data, batch_sizes, *hx, *params]
     for needs in ([True] * len(tensors), [False] * len(tensors)):
-        found, fake = (run(tensors, needs) for run in (layers.forward, layers.fake))
+        found, fake = (run(tensors, needs, "grid") for run in (layers.forward, layers.fake))
         if [(t.shape, t.dtype, t.stride()) for t in found] != [(t.shape, t.dtype, t.stride()) for t in fake]:
             return False
     return True
@@ -107,16 +124,18 @@ def wrong(op, form, args):
 torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled with NaN
 for op in ops.ALL:
     if op.name in GATES_AND_STATES:
-        for form, chip, sample in cases(op):  # noqa: B007 get_device_properties reads chip
+        for exchange, form, chip, sample in cases(op):  # noqa: B007 get_device_properties reads chip
             if sys.argv[2:] not in ([], [sample.name]):
                 continue
             launched.clear()
             recurrent_cuda.chip_of.cache_clear()
             recurrent_cuda.misfit.cache_clear()
+            for layers in layers_of(op):
+                layers.run = functools.partial(type(layers).run, layers, exchange=exchange)
             found = wrong(op, form, sample.args)
             assert set(launched) == ({"rnn_forward", "rnn_backward"} if sample.args[2][0].numel() else set()), launched
-            print(f"{op.name} {form} {sample.name}:", found or "ok", flush=True)
+            print(f"{op.name} {exchange} {form} {sample.name}:", found or "ok", flush=True)
             if op.name == "lstm" and sample.name in SIZES:
                 assert same_as_fake(sample.args), sample.name
-for name, number, m, n in sorted(tiles):
-    print(f"tiles {name} {number} {m} {n}")
+for found in sorted(tiles):
+    print("tiles", *found)
