@@ -9,7 +9,7 @@ ARGS        ?=
 VENV := .venv
 RUN  := $(VENV)/bin/python
 
-.PHONY: bench test lint gpu-check gpu-build gpu-parity gpu-bench extension sanitize clean
+.PHONY: bench test lint extension sanitize clean
 .DELETE_ON_ERROR:
 
 bench: extension
@@ -24,24 +24,43 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
 # On a machine with a GPU: no network, no pip, the Python that is there. Each stage is a target of its own, for machines
-# that are lent for minutes; SHARDS processes compile Triton's kernels side by side. The sanitizer sees small layers.
-SHARDS    ?= 8
-SANITIZED := tests/test_ops.py -q --device cuda -k "error_rule and native and float16 and (lstm or gru or rnn)"
-gpu-check: gpu-build gpu-parity gpu-bench
+# that are lent for minutes: what tells most comes first, has its own limit of time, and fails without the next ones.
+# SHARDS processes compile Triton's kernels side by side. The sanitizer sees small layers.
+SHARDS     ?= 8
+GPU_STAGES := gpu-cudnn gpu-exchange gpu-recurrent gpu-sanitize gpu-parity gpu-bench
+SMALL      := tests/cases/test_recurrent.py -q --device cuda -k
+.PHONY: gpu-check gpu-build $(GPU_STAGES)
+gpu-check: gpu-build
+	$(MAKE) -k $(GPU_STAGES)
 
 gpu-build:
 	FASTLM_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 
+gpu-cudnn: gpu-build
+	PYTHONPATH=. timeout 120 $(PYTHON) benchmarks/cudnn_rnn.py $(RESULTS)
+
+# Each way to exchange on small layers, in a process of its own that ends even where a kernel waits for ever; then both
+# against each other, but for one that failed.
+gpu-exchange: gpu-build
+	right=; for way in grid cluster; do timeout 90 $(PYTHON) -m pytest $(SMALL) "test_exchange and $$way" && \
+		right="$$right $$way"; done; \
+		PYTHONPATH=. timeout 180 $(PYTHON) benchmarks/cuda_exchange.py $(RESULTS) $$right && test "$$right" = " grid cluster"
+
+gpu-recurrent: gpu-build
+	$(PYTHON) -m fastlm bench --suite rnn-cuda --device cuda --every --out $(RESULTS)
+
+gpu-sanitize: gpu-build
+	if command -v compute-sanitizer; then for tool in memcheck racecheck; do timeout 180 \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest $(SMALL) test_exchange || exit 1; done; fi
+
 gpu-parity: gpu-build
 	seq $(SHARDS) | xargs -P $(SHARDS) -I{} $(PYTHON) -m pytest tests/test_ops.py tests/test_nn.py tests/cases \
 		--device cuda --shard {}/$(SHARDS) $(ARGS)
-	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
-		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) || exit 1; done; fi
 
 gpu-bench: gpu-build
-	$(PYTHON) benchmarks/cudnn_rnn.py $(RESULTS)
-	for suite in rnn-cuda head norms attention; do \
-		$(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS) || exit 1; done
+	for suite in head norms attention; do \
+		$(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS) || failed=1; done; \
+		test -z "$$failed"
 	$(PYTHON) -m fastlm bench --device cuda --every --full --out $(RESULTS)
 
 extension: $(VENV)/installed

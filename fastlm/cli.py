@@ -167,19 +167,20 @@ def bench(
     from fastlm.tools import bench, report
 
     suites = bench.EVERYTHING if suite == "all" else (suite,)
+    name = "-".join(filter(None, (suite, only, "every" * every, "full" * full)))
     percentage, what = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
     columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
     with Progress(*columns, console=_console()) as progress:
         task = progress.add_task("", total=1.0)
         result = bench.run(suites, _device(device), dtype, 2.0 if full else 0.3, only=only, full=full, every=every,
-                           progress=lambda what, done: progress.update(task, description=what, completed=done))
+                           progress=lambda what, done: progress.update(task, description=what, completed=done),
+                           keep=lambda result: report.save_partial(result, out, name))
     wide = _console() if _console().is_terminal else Console(highlight=False, width=150)
     for table in report.tables(result):
         wide.print(table)
     held = [row for row in result["rows"] if row["goal"]]
     if held:
         print(f"{sum(not row['missed'] for row in held)} of {len(held)} rows reach their goals")
-    name = "-".join(filter(None, (suite, only, "every" * every, "full" * full)))
     for path in report.save(result, out, name):
         print(path)
     if not all(row["within_rule"] for row in result["rows"]):

@@ -178,6 +178,22 @@ def test_report_is_self_contained(result, tmp_path):
     assert not re.search(r'(src|href)="http', text)
 
 
+def test_what_was_measured_survives_what_comes_after(tmp_path):
+    kept = []
+
+    def keep(result):
+        kept.append(len(result["rows"]))
+        report.save_partial(result, tmp_path, "test")
+
+    result = bench.run(("ops",), only="log_softmax", seconds=0.01, keep=keep)
+    assert kept == sorted(set(kept))
+    assert kept[-1] == len(result["rows"])
+    (partial,) = tmp_path.iterdir()
+    assert json.loads(partial.read_text()) == json.loads(json.dumps(result))
+    assert report.save(result, tmp_path, "test")[0].exists()
+    assert not partial.exists()
+
+
 def test_readme_is_filled_from_results(result, tmp_path):
     data = report.save(result, tmp_path, "test")[0]
     readme = tmp_path / "README.md"

@@ -289,7 +289,8 @@ def _commit():
 
 def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float = 0.6, steps: int = 30,
         only: str = "", full: bool = False, every: bool = False,
-        progress: Callable[[str, float], None] = lambda what, done: None) -> dict:
+        progress: Callable[[str, float], None] = lambda what, done: None,
+        keep: Callable[[dict], object] = lambda result: None) -> dict:
     """Run suites and return a result: {"machine": …, "rows": [Row as dict], "means": …, "curves": [Curve as dict]}.
 
     Args:
@@ -302,6 +303,7 @@ def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float = 0.
         full: measure every benchmark sample, and stock under torch.compile; else the first two samples of each op.
         every: measure each implementation that can run, not only the one that is chosen by default.
         progress: called with what is measured next and the share that is done.
+        keep: called after each case with the result so far: a later one may fail, or time may run out.
     """
     unknown = set(suites) - set(SUITES)
     if unknown:
@@ -327,8 +329,10 @@ def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float = 0.
                   for row in measure_case(dataclasses.replace(case, forced=name), device, seconds, full)]
         rows += forced or measure_case(case, device, seconds, full)
         done += 1
+        result |= {"rows": [asdict(row) for row in rows], "means": means(rows)}
+        keep(result)
     progress("done", 1.0)
-    return result | {"rows": [asdict(row) for row in rows], "means": means(rows)}
+    return result
 
 
 def _dtype(name):

@@ -15,19 +15,28 @@ def save(result: dict, folder: str | Path, name: str) -> list[Path]:
 
     Both files are called after the device and `name`, so that the results of several machines lie side by side.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{_slug(result['machine'])}-{name}"
-    paths = [folder / f"{stem}.json"]
+    paths = [_path(result, folder, name)]
     paths[0].write_text(json.dumps(result, indent=1) + "\n")
+    _path(result, folder, f"{name}-partial").unlink(missing_ok=True)
     try:
         page = html(result)
     except ImportError as missing:
         print(f"no HTML report: {missing.name} is not installed (pip install 'fastlm[report]')")
     else:
-        paths.append(folder / f"{stem}.html")
+        paths.append(paths[0].with_suffix(".html"))
         paths[1].write_text(page)
     return paths
+
+
+def save_partial(result: dict, folder: str | Path, name: str) -> None:
+    """Write what there is of a result as JSON, until `save` has the whole."""
+    _path(result, folder, f"{name}-partial").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _path(result, folder, name):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{_slug(result['machine'])}-{name}.json"
 
 
 def _slug(machine):

@@ -1,5 +1,7 @@
 """What lstm, gru and rnn need beyond the matrix of test_ops: arguments, dropout, threads, compilers, other CPUs."""
 
+import functools
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -356,3 +358,37 @@ def test_autocast_dtype_is_stocks_compiled_or_not(cell, backend):
         expected = [t.dtype for t in torch.utils._pytree.tree_leaves(stock(x))]
         assert [t.dtype for t in torch.utils._pytree.tree_leaves(ours(x))] == expected
         assert [t.dtype for t in torch.utils._pytree.tree_leaves(compiled(x))] == expected
+
+
+# --- a GPU -----------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "one sequence": dict(steps=4, batch=1, hidden=33),
+    "odd, both ways": dict(steps=5, batch=19, hidden=75, bidirectional=True),
+    "packed": dict(lengths=(6,) * 5 + (3,) * 9 + (1,) * 4, hidden=40, bidirectional=True),
+}
+
+
+@native
+@each_cell
+@pytest.mark.parametrize("sample", SMALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exchange", ["grid", "cluster"])
+def test_exchange(name, sample, dtype, exchange, device, poisoned, monkeypatch):
+    """Whichever way blocks exchange, results and gradients keep the error rule, and every call makes the same ones."""
+    if device == "cpu":
+        pytest.skip("needs a GPU; tests/test_cuda_sources.py runs an emulation")
+    op, module = OPS[name], sys.modules[f"fastlm.ops.{name}_native"]
+    layers = (module._layers["tanh"] if name == "rnn" else module._layers).cuda
+    args = recurrent.make_args(*CELLS[name], dtype, device, **SMALL[sample])
+    whole = (*args, "tanh") if name == "rnn" else args
+    if reason := op.implementations["native"].cannot(*whole):
+        pytest.skip(reason)
+    if exchange == "cluster" and torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("the GPU has no clusters")
+
+    monkeypatch.setattr(layers, "run", functools.partial(layers.run, exchange=exchange))
+    runs = [measure.differentiate(op.implementations["native"].run, whole) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0] + runs[0][2], runs[1][0] + runs[1][2], strict=True))
+    for error in measure.errors(op, "native", whole):
+        assert error.ok, error
