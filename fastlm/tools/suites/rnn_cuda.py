@@ -22,9 +22,9 @@ GATES = {"LSTM": 4, "GRU": 3}
 MODES = ("forward", "training")
 MEAN = {("LSTM", torch.bfloat16): 2.0, ("GRU", torch.bfloat16): 2.0, ("GRU", torch.float16): 2.0}
 SHARE = 0.5
-# Of the floor, from Hopper's data sheet: what a flag takes from block to block, bytes a second of L2, shared memory of
-# a multiprocessor.
-HANDSHAKE, L2, SHARED = 1e-6, 5.5e12, 227 << 10
+# Of the floor, from Hopper's data sheet: what a flag takes from block to block, what a barrier takes in a cluster and
+# how many blocks that has, bytes a second of L2, shared memory of a multiprocessor.
+FLAG, BARRIER, CLUSTER, L2, SHARED = 1e-6, 0.4e-6, 16, 5.5e12, 227 << 10
 
 
 def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[Case]:
@@ -76,11 +76,13 @@ def floor(cell: str, dtype: torch.dtype, device: str, steps: int, batch: int, hi
     gates, size = GATES[cell], dtype.itemsize
     flops, copy = measure.peaks(device, dtype)
     weights = gates * hidden * hidden * size
-    step = HANDSHAKE + batch * hidden * size * math.ceil(weights / SHARED) / L2
+    blocks = math.ceil(weights / SHARED)
+    handshake = BARRIER if blocks <= CLUSTER else FLAG
+    step = handshake + batch * hidden * size * blocks / L2
     seconds = weights / copy + steps * step + 2 * gates * hidden * hidden * steps * batch / flops
     if mode == "forward":
         return seconds
-    back = HANDSHAKE + gates * (step - HANDSHAKE)
+    back = handshake + gates * (step - handshake)
     return seconds + weights / copy + steps * back + 3 * 2 * gates * hidden * hidden * steps * batch / flops
 
 
