@@ -116,6 +116,8 @@ def test_mapped_over_a_batch(op, name, device):
                   s.name in implementation.accepts or implementation.run is None)
     if implementation.run is None or implementation.cannot(*sample.args):
         pytest.skip("not available here")
+    if (op.name, name) == ("dropout_add", "triton"):
+        pytest.skip("vmap refuses what draws a seed, as it does stock's dropout")
     x, *rest = sample.args
     upstream = [torch.randn_like(r) for r in measure.floating(op(*sample.args))]
 

@@ -28,6 +28,7 @@ def loses(input, *rest):
 
 def forward(x, residual, weight, bias, eps, centred):
     x, residual = adjacent(x), adjacent(residual)
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -38,6 +39,7 @@ def forward(x, residual, weight, bias, eps, centred):
 
 def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
+    weight = None if weight is None else weight.contiguous()
     programs = min(x.shape[0], multiprocessors(x.device))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     dweight, dbias = (torch.zeros(programs, x.shape[1], device=x.device) if need else None for need in needs[1:])

@@ -46,7 +46,7 @@ def forward(tensors, needs, mode, group_size):
     if mode == "int8_dynamic":
         values, row_scale = round_rows(x.float())
         x = values.to(torch.int8)
-    weight, scale = weight.contiguous(), scale.contiguous()
+    weight, scale, bias = (None if t is None else t.contiguous() for t in (weight, scale, bias))
     kernel, grid, arguments = plan(x.contiguous(), weight, scale, row_scale, bias, y, mode, group_size)
     with torch.cuda.device_of(x):
         kernel[grid](**arguments)
