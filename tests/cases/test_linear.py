@@ -37,7 +37,7 @@ def test_other_devices_are_named():
 @native
 def test_other_dtypes_are_refused_by_name():
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
-    for args in ((x.double(), weight.double()), (x, weight.double()), (x, weight[0])):
+    for args in ((x.double(), weight.double()), (x, weight.double()), (x, weight.bfloat16()), (x, weight[0])):
         with pytest.raises(fastlm.dispatch.CannotRun, match="native: "), fastlm.backend("native"):
             linear(*args)
 
