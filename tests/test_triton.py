@@ -241,6 +241,9 @@ def attention_cases(generation):
     for dim, (name, given) in itertools.product((64, 128), features.items()):
         yield from attention(generation, f"D={dim} bfloat16 {name}", dim, torch.bfloat16, **given,
                              deep=other or (dim, name) not in ((64, "softcap, window"), (128, "dropout")))
+    for rows in (64, 128):
+        plan = attention_launch_triton.plan_ranges(ids, ids, tensor(2, 2048 // rows, 2, dtype=torch.int32), 1, rows)
+        yield Case(f"documents in tiles of {rows}", plan, generation)
     yield from decoding(generation, other)
 
 

@@ -206,6 +206,14 @@ def plan_mask(call, lse, delta, dout):
     return attention_kernel, (row_blocks * column_blocks * batch * heads,), arguments
 
 
+def plan_ranges(ids, others, ranges, group, rows):
+    """Plan which part of `others` shares documents with each tile of `rows` rows of `ids`."""
+    batch, blocks, _ = ranges.shape
+    arguments = dict(ids=ids, others=others, ranges=ranges, S=ids.size(1), others_S=others.size(1), blocks=blocks,
+                     group=group, M=rows, STEP=128, num_warps=4)
+    return documents_kernel, (batch * blocks,), arguments
+
+
 def _query_tile_ranges(call, tiles, blocks):
     if call.query_ids is None:
         return None
@@ -216,9 +224,7 @@ def _ranges(ids, others, blocks, group, rows):
     """Return, `[B, blocks, 2]`, the range of `others` outside of which nobody is in a document of a tile of `ids`."""
     found = ids.new_empty(ids.size(0), blocks, 2, dtype=torch.int32)
     if not found.is_meta:
-        launch((documents_kernel, (ids.size(0) * blocks,), dict(
-            ids=ids, others=others, ranges=found, S=ids.size(1), others_S=others.size(1), blocks=blocks, group=group,
-            M=rows, STEP=128, num_warps=4)), ids)
+        launch(plan_ranges(ids, others, found, group, rows), ids)
     return found
 
 

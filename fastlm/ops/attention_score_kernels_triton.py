@@ -247,8 +247,8 @@ def documents_kernel(ids, others, ranges, S, others_S, blocks, group, M: tl.cons
     low, high = tl.min(own, 0), tl.max(own, 0)
     start, end = others_S, others_S * 0
     for begin in range(0, others_S, STEP):
-        at = tl.minimum(begin + tl.arange(0, STEP), others_S - 1)
-        other = tl.load(others + b * others_S + at)
+        there = tl.minimum(begin + tl.arange(0, STEP), others_S - 1)
+        other = tl.load(others + b * others_S + there)
         shared = (tl.min(other, 0) <= high) & (tl.max(other, 0) >= low)
         start = tl.where(shared, tl.minimum(start, begin), start)
         end = tl.where(shared, tl.minimum(begin + STEP, others_S), end)
