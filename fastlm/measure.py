@@ -85,11 +85,8 @@ def errors(op: Op, name: str, args: tuple) -> list[Error]:
     cannot take the call, the reference at that dtype stands in for it. In float64 the judge rounds as much as the
     judged, so there stock's error is what it is in float32, scaled by the ratio of the two epsilons.
     """
-    ours = _run(op, name, args)
-    try:
-        stock = ours if name == "torch" else _run(op, "torch", args, ours[1])
-    except (RuntimeError, NotImplementedError, TypeError):
-        stock = _run(op, "reference", args, ours[1])
+    ours = _stock(op, args) if name == "torch" else _run(op, name, args)
+    stock = ours if name == "torch" else _stock(op, args, ours[1])
     exact = _run(op, "reference", cast(args, torch.float64), cast(ours[1], torch.float64))
     names = [f"result {i}" for i in range(len(ours[0]))] + [f"gradient {i}" for i in range(len(ours[2]))]
     found = compare(names, ours[0] + ours[2], stock[0] + stock[2], exact[0] + exact[2])
@@ -125,6 +122,13 @@ def floating(nest: Any) -> list[Tensor]:
 def _run(op, name, args, upstream=None):
     with fastlm.backend(name):
         return differentiate(op, args, upstream, constants=op.constants)
+
+
+def _stock(op, args, upstream=None):
+    try:
+        return _run(op, "torch", args, upstream)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return _run(op, "reference", args, upstream)
 
 
 def _leaf(x):

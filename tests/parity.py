@@ -11,10 +11,34 @@ from torch import Tensor, nn
 
 import fastlm
 from fastlm import measure
+from fastlm.ops import ALL
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CELLS = ("RNN", "GRU", "LSTM")
+OPS = {op.name: op for op in ALL}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def absent(op, name, device):
+    """Return why an implementation of an op has nothing to do with tensors on `device` in this process, or None."""
+    if op.implementations[name].run is None:
+        return op.implementations[name].cannot()
+    if name == "triton" and device == "cpu" and not INTERPRETED:
+        return "needs a GPU or TRITON_INTERPRET=1"
+    if device == "cuda" and (name == "blocked" or (name == "native" and op.name not in ("lstm", "gru", "rnn"))):
+        return "computes on the CPU"
+    return None
+
+
+def forced(op, *names):
+    """Make a fixture that forces each of the named implementations of an op, where there is one for the device."""
+    @pytest.fixture(params=names)
+    def implementation(request):
+        if reason := absent(OPS[op], request.param, request.config.getoption("--device")):
+            pytest.skip(reason)
+        with fastlm.backend(request.param):
+            yield request.param
+    return implementation
 
 
 def skip_misinterpreted(dtype):

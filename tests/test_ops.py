@@ -8,7 +8,7 @@ import torch
 import fastlm
 from fastlm import measure
 from fastlm.ops import ALL
-from tests.parity import INTERPRETED, keep_error_rule, skip_misinterpreted
+from tests.parity import INTERPRETED, absent, keep_error_rule, skip_misinterpreted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,10 +45,8 @@ FAST = [(op, name) for op in ALL for name in op.implementations if name not in (
 @pytest.mark.parametrize(("op", "name"), FAST, ids=lambda x: getattr(x, "name", x))
 def test_accepts_what_it_promises(op, name, device):
     implementation = op.implementations[name]
-    if implementation.run is None:
-        pytest.skip(implementation.cannot())
-    if name == "triton" and device == "cpu" and not INTERPRETED:
-        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    if reason := absent(op, name, device):
+        pytest.skip(reason)
     assert implementation.accepts, "an implementation lists the samples that it must take"
     family = [o for o in ALL if name in o.implementations and o.implementations[name].run is implementation.run]
     names = {s.name for o in family for s in o.samples("test", torch.float32, "meta")}
@@ -64,6 +62,9 @@ def test_accepts_what_it_promises(op, name, device):
 def test_stock_agrees_with_the_reference(op, device):
     """The oracle itself: in float64, stock PyTorch and the readable definition are the same function."""
     for sample in op.samples("test", torch.float64, device):
+        if device == "cuda" and op.name in ("lstm", "gru", "rnn") and ("dropout" in sample.name or
+                                                                         sample.name == "not contiguous"):
+            continue  # cuDNN draws from a generator of its own, and trains in training mode only
         stock, upstream, stock_grads = measure.differentiate(
             op.implementations["torch"].run, sample.args, constants=op.constants)
         exact, _, grads = measure.differentiate(

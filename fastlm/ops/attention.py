@@ -251,12 +251,12 @@ def _masks(query, key, attn_mask, slopes, key_lengths, query_ids, key_ids, optio
 def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
     """Call SDPA, with a dense mask for what it lacks; where no mask can express that, compute the formula.
 
-    SDPA refuses a mask beside `is_causal`, misreads a float32 mask beside halves (cuDNN) and beside float64 (CPU); its
-    CPU kernel wants the last dimension contiguous, has no second derivative, and gives NaN for `is_causal` with a scale
-    of 0 or less.
+    SDPA refuses a mask beside `is_causal`, misreads a float32 mask beside halves (cuDNN) and beside float64 (CPU), and
+    returns None for an empty batch (cuDNN); its CPU kernel wants the last dimension contiguous, has no second
+    derivative, and gives NaN for `is_causal` with a scale of 0 or less; on a GPU a mask's is to be contiguous.
     """
     forward_mode = torch.autograd.forward_ad._current_level >= 0  # SDPA's kernels have none
-    if options.softcap or sinks is not None or options.return_lse or forward_mode:
+    if options.softcap or sinks is not None or options.return_lse or forward_mode or not query.size(0):
         return reference(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options)
     is_causal = options.is_causal
     dense = any(x is not None for x in (slopes, key_lengths, query_ids)) or options.left >= 0 or options.right >= 0
@@ -267,6 +267,9 @@ def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     half_on_cpu = query.device.type == "cpu" and query.element_size() == 2
     if attn_mask is not None and attn_mask.is_floating_point() and (attn_mask.requires_grad or not half_on_cpu):
         attn_mask = attn_mask.to(query.dtype)
+    if query.is_cuda and attn_mask is not None:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.size(2))
+        attn_mask = attn_mask if attn_mask.stride(-1) == 1 else attn_mask.contiguous()
     if query.device.type == "cpu":
         query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
         if _through_flash(query, key, value, attn_mask, options.dropout_p, is_causal):

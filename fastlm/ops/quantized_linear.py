@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.autograd import Differentiable, autocast
+from fastlm.autograd import Differentiable, autocast, autocasts
 from fastlm.dispatch import Op, Sample
 
 MODES = ("int8", "int8_dynamic", "int4")
@@ -171,6 +171,9 @@ def reference(x, weight, scale, bias, mode, group_size):
 def forward(tensors, needs, mode, group_size):
     """Run the best of stock PyTorch: a kernel for integers where there is one, else dequantize and multiply."""
     x, weight, scale, bias = tensors
+    if autocasts(x.device.type):  # which would round the dequantized weight to 16 bits
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(tensors, needs, mode, group_size)
     if x.dtype is torch.float64 or not x.numel() or not weight.numel():
         return [reference(x, weight, scale, bias, mode, group_size)]
     kernel = stock_kernel(x, weight, mode)

@@ -263,6 +263,7 @@ def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, drop
 
 def _call_stock(cell, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
                 batch_first):
+    hx = [s.contiguous() for s in hx]  # cuDNN refuses others
     state = hx if cell == "lstm" else hx[0]
     if cell == "lstm" and batch_sizes is None and data.shape[1 if batch_first else 0] == 1 and len(hx[0]) == 1 \
             and len(params) in (2, 4) and not autocasts(data.device.type):

@@ -33,6 +33,7 @@ class CudaLayers:
         self.native, self.cell, self.step = native, cell, step
         self.gates, self.states = GATES[cell], 2 if cell == "lstm" else 1
         self.missing = missing(native)
+        self.most_packed = 0 if self.missing else native.cuda.packed_sequences
         self.kernels = Differentiable(
             f"{cell}_layer_cuda", statics="str exchange", outputs=1 + self.states, forward=self.forward, fake=self.fake,
             backward=self.backward, reference=self.reference, reads_results=True)
@@ -47,8 +48,8 @@ class CudaLayers:
             return f"dtype {data.dtype}"
         if recurrent.projects(params, has_biases, (num_layers, dropout, train, bidirectional, batch_first)):
             return "proj_size: not yet in the kernel"
-        if batch_sizes is not None and hx[0].shape[1] > self.native.cuda.packed_sequences:
-            return f"more than {self.native.cuda.packed_sequences} packed sequences"
+        if batch_sizes is not None and hx[0].shape[1] > self.most_packed:
+            return f"more than {self.most_packed} packed sequences"
         number = number_of(self.compute_dtype(self.result_dtype(data)))
         return _misfit(self.native, CELLS[self.cell], number, hx[0].shape[2], bidirectional, str(data.device))
 
@@ -190,6 +191,7 @@ class CudaLayers:
     def unpack(self, tensors):
         """Return x, batch_sizes, the states [D, B, H], and (w_ih, w_hh, b_ih, b_hh) of each direction."""
         x, batch_sizes, *rest = tensors
+        batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
         hx, params = [s.contiguous() for s in rest[:self.states]], rest[self.states:]
         return x, batch_sizes, hx, [params[i: i + 4] for i in range(0, len(params), 4)]
 

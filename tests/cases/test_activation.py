@@ -1,7 +1,5 @@
 """Activations beyond the matrix of tests/test_ops.py: small tails, modules, errors."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,15 +7,9 @@ from torch import nn
 
 import fastlm
 from fastlm.ops import geglu, gelu, swiglu
-from tests.parity import hold, leaf
+from tests.parity import INTERPRETED, forced, hold, leaf
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(params=["torch", "reference", "triton" if INTERPRETED else "native"])
-def implementation(request):
-    with fastlm.backend(request.param):
-        yield request.param
+implementation = forced("geglu", "torch", "reference", "native", "triton")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels for the CPU")

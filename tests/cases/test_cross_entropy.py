@@ -1,24 +1,14 @@
 """Cross entropy beyond the matrix of tests/test_ops.py: faults that other libraries had, and errors."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastlm
 from fastlm.ops import cross_entropy
-from fastlm.ops.cross_entropy import op
+from tests.parity import INTERPRETED, forced
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NATIVE = ["native"] * (op.implementations["native"].run is not None)
-IMPLEMENTATIONS = ["torch", "reference", *NATIVE] + ["triton"] * INTERPRETED
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with fastlm.backend(request.param):
-        yield request.param
+implementation = forced("cross_entropy", "torch", "reference", "native", "triton")
 
 
 def case(device, *shape, ignored=0):
@@ -147,7 +137,7 @@ def test_probabilities_as_targets(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_is_the_wider_one_of_logits_and_probabilities(dtype, device):
     x, target = torch.randn(4, 9, device=device, dtype=dtype), torch.rand(4, 9, device=device)
-    with fastlm.backend(*NATIVE, "torch"):
+    with fastlm.backend("native", "torch"):
         assert cross_entropy(x, target).dtype is F.cross_entropy(x, target).dtype
 
 

@@ -1,22 +1,14 @@
 """dropout_add: the mask's distribution, its seed, and that forward and backward draw the same one."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import fastlm
 from fastlm.ops import dropout_add
+from tests.parity import forced
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(params=["torch", *["triton"] * INTERPRETED])
-def implementation(request):
-    with fastlm.backend(request.param):
-        yield request.param
+implementation = forced("dropout_add", "torch", "triton")
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -1,24 +1,14 @@
 """Norms beyond the matrix of tests/test_ops.py: faults that other libraries had, strides, modules, errors."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fastlm
 from fastlm.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from tests.parity import hold, leaf, pair
+from tests.parity import forced, hold, leaf, pair
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLEMENTATIONS = ["torch", "reference", "triton" if INTERPRETED else "native"]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with fastlm.backend(request.param):
-        yield request.param
+implementation = forced("layer_norm", "torch", "reference", "native", "triton")
 
 
 def inputs(*shape):

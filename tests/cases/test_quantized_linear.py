@@ -12,22 +12,14 @@ import fastlm
 from fastlm.nn import QuantizedLinear
 from fastlm.ops import quantized_linear
 from fastlm.ops.quantized_linear import GROUP_SIZES, MODES, dequantize_weight, error_bound, quantize_weight
-from tests.parity import INTERPRETED, skip_misinterpreted
+from tests.parity import INTERPRETED, forced, skip_misinterpreted
 
 FORMATS = [("int8", 64), ("int8_dynamic", 64), *(("int4", g) for g in GROUP_SIZES)]
 formats = pytest.mark.parametrize(("mode", "group_size"), FORMATS)
 modes = pytest.mark.parametrize("mode", MODES)
 
 
-@pytest.fixture(params=["native", "torch", "reference"] + ["triton"] * INTERPRETED)
-def implementation(request):
-    """Force each implementation that this machine has."""
-    probe = torch.randn(1, 64), *quantize_weight(torch.randn(8, 64)), None, "int8", 64
-    reason = fastlm.ops.quantized_linear.__globals__["op"].implementations[request.param].cannot(*probe)
-    if reason:
-        pytest.skip(reason)
-    with fastlm.backend(request.param):
-        yield request.param
+implementation = forced("quantized_linear", "native", "torch", "reference", "triton")
 
 
 def layer(mode, inputs=48, outputs=10, **options):

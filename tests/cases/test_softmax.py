@@ -1,23 +1,14 @@
 """Softmax beyond the matrix of tests/test_ops.py: masks, dtype, what backward keeps, modules, errors."""
 
-import os
-
 import pytest
 import torch
 from torch import nn
 
 import fastlm
 from fastlm.ops import log_softmax, masked_softmax, softmax
-from tests.parity import hold, leaf
+from tests.parity import INTERPRETED, forced, hold, leaf
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLEMENTATIONS = ["torch", "reference", "triton" if INTERPRETED else "native"]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with fastlm.backend(request.param):
-        yield request.param
+implementation = forced("masked_softmax", "torch", "reference", "native", "triton")
 
 
 def test_a_mask_keeps_where_it_is_true(implementation):
