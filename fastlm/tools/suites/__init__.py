@@ -14,6 +14,7 @@ import torch
 import fastlm
 from fastlm import measure
 from fastlm.dispatch import Op
+from fastlm.tools.suites import liger
 
 EVERYTHING = ("ops", "modules", "models")
 FAMILIES = ("rnn-cpu", "rnn-cuda", "norms", "attention", "head")
@@ -105,7 +106,7 @@ def op_subject(op: Op, args: tuple, **options) -> Subject:
         measure.differentiate(fn, small, constants=op.constants)
 
     options = dict(floor=functools.partial(measure.floor, op, args), compiled=op.compiled) | options
-    return Subject(args, op, {"torch": op.implementations["torch"].run},
+    return Subject(args, op, {"torch": op.implementations["torch"].run} | liger.baseline(op.name, args),
                    lambda ran: measure.errors(op, ran, args), op.constants, warm=warm, **options)
 
 
