@@ -118,7 +118,8 @@ def combinations(settings, most=2):
     for size in range(most + 1):
         for chosen in itertools.combinations(settings, size):
             if len({key for key, _ in chosen}) == size:
-                name = "+".join(key if value is True else f"{key}={value}" for key, value in chosen)
+                name = "+".join(key if value is True else f"{key}={getattr(value, '__name__', value)}"
+                                for key, value in chosen)
                 found.append(pytest.param(dict(chosen), id=name or "plain"))
     return found
 
