@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlm import ops
-from fastlm.ops import recurrent_cuda
+from fastlm.ops import gpu, recurrent_cuda
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -206,15 +206,17 @@ def test_plans_of_models(emulated, tmp_path):
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn"])
 def test_reason_on_a_gpu(name, monkeypatch):
-    """A CUDA call says why it runs stock: how the extension was built, or else that nobody has run it there."""
+    """A CUDA call says why it runs stock: how the extension was built, or else that nobody has run it on such a GPU."""
     op = next(op for op in ops.ALL if op.name == name)
     if op.implementations["native"].run is None:
         pytest.skip(op.implementations["native"].cannot())
     with FakeTensorMode(allow_non_fake_inputs=True):
         sample = next(iter(op.samples("test", torch.float32, "cuda")))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
+    monkeypatch.setattr(gpu, "_asked", lambda device: (8, 0))
     ran, declined = op.choose(sample.args)
-    expected = recurrent_cuda.missing(sys.modules["fastlm._native"]) or "not yet run on a GPU"
+    expected = recurrent_cuda.missing(sys.modules["fastlm._native"]) or (
+        "not yet run on a GPU of compute capability 8.0")
     assert (ran, declined) == ("torch", {"native": expected})
 
 

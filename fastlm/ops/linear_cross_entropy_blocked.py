@@ -14,7 +14,7 @@ def loses(input, *rest):
     if group:
         return None
     if input.is_cuda:
-        return "not yet run on a GPU"
+        return "on a GPU the Triton kernels are for this"
     if input.dtype in (torch.bfloat16, torch.float16):
         return "slower than torch in 16 bits, though smaller: benchmarks/LOG.md 2026-11-23"
     return None

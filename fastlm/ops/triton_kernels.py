@@ -9,6 +9,8 @@ import os
 import torch
 from torch import Tensor
 
+from fastlm.ops.gpu import unmeasured
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,9 +22,9 @@ def cannot_here(x: Tensor) -> str | None:
     return None if x.dtype in DTYPES else f"no kernel for {x.dtype}"
 
 
-def loses(x: Tensor, *rest) -> str:
+def loses(x: Tensor, *rest) -> str | None:
     """Return why a kernel that could run is not the default."""
-    return "not yet run on a GPU" if x.is_cuda else "interpreted"
+    return unmeasured(x) if x.is_cuda else "interpreted"
 
 
 def launch(plan: tuple, like: Tensor) -> None:
