@@ -105,17 +105,17 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
         # An implementation may take one of the modes only.
         calls = explain(_no_grad(ours) if mode == "forward" else ours, *leaves)
         ran = "+".join(sorted({c.ran for c in calls})) or "torch"
-        candidates = {name: step(fn, subject, mode) for name, fn in subject.baselines.items()}
+        candidates, failed = _baselines(subject, mode)
         if ran != "torch" or subject.modules:  # a module is ours even where each of its ops runs stock
             candidates["fastlm"] = step(ours, subject, mode)
         times = measure.timings(candidates, device, seconds)
         found = times.get("fastlm", times["torch"])
-        baseline = min(subject.baselines, key=lambda name: times[name].median)
+        baselines = {name: time.median for name, time in times.items() if name != "fastlm"}
+        baseline = min(baselines, key=baselines.get)
         row = Row(case.suite, case.name, case.case, str(case.dtype)[6:], mode, "stock" if ran == "torch" else ran,
-                  {f"{c.op}/{name}": why for c in calls for name, why in c.declined.items()},
+                  {f"{c.op}/{name}": why for c in calls for name, why in c.declined.items()} | failed,
                   found.median, (found.low, found.high), baseline, times[baseline].median,
-                  {name: times[name].median for name in subject.baselines},
-                  times[baseline].median / found.median, worst.ours, worst.stock, all(e.ok for e in errors))
+                  baselines, times[baseline].median / found.median, worst.ours, worst.stock, all(e.ok for e in errors))
         if subject.floor is not None:
             # Backward costs about two forwards: of a product's arithmetic, of an elementwise op's bytes.
             training = subject.training_floor or (lambda: 3 * subject.floor())
@@ -128,6 +128,21 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
         if goal := case.goals.get(mode):
             hold(row, goal)
         yield row
+
+
+def _baselines(subject, mode):
+    """Return (name -> call of each baseline, name -> why it cannot make it); eager PyTorch's own errors are raised."""
+    calls, failed = {}, {}
+    for name, fn in subject.baselines.items():
+        call = step(fn, subject, mode)
+        if name != "torch":
+            try:
+                call()
+            except Exception as error:
+                failed[f"baseline {name}"] = str(error).splitlines()[0][:200] if str(error) else repr(error)
+                continue
+        calls[name] = call
+    return calls, failed
 
 
 def hold(row: Row, goal: Goal) -> None:
