@@ -56,7 +56,7 @@ struct Plan {
   int row;               // numbers from one sequence to the next of what is published
   int blocks;            // of the launch: directions · teams · slices; 0: nothing fits
   int shared;            // bytes of a block
-  int64_t workspace;     // bytes: flags, then what the teams publish; a cluster needs none
+  int64_t workspace;     // bytes for each step of the pass: what the teams publish; a cluster needs none
   double cost;           // estimated clocks of a step, times how often groups take turns
 };
 
@@ -77,11 +77,7 @@ constexpr bool by_tensor_core(Number n) { return n != Number::f32 && n != Number
 constexpr int weights_row(Number n, int depth) { return by_tensor_core(n) ? depth : depth + kLoad / size_of(n); }
 FASTLM_INLINE constexpr int part_row(int m_tiles) { return 16 * m_tiles + 4; }
 
-constexpr int64_t flag_bytes(const Layer& l, const Plan& p) {
-  return (int64_t(l.directions) * p.groups * p.slices * 4 + 255) / 256 * 256;
-}
-
-// Bytes of one of the two slots that a team publishes into by turns.
+// Bytes that a team publishes of a group in one step.
 constexpr int64_t slot_bytes(const Layer& l, const Plan& p) {
   return int64_t(8) * p.n_tiles * p.row * size_of(l.number);
 }
@@ -124,7 +120,7 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool 
   p.teams = cluster ? p.groups : std::min(p.groups, together);
   p.blocks = l.directions * p.teams * p.slices;
   p.shared = int(shared);
-  p.workspace = cluster ? 0 : flag_bytes(l, p) + 2 * l.directions * p.groups * slot_bytes(l, p);
+  p.workspace = cluster ? 0 : l.directions * p.groups * slot_bytes(l, p);
   p.cost = clocks(l, backward, p) * divide_up(cluster ? l.directions * p.groups : p.groups, together);
   return p;
 }
