@@ -116,12 +116,23 @@ __device__ void backward_group(const Backward& a, const Team& team) {
       }
     }
   };
-  Step now(task, against < 0 ? steps - 1 : 0), before = now;
+  Kept<V> kept[kPairs];
+  const auto store_step = [&](const Step& step) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      if (!pairs[p].owned || pairs[p].sequence >= step.alive) continue;
+      T* to_row = dgates_at[p] + step.row * d.dgates_row;
+      const int turn = cell == Cell::gru ? 1 : 0;  // n r z and U_n h + b_hn: r z n of U h begin one later
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        if (g < team.gates + turn) to_row[int64_t((g + turn) % 4) * H] = to<T>(kept[p].gates[g]);
+    }
+  };
+  Step now(task, against < 0 ? steps - 1 : 0), before = now, done = now;
   before.move(now.t + against);
   read_step(now, before);
   for (int i = 0; i < steps; ++i) {
-    if (i > 0) team.multiply(i - 1, lane, chunks);
-    Kept<V> kept[kPairs];
+    if (i > 0) team.multiply(i - 1, lane, chunks, [&] { store_step(done); });
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const Pair& pair = pairs[p];
@@ -138,22 +149,12 @@ __device__ void backward_group(const Backward& a, const Team& team) {
           team.publish_number(i, place[p] + g * kSpan, pair.sequence < now.alive ? kept[p].gates[g] : V(0));
     }
     team.published_all();
-    Step next = before;
-    next.move(before.t + against);
-    read_step(before, next);
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-      if (!pairs[p].owned || pairs[p].sequence >= now.alive) continue;
-      T* to_row = dgates_at[p] + now.row * d.dgates_row;
-      const int turn = cell == Cell::gru ? 1 : 0;  // n r z and U_n h + b_hn: r z n of U h begin one later
-#pragma unroll
-      for (int g = 0; g < 4; ++g)
-        if (g < team.gates + turn) to_row[int64_t((g + turn) % 4) * H] = to<T>(kept[p].gates[g]);
-    }
+    done = now;
     now = before;
-    before = next;
+    before.move(before.t + against);
+    read_step(now, before);
   }
-  team.multiply(steps - 1, lane, chunks);
+  team.multiply(steps - 1, lane, chunks, [&] { store_step(done); });
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const Pair& pair = pairs[p];

@@ -73,11 +73,23 @@ __device__ void forward_group(const Forward& a, const Team& team) {
       if (d.before) before_at[p][step.row * H] = to<T>(h[p]);
     }
   };
-  Step now(task, reverse ? steps - 1 : 0);
+  V x[kPairs][4];
+  const auto store_step = [&](const Step& step) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      if (!pairs[p].owned || pairs[p].sequence >= step.alive) continue;
+      y_at[p][step.row * d.y_row] = to<T>(h[p]);
+      if (!a.train || gates == 1) continue;
+      T* kept = gates_at[p] + step.row * d.gates_row;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) kept[int64_t(g) * H] = to<T>(x[p][g]);
+      if (cell == Cell::lstm) c_at[p][step.row * H] = c[p];
+    }
+  };
+  Step now(task, reverse ? steps - 1 : 0), done = now;
   read_step(now);
   for (int i = 0; i < steps; ++i) {
-    team.multiply(i, lane, chunks);
-    V x[kPairs][4];
+    team.multiply(i, lane, chunks, [&] { if (i > 0) store_step(done); });
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const Pair& pair = pairs[p];
@@ -94,21 +106,11 @@ __device__ void forward_group(const Forward& a, const Team& team) {
       if (i + 1 < steps) team.publish_number(i + 1, place[p], h[p]);
     }
     if (i + 1 < steps) team.published_all();
-    Step next = now;
-    next.move(reverse ? now.t - 1 : now.t + 1);
-    read_step(next);
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-      if (!pairs[p].owned || pairs[p].sequence >= now.alive) continue;
-      y_at[p][now.row * d.y_row] = to<T>(h[p]);
-      if (!a.train || gates == 1) continue;
-      T* kept = gates_at[p] + now.row * d.gates_row;
-#pragma unroll
-      for (int g = 0; g < 4; ++g) kept[int64_t(g) * H] = to<T>(x[p][g]);
-      if (cell == Cell::lstm) c_at[p][now.row * H] = c[p];
-    }
-    now = next;
+    done = now;
+    now.move(reverse ? now.t - 1 : now.t + 1);
+    read_step(now);
   }
+  store_step(done);
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const Pair& pair = pairs[p];

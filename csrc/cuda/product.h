@@ -4,7 +4,8 @@
 //
 // Product<T, m, n> makes 16·m rows of 8·n sequences. `place` says where a weight lies. `Lane` is where a thread begins,
 // with chunk `first` of the depth, and `multiply` its warp's part, of `chunks` chunks from there on; it writes
-// part[sequence][part_row(m)], rows fastest. Sequences from `sequences` on count as zero and are not read.
+// part[sequence][part_row(m)], rows fastest, and runs `meanwhile` once. Sequences from `sequences` on count as zero and
+// are not read.
 #pragma once
 
 #include "device.h"
@@ -13,10 +14,10 @@
 namespace fastlm::cuda {
 
 // Loads groups of kLoad bytes, `row_step` groups apart from row to row and `step` from step to step, of the first `steps`
-// steps; zeros where a row is not wanted. Those that are not complete are loaded again together.
-template <class X, int kSteps, int kRows, class Wanted>
+// steps; zeros where a row is not wanted. Then `meanwhile` runs, and those that are not complete are loaded again together.
+template <class X, int kSteps, int kRows, class Wanted, class Meanwhile>
 __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step, int step, int steps,
-                     const Wanted& wanted) {
+                     const Wanted& wanted, const Meanwhile& meanwhile) {
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     if (s >= steps) break;
@@ -24,6 +25,7 @@ __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step
     for (int j = 0; j < kRows; ++j)
       to[s][j] = wanted(j) ? X::load(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
   }
+  meanwhile();
   for (bool again = !X::kCluster; again;) {
     again = false;
 #pragma unroll
@@ -82,8 +84,8 @@ struct TensorProduct {
     }
   };
 
-  template <class X>
-  __device__ static void multiply(const Lane& lane, const T* published, int chunks) {
+  template <class X, class Meanwhile>
+  __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
     constexpr int kSteps = kPieces / n;  // chunks that are loaded at a time
     const uint4* a = lane.weights;
     const uint4* b = reinterpret_cast<const uint4*>(published);
@@ -97,9 +99,10 @@ struct TensorProduct {
       }
     };
     if (kAhead && chunks > 0) load_weights(0);
-    for (int chunk = 0; chunk < chunks; chunk += kSteps) {
+    for (int chunk = 0; chunk < max(chunks, 1); chunk += kSteps) {
       uint4 x[kSteps][n];
-      load<X>(x, b + chunk * 4, lane.step, 4, chunks - chunk, [&](int j) { return 8 * j < lane.sequences; });
+      load<X>(x, b + chunk * 4, lane.step, 4, chunks - chunk, [&](int j) { return 8 * j < lane.sequences; },
+              [&] { if (chunk == 0) meanwhile(); });
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         if (chunk + s >= chunks) break;
@@ -161,15 +164,17 @@ struct ScalarProduct {
     }
   };
 
-  template <class X>
-  __device__ static void multiply(const Lane& lane, const T* published, int chunks) {
+  template <class X, class Meanwhile>
+  __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
     constexpr int kSteps = kChunk / kLoad;
     const uint4* a = lane.weights;
     const uint4* b = reinterpret_cast<const uint4*>(published);
     T sums[2 * m][2 * n] = {};
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
       uint4 found[kSteps][2 * n];
-      load<X>(found, b + chunk * kSteps, lane.step, 1, kSteps, [&](int j) { return 4 * j < lane.sequences; });
+      load<X>(found, b + chunk * kSteps, lane.step, 1, chunks > 0 ? kSteps : 0,
+              [&](int j) { return 4 * j < lane.sequences; }, [&] { if (chunk == 0) meanwhile(); });
+      if (chunks <= 0) break;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s)
 #pragma unroll

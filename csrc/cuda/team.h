@@ -80,7 +80,6 @@ struct Grid {
   __device__ T* at(int s) const { return published + int64_t(s) * slot; }
   __device__ void put(int s, int place, T value) const { publish(at(s) + place, value); }
   __device__ void put_all() const { __syncthreads(); }  // the sums are read before the next step's are written
-  __device__ void wait() const {}
   __device__ static uint4 load(const uint4* place) { return load_shared_by_all<T>(place); }
   __device__ static bool complete(const uint4& x) { return cuda::complete<T>(x); }
 };
@@ -161,10 +160,17 @@ struct Team {
   }
   __device__ void published_all() const { exchange.put_all(); }
 
-  // Multiplies with what was published s-th; then sum() of a row and sequence is what came out.
-  __device__ void multiply(int s, const typename P::Lane& lane, int chunks) const {
-    exchange.wait();
-    P::template multiply<X>(lane, exchange.at(s) + lane.published, chunks);
+  // Multiplies with what was published s-th; then sum() of a row and sequence is what came out. Runs `meanwhile` where
+  // the block would only wait.
+  template <class Meanwhile>
+  __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
+    if constexpr (X::kCluster) {
+      meanwhile();
+      exchange.wait();
+      P::template multiply<X>(lane, exchange.at(s) + lane.published, chunks, [] {});
+    } else {
+      P::template multiply<X>(lane, exchange.at(s) + lane.published, chunks, meanwhile);
+    }
     __syncthreads();
   }
   __device__ Wide<T> sum(int row, int sequence) const {

@@ -15,6 +15,7 @@
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int min(int a, int b) { return std::min(a, b); }
+inline int max(int a, int b) { return std::max(a, b); }
 
 namespace emulation {
 
@@ -84,7 +85,7 @@ inline void narrow(float x, Bf16& y) {
   y.bits = uint16_t(std::isnan(x) ? 0x7fff : (from + 0x7fff + (from >> 16 & 1)) >> 16);
 }
 inline float round_tf32(float x) {
-  return emulation::bits<float>((emulation::bits<uint32_t>(x) + 0x1000) & ~0x1fffu);
+  return emulation::bits<float>(std::isnan(x) ? 0x7fffffff : (emulation::bits<uint32_t>(x) + 0x1000) & ~0x1fffu);
 }
 
 template <class T>
