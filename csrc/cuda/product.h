@@ -30,13 +30,14 @@ __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step
     again = false;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      if (s >= steps) break;
+      if (s < steps) {
 #pragma unroll
-      for (int j = 0; j < kRows; ++j)
-        if (!X::complete(to[s][j])) {
-          to[s][j] = X::load(from + j * row_step + s * step);
-          again = true;
-        }
+        for (int j = 0; j < kRows; ++j)
+          if (!X::complete(to[s][j])) {
+            to[s][j] = X::load(from + j * row_step + s * step);
+            again = true;
+          }
+      }
     }
   }
   sync_warp();
@@ -49,8 +50,7 @@ struct TensorProduct {
   using Number = T;
   static constexpr bool kTensorCore = true;
   static constexpr int kRows = 16 * m, kSequences = 8 * n;
-  static constexpr bool kAhead = m <= 4;       // as far as registers go: weights are loaded ahead of the wait or of the
-  static constexpr int kPieces = kAhead ? 16 : 4;  // product before, and so many kLoad bytes at a time
+  static constexpr bool kAhead = m <= 4;  // weights are loaded ahead of the wait or of the product before
 
   // Operands lie in shared memory in the order of chunk, tile, product, lane, and a lane's in the order of registers: no
   // bank conflicts, no moves.
@@ -86,7 +86,7 @@ struct TensorProduct {
 
   template <class X, class Meanwhile>
   __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
-    constexpr int kSteps = kPieces / n;  // chunks that are loaded at a time
+    constexpr int kSteps = (X::kCluster || (m == 4 && n == 1) ? 8 : 16) / n;  // chunks that are loaded at a time: registers
     const uint4* a = lane.weights;
     const uint4* b = reinterpret_cast<const uint4*>(published);
     float sums[m][n][4] = {};
