@@ -10,10 +10,17 @@ struct Backward {
   RnnBackward direction[2];
 };
 
-// What gates need of a step to hand dh on.
+// What gates need of a step to hand dh on, as it lies in memory: whatever touches it waits for it.
+template <class T>
+struct Read {
+  T gates[4], dy, h, h_before;  // of an LSTM, h_before is c0 where a sequence begins
+  Wide<T> c, c_before;
+  bool begins;
+};
+
 template <class V>
 struct Kept {
-  V gates[4], state, before, dy;  // LSTM: c; else h
+  V gates[4], state, before;  // LSTM: c; else h
 };
 
 // Out of dh: gradients of the pre-activations in k.gates, in the order of the recurrent product; what reaches the step
@@ -36,30 +43,19 @@ __device__ void backward_gates(Cell cell, Kept<V>& k, V& dh, V& dc) {
 }
 
 template <class T>
-__device__ Kept<Wide<T>> read_kept(const Task& task, const RnnBackward& d, const Pair& pair, const Step& now,
-                                   const Step& before) {
-  const int H = task.hidden;
-  const int64_t row = now.row + pair.sequence, before_row = before.row + pair.sequence;
-  const int64_t state = int64_t(pair.sequence) * H + pair.unit;
-  const bool begins = pair.sequence >= before.alive;
+__device__ Kept<Wide<T>> kept_of(const Read<T>& read, Cell cell) {
   Kept<Wide<T>> k{};
-  k.dy = widen(static_cast<const T*>(d.dy)[row * d.y_row + pair.unit]);
-  if (task.cell == Cell::lstm) {
-    const Wide<T>* c = static_cast<const Wide<T>*>(d.c);
-    k.state = c[row * H + pair.unit];
-    k.before = begins ? widen(static_cast<const T*>(d.c0)[state]) : c[before_row * H + pair.unit];
+  if (cell == Cell::lstm) {
+    k.state = read.c;
+    k.before = read.begins ? widen(read.h_before) : read.c_before;
+  } else if (cell == Cell::gru) {
+    k.before = widen(read.h_before);
   } else {
-    const T* y = static_cast<const T*>(d.y) + pair.unit;
-    if (task.cell == Cell::gru)
-      k.before = widen(begins ? static_cast<const T*>(d.h0)[state] : y[before_row * d.y_row]);
-    else
-      k.state = widen(y[row * d.y_row]);
+    k.state = widen(read.h);
+    return k;
   }
-  if (d.gates) {
-    const T* from = static_cast<const T*>(d.gates) + row * 4 * H + pair.unit;
 #pragma unroll
-    for (int g = 0; g < 4; ++g) k.gates[g] = widen(from[int64_t(g) * H]);
-  }
+  for (int g = 0; g < 4; ++g) k.gates[g] = widen(read.gates[g]);
   return k;
 }
 
@@ -70,58 +66,98 @@ __device__ void backward_group(const Backward& a, const Team& team) {
   const Task& task = a.task;
   const RnnBackward& d = a.direction[team.direction];
   const Cell cell = task.cell;
-  const int H = task.hidden, steps = team.steps(), against = team.direction == 1 ? 1 : -1;
-  Kept<V> kept[kPairs];
+  const int H = task.hidden, steps = team.steps(), against = team.direction == 1 ? 1 : -1, chunks = team.chunks();
+  const typename Team::P::Lane lane = team.lane();
   V dh[kPairs], dc[kPairs];
+  Pair pairs[kPairs];
+  int place[kPairs];
+  const T *dy_at[kPairs], *y_at[kPairs], *gates_at[kPairs];  // in row 0
+  const V* c_at[kPairs];
+  T* dgates_at[kPairs];
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const Pair pair(team, p);
+    const Pair& pair = pairs[p] = Pair(team, p);
     if (!pair.owned) continue;
-    const int64_t state = int64_t(pair.sequence) * H + pair.unit;
+    const int64_t state = int64_t(pair.sequence) * H + pair.unit, in_y = pair.sequence * d.y_row + pair.unit;
     dh[p] = widen(static_cast<const T*>(d.dhn)[state]);
     dc[p] = cell == Cell::lstm ? widen(static_cast<const T*>(d.dcn)[state]) : V(0);
+    place[p] = team.place(pair.column, pair.unit, 0);
+    dy_at[p] = static_cast<const T*>(d.dy) + keep(in_y);
+    y_at[p] = static_cast<const T*>(d.y) + keep(in_y);
+    dgates_at[p] = static_cast<T*>(d.dgates) + keep(pair.sequence * d.dgates_row + pair.unit);
+    if (d.gates) gates_at[p] = static_cast<const T*>(d.gates) + keep(int64_t(pair.sequence) * 4 * H + pair.unit);
+    if (d.c) c_at[p] = static_cast<const V*>(d.c) + keep(state);
   }
-  Step now(task, against < 0 ? steps - 1 : 0);
-  for (int i = 0; i < steps; ++i) {
-    Step before = now;
-    before.move(now.t + against);
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {  // read ahead of the wait
-      const Pair pair(team, p);
-      if (pair.owned && pair.sequence < now.alive) kept[p] = read_kept<T>(task, d, pair, now, before);
-    }
-    if (i > 0) team.multiply(i - 1);
+
+  Read<T> read[kPairs];
+  const auto read_step = [&](const Step& step, const Step& before) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
-      const Pair pair(team, p);
-      if (!pair.owned) continue;
-      if (i > 0) dh[p] += team.sum(pair.local, pair.column);
-      if (pair.sequence < now.alive) {
-        dh[p] += kept[p].dy;
-        backward_gates<Math<T>>(cell, kept[p], dh[p], dc[p]);
+      const Pair& pair = pairs[p];
+      if (!pair.owned || pair.sequence >= step.alive) continue;
+      const int64_t state = int64_t(pair.sequence) * H + pair.unit;
+      Read<T>& r = read[p];
+      r.begins = pair.sequence >= before.alive;
+      r.dy = dy_at[p][step.row * d.y_row];
+      if (cell == Cell::lstm) {
+        r.c = c_at[p][step.row * H];
+        if (r.begins)
+          r.h_before = static_cast<const T*>(d.c0)[state];
+        else
+          r.c_before = c_at[p][before.row * H];
+      } else if (cell == Cell::gru) {
+        r.h_before = r.begins ? static_cast<const T*>(d.h0)[state] : y_at[p][before.row * d.y_row];
+      } else {
+        r.h = y_at[p][step.row * d.y_row];
       }
+      if (d.gates) {
 #pragma unroll
-      for (int g = 0; g < 4; ++g)
-        if (g < team.gates)
-          team.publish_number(i, pair.column, pair.unit, g, pair.sequence < now.alive ? kept[p].gates[g] : V(0));
+        for (int g = 0; g < 4; ++g) r.gates[g] = gates_at[p][(step.row * 4 + g) * H];
+      }
     }
-    team.published_all(i);
+  };
+  Kept<V> kept[kPairs];
+  const auto store_step = [&](const Step& step) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
-      const Pair pair(team, p);
-      if (!pair.owned || pair.sequence >= now.alive) continue;
-      T* to_row = static_cast<T*>(d.dgates) + (now.row + pair.sequence) * d.dgates_row + pair.unit;
+      if (!pairs[p].owned || pairs[p].sequence >= step.alive) continue;
+      T* to_row = dgates_at[p] + step.row * d.dgates_row;
       const int turn = cell == Cell::gru ? 1 : 0;  // n r z and U_n h + b_hn: r z n of U h begin one later
 #pragma unroll
       for (int g = 0; g < 4; ++g)
         if (g < team.gates + turn) to_row[int64_t((g + turn) % 4) * H] = to<T>(kept[p].gates[g]);
     }
+  };
+  Step now(task, against < 0 ? steps - 1 : 0), before = now, done = now;
+  before.move(now.t + against);
+  read_step(now, before);
+  for (int i = 0; i < steps; ++i) {
+    if (i > 0) team.multiply(i - 1, lane, chunks, [&] { store_step(done); });
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      const Pair& pair = pairs[p];
+      if (!pair.owned) continue;
+      if (i > 0) dh[p] += team.sum(pair.local, pair.column);
+      if (pair.sequence < now.alive) {
+        dh[p] += widen(read[p].dy);
+        kept[p] = kept_of(read[p], cell);
+        backward_gates<Math<T>>(cell, kept[p], dh[p], dc[p]);
+      }
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        if (g < team.gates)
+          team.publish_number(i, place[p] + g * kSpan, pair.sequence < now.alive ? kept[p].gates[g] : V(0));
+    }
+    team.published_all();
+    done = now;
     now = before;
+    before.move(before.t + against);
+    read_step(now, before);
   }
-  team.multiply(steps - 1);
+  team.multiply(steps - 1, lane, chunks, [&] { store_step(done); });
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const Pair pair(team, p);
+    const Pair& pair = pairs[p];
     if (!pair.owned) continue;
     const int64_t state = int64_t(pair.sequence) * H + pair.unit;
     static_cast<T*>(d.dh0)[state] = to<T>(dh[p] + team.sum(pair.local, pair.column));

@@ -1,10 +1,11 @@
-// What the recurrent kernels need of the hardware beyond C++: number formats, matrix products of a warp, flags between
-// blocks, clusters of blocks. Tests compile the kernels against an emulation of it (tests/cuda_emulation).
+// What the recurrent kernels need of the hardware beyond C++: number formats, matrix products of a warp, memory that
+// blocks share, clusters of blocks. Tests compile the kernels against an emulation of it (tests/cuda_emulation).
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace fastlm::cuda {
 
@@ -32,8 +33,17 @@ __device__ inline float widen(Fp16 x) {
   return y;
 }
 
-__device__ inline void narrow(float x, Bf16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-__device__ inline void narrow(float x, Fp16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+// As the lower of two: the instruction that makes two is faster than the one that makes one.
+__device__ inline void narrow(float x, Bf16& y) {
+  uint32_t two;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(0.f), "f"(x));
+  y.bits = uint16_t(two);
+}
+__device__ inline void narrow(float x, Fp16& y) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(0.f), "f"(x));
+  y.bits = uint16_t(two);
+}
 
 // x rounded to the 11 bits that a TF32 product reads.
 __device__ inline float round_tf32(float x) {
@@ -58,27 +68,36 @@ FASTLM_MMA(float, "m16n8k8", "tf32")
 
 __device__ inline void sync_warp() { __syncwarp(); }
 
-// What is stored by `publish`, then ordered by __syncthreads and a thread's `raise`, is seen by `load_published` of
-// other blocks after their `flag` has returned the value.
-template <class T>
-__device__ inline void publish(T* place, T value) {
-  *place = value;
-}
-__device__ inline uint4 load_published(const uint4* place) {  // not __ldcg, which the compiler may move past a flag
-  uint4 x;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(place)
-               : "memory");
+// An offset that stays in registers, where the compiler would compute it again at each step.
+__device__ inline int64_t keep(int64_t x) {
+  asm("" : "+l"(x));
   return x;
 }
-__device__ inline void raise(int* flag, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+
+// Stores that all blocks see at some time, each as a whole, in any order; and loads that see what is there. Nothing here
+// orders other memory, so the compiler is not told to keep other loads where they are.
+__device__ inline void store_shared_by_all(uint16_t* place, uint16_t x) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(place), "h"(x));
 }
-__device__ inline int flag(const int* place) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
-  return value;
+__device__ inline void store_shared_by_all(uint32_t* place, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(place), "r"(x));
+}
+__device__ inline void store_shared_by_all(uint64_t* place, uint64_t x) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(place), "l"(x));
+}
+template <class T>
+__device__ inline uint4 load_shared_by_all(const uint4* place) {
+  uint4 x;
+  if constexpr (sizeof(T) == 8) {
+    uint64_t low, high;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(low), "=l"(high) : "l"(place));
+    x = {uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)};
+  } else {
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(place));
+  }
+  return x;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -106,6 +125,41 @@ __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acqui
 #endif
 
 namespace fastlm::cuda {
+
+template <int bytes>
+struct BitsOf;
+template <>
+struct BitsOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct BitsOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<8> {
+  using type = uint64_t;
+};
+
+// A number is published where all bits were set before, a NaN that no other number is taken for: whoever loads it sees
+// by the number itself whether it is there. One with just these bits is published as another NaN.
+template <class T>
+__device__ inline void publish(T* place, T value) {
+  using Bits = typename BitsOf<sizeof(T)>::type;
+  Bits bits;
+  memcpy(&bits, &value, sizeof(T));
+  constexpr Bits most = Bits(~Bits(0)) - 1;
+  store_shared_by_all(reinterpret_cast<Bits*>(place), bits < most ? bits : most);
+}
+
+// Whether all numbers of x have been published.
+template <class T>
+__device__ inline bool complete(const uint4& x) {
+  if constexpr (sizeof(T) == 8) return (x.x & x.y) != ~0u && (x.z & x.w) != ~0u;
+  if constexpr (sizeof(T) == 4) return x.x != ~0u && x.y != ~0u && x.z != ~0u && x.w != ~0u;
+  const auto missing = [](uint32_t two) { return (0xfffefffeu - two) & two & 0x80008000u; };  // a half of all ones
+  return (missing(x.x) | missing(x.y) | missing(x.z) | missing(x.w)) == 0;
+}
 
 // The type of sums, states and gate mathematics.
 template <class T>

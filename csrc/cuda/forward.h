@@ -37,62 +37,83 @@ __device__ void forward_group(const Forward& a, const Team& team) {
   const Cell cell = task.cell;
   const int H = task.hidden, gates = gates_of(cell), steps = team.steps();
   const bool reverse = team.direction == 1;
-  T* const all_gates = static_cast<T*>(d.gates);
-  V x[kPairs][4], h[kPairs], c[kPairs], bias[kPairs];
+  const int chunks = team.chunks();
+  const typename Team::P::Lane lane = team.lane();
+  V h[kPairs], c[kPairs], bias[kPairs];
+  Pair pairs[kPairs];
+  int place[kPairs];
+  T *gates_at[kPairs], *y_at[kPairs], *before_at[kPairs];  // in row 0
+  V* c_at[kPairs];
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const Pair pair(team, p);
+    const Pair& pair = pairs[p] = Pair(team, p);
     if (!pair.owned) continue;
     const int64_t state = int64_t(pair.sequence) * H + pair.unit;
     h[p] = widen(static_cast<const T*>(d.h0)[state]);
+    place[p] = team.place(pair.column, pair.unit, 0);
+    team.publish_number(0, place[p], h[p]);
     c[p] = cell == Cell::lstm ? widen(static_cast<const T*>(d.c0)[state]) : V(0);
     bias[p] = d.b_hn ? widen(static_cast<const T*>(d.b_hn)[pair.unit]) : V(0);
-    team.publish_number(0, pair.column, pair.unit, 0, h[p]);
+    gates_at[p] = static_cast<T*>(d.gates) + keep(pair.sequence * d.gates_row + pair.unit);
+    y_at[p] = static_cast<T*>(d.y) + keep(pair.sequence * d.y_row + pair.unit);
+    if (d.before) before_at[p] = static_cast<T*>(d.before) + state;
+    if (d.c) c_at[p] = static_cast<V*>(d.c) + keep(state);
   }
-  team.published_all(0);
-  Step now(task, reverse ? steps - 1 : 0);
-  for (int i = 0; i < steps; ++i) {
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {  // read ahead of the wait
-      const Pair pair(team, p);
-      if (!pair.owned || pair.sequence >= now.alive) continue;
-      const T* from = all_gates + (now.row + pair.sequence) * d.gates_row + pair.unit;
-#pragma unroll
-      for (int g = 0; g < 4; ++g) x[p][g] = g < gates ? widen(from[int64_t(g) * H]) : V(0);
-    }
-    team.multiply(i);
+  team.published_all();
+
+  T read[kPairs][4];  // W x + b on its way: whatever touches it waits for it
+  const auto read_step = [&](const Step& step) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
-      const Pair pair(team, p);
+      if (!pairs[p].owned || pairs[p].sequence >= step.alive) continue;
+      const T* from = gates_at[p] + step.row * d.gates_row;
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        if (g < gates) read[p][g] = from[int64_t(g) * H];
+      if (d.before) before_at[p][step.row * H] = to<T>(h[p]);
+    }
+  };
+  V x[kPairs][4];
+  const auto store_step = [&](const Step& step) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      if (!pairs[p].owned || pairs[p].sequence >= step.alive) continue;
+      y_at[p][step.row * d.y_row] = to<T>(h[p]);
+      if (!a.train || gates == 1) continue;
+      T* kept = gates_at[p] + step.row * d.gates_row;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) kept[int64_t(g) * H] = to<T>(x[p][g]);
+      if (cell == Cell::lstm) c_at[p][step.row * H] = c[p];
+    }
+  };
+  Step now(task, reverse ? steps - 1 : 0), done = now;
+  read_step(now);
+  for (int i = 0; i < steps; ++i) {
+    team.multiply(i, lane, chunks, [&] { if (i > 0) store_step(done); });
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      const Pair& pair = pairs[p];
       if (!pair.owned) continue;
       if (pair.sequence < now.alive) {
-        if (d.before) static_cast<T*>(d.before)[(now.row + pair.sequence) * H + pair.unit] = to<T>(h[p]);
         V sums[4];
 #pragma unroll
-        for (int g = 0; g < 4; ++g)
-          sums[g] = g < gates ? team.sum(g * task.plan.units + pair.local, pair.column) : V(0);
+        for (int g = 0; g < 4; ++g) {  // those of gates that there are not are not used
+          sums[g] = team.sum(min(g, gates - 1) * task.plan.units + pair.local, pair.column);
+          x[p][g] = g < gates ? widen(read[p][g]) : V(0);
+        }
         forward_gates<Math<T>>(cell, x[p], sums, bias[p], h[p], c[p]);
       }
-      if (i + 1 < steps) team.publish_number(i + 1, pair.column, pair.unit, 0, h[p]);
+      if (i + 1 < steps) team.publish_number(i + 1, place[p], h[p]);
     }
-    if (i + 1 < steps) team.published_all(i + 1);
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-      const Pair pair(team, p);
-      if (!pair.owned || pair.sequence >= now.alive) continue;
-      const int64_t row = now.row + pair.sequence;
-      static_cast<T*>(d.y)[row * d.y_row + pair.unit] = to<T>(h[p]);
-      if (!a.train || gates == 1) continue;
-      T* keep = all_gates + row * d.gates_row + pair.unit;
-#pragma unroll
-      for (int g = 0; g < 4; ++g) keep[int64_t(g) * H] = to<T>(x[p][g]);
-      if (cell == Cell::lstm) static_cast<V*>(d.c)[row * H + pair.unit] = c[p];
-    }
+    if (i + 1 < steps) team.published_all();
+    done = now;
     now.move(reverse ? now.t - 1 : now.t + 1);
+    read_step(now);
   }
+  store_step(done);
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const Pair pair(team, p);
+    const Pair& pair = pairs[p];
     if (!pair.owned) continue;
     const int64_t state = int64_t(pair.sequence) * H + pair.unit;
     static_cast<T*>(d.hn)[state] = to<T>(h[p]);

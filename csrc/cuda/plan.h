@@ -30,6 +30,7 @@ constexpr int kSpan = 32;     // units
 constexpr int kLoad = 16;     // bytes that a thread loads at a time
 constexpr int kChunk = 64;    // bytes of a row's depth, the least that a warp takes
 constexpr int kTiles[] = {1, 2, 4, 8};  // of rows (16 each) and of sequences (8 each)
+constexpr int kTogether = 18;  // multiprocessors, at most, that a cluster may lie on: an H200 holds no 8 clusters of 13
 constexpr int kPackedSequences = 512;  // whose lengths travel as kernel arguments
 
 enum class Exchange : int { cheapest, grid, cluster };  // of what a team publishes
@@ -56,7 +57,7 @@ struct Plan {
   int row;               // numbers from one sequence to the next of what is published
   int blocks;            // of the launch: directions · teams · slices; 0: nothing fits
   int shared;            // bytes of a block
-  int64_t workspace;     // bytes: flags, then what the teams publish; a cluster needs none
+  int64_t workspace;     // bytes for each step of the pass: what the teams publish; a cluster needs none
   double cost;           // estimated clocks of a step, times how often groups take turns
 };
 
@@ -77,11 +78,7 @@ constexpr bool by_tensor_core(Number n) { return n != Number::f32 && n != Number
 constexpr int weights_row(Number n, int depth) { return by_tensor_core(n) ? depth : depth + kLoad / size_of(n); }
 FASTLM_INLINE constexpr int part_row(int m_tiles) { return 16 * m_tiles + 4; }
 
-constexpr int64_t flag_bytes(const Layer& l, const Plan& p) {
-  return (int64_t(l.directions) * p.groups * p.slices * 4 + 255) / 256 * 256;
-}
-
-// Bytes of one of the two slots that a team publishes into by turns.
+// Bytes that a team publishes of a group in one step.
 constexpr int64_t slot_bytes(const Layer& l, const Plan& p) {
   return int64_t(8) * p.n_tiles * p.row * size_of(l.number);
 }
@@ -90,7 +87,7 @@ constexpr int64_t slot_bytes(const Layer& l, const Plan& p) {
 constexpr double clocks(const Layer& l, bool backward, const Plan& p) {
   const double sequences = 8.0 * p.n_tiles, rows = 16.0 * p.m_tiles, bytes = double(p.depth) * size_of(l.number);
   const double some = std::min(sequences, double(l.batch));
-  const double handshake = p.cluster ? 1000 : 2500;  // flag or barrier, fence, latency of the first load
+  const double handshake = p.cluster ? 1000 : 1500;  // a barrier, or a number's way to L2 and back
   const double rate = p.cluster ? 128 : std::min(64.0, 3200.0 / p.blocks);  // shared memory, L2: a clock and block
   const double read = some * bytes / rate;
   const double numbers = some * p.units * (backward ? gates_of(l.cell) : 1);  // that a block publishes
@@ -119,12 +116,13 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool 
   const int width = by_tensor_core(l.number) ? 4 : std::max(4, number);
   const int64_t shared = int64_t(16) * m_tiles * weights_row(l.number, p.depth) * number +
                          int64_t(kWarps) * sequences * part_row(m_tiles) * width + (cluster ? 2 * slot_bytes(l, p) : 0);
-  const int together = chip.multiprocessors / (p.slices * (cluster ? 1 : l.directions));  // teams
+  int together = chip.multiprocessors / (p.slices * (cluster ? 1 : l.directions));  // teams
+  if (cluster) together = std::min(together, std::max(1, chip.multiprocessors / kTogether) * (kTogether / p.slices));
   if (together == 0 || shared > chip.shared || (cluster && p.slices > chip.cluster)) return p;
   p.teams = cluster ? p.groups : std::min(p.groups, together);
   p.blocks = l.directions * p.teams * p.slices;
   p.shared = int(shared);
-  p.workspace = cluster ? 0 : flag_bytes(l, p) + 2 * l.directions * p.groups * slot_bytes(l, p);
+  p.workspace = cluster ? 0 : l.directions * p.groups * slot_bytes(l, p);
   p.cost = clocks(l, backward, p) * divide_up(cluster ? l.directions * p.groups : p.groups, together);
   return p;
 }

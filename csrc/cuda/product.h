@@ -1,10 +1,11 @@
 // A block's product of one step: sums[row][sequence] = Σ_k weights[row][k] · published[sequence][k]. Weights lie in
-// shared memory; what was published is read by X::load straight into registers, each number once by one warp of the
-// block.
+// shared memory; what was published is read by X::load straight into registers, again and again until X::complete, each
+// number by one warp of the block.
 //
-// Product<T, m, n> makes 16·m rows of 8·n sequences. `place` says where a weight lies. `multiply` is one warp's part,
-// of chunks first ≤ i < last of the plan's depth; it writes part[sequence][part_row(m)], rows fastest. Sequences from
-// `sequences` on count as zero and are not read.
+// Product<T, m, n> makes 16·m rows of 8·n sequences. `place` says where a weight lies. `Lane` is where a thread begins,
+// with chunk `first` of the depth, and `multiply` its warp's part, of `chunks` chunks from there on; it writes
+// part[sequence][part_row(m)], rows fastest, and runs `meanwhile` once. Sequences from `sequences` on count as zero and
+// are not read.
 #pragma once
 
 #include "device.h"
@@ -12,14 +13,34 @@
 
 namespace fastlm::cuda {
 
-// Loads [kSteps][kRows] groups of kLoad bytes, `row_step` rows apart, `step` groups apart, zeros where not `wanted`.
-template <class X, int kSteps, int kRows, class Wanted>
-__device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int64_t row_step, int step, const Wanted& wanted) {
+// Loads groups of kLoad bytes, `row_step` groups apart from row to row and `step` from step to step, of the first `steps`
+// steps; zeros where a row is not wanted. Then `meanwhile` runs, and those that are not complete are loaded again together.
+template <class X, int kSteps, int kRows, class Wanted, class Meanwhile>
+__device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step, int step, int steps,
+                     const Wanted& wanted, const Meanwhile& meanwhile) {
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s)
+  for (int s = 0; s < kSteps; ++s) {
+    if (s >= steps) break;
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
-      to[s][j] = wanted(s, j) ? X::load(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
+      to[s][j] = wanted(j) ? X::load(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
+  }
+  meanwhile();
+  for (bool again = !X::kCluster; again;) {
+    again = false;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (s < steps) {
+#pragma unroll
+        for (int j = 0; j < kRows; ++j)
+          if (!X::complete(to[s][j])) {
+            to[s][j] = X::load(from + j * row_step + s * step);
+            again = true;
+          }
+      }
+    }
+  }
+  sync_warp();
 }
 
 // By tensor cores. The two products of a chunk take the depth in another order than it lies in memory, the same for
@@ -29,12 +50,14 @@ struct TensorProduct {
   using Number = T;
   static constexpr bool kTensorCore = true;
   static constexpr int kRows = 16 * m, kSequences = 8 * n;
+  static constexpr bool kAhead = m <= 4;  // weights are loaded ahead of the wait or of the product before
 
-  // Operands lie in shared memory in the order of chunk, tile, half of the tile, lane: no bank conflicts.
+  // Operands lie in shared memory in the order of chunk, tile, product, lane, and a lane's in the order of registers: no
+  // bank conflicts, no moves.
   __device__ static int place(int row, int k, int) {
-    constexpr int each = kLoad / sizeof(T), chunk = kChunk / sizeof(T);
-    const int lane = row % 8 * 4 + k % chunk / each;
-    return (((k / chunk * m + row / 16) * 2 + row % 16 / 8) * 32 + lane) * each + k % each;
+    constexpr int each = kLoad / sizeof(T), chunk = kChunk / sizeof(T), word = 4 / sizeof(T);
+    const int lane = row % 8 * 4 + k % chunk / each, product = k % each / (2 * word), second = k / word % 2;
+    return (((k / chunk * m + row / 16) * 2 + product) * 32 + lane) * each + (second * 2 + row % 16 / 8) * word + k % word;
   }
 
   __device__ static T operand(T x) {
@@ -44,37 +67,60 @@ struct TensorProduct {
       return x;
   }
 
-  template <class X>
-  __device__ static void multiply(const T* weights, const T* published, int sequences, const Plan& plan, int first,
-                                  int last, float* part) {
-    constexpr int kSteps = 8 / n;  // chunks that are loaded while those before them are multiplied
-    const int lane = int(threadIdx.x) % 32, row = lane / 4, quarter = lane % 4;
-    const int width = plan.row * int(sizeof(T)) / kLoad;
-    const uint4* a = reinterpret_cast<const uint4*>(weights) + lane;
-    const uint4* b = reinterpret_cast<const uint4*>(published) + int64_t(row) * width + quarter;
+  struct Lane {
+    const uint4* weights;
+    int64_t published;  // numbers from the first sequence's first
+    int step;           // from one sequence to the eighth after it, in groups of kLoad bytes
+    int sequences;      // from the lane's first on
+    float* part;
+
+    __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int sequences) {
+      const int lane = int(threadIdx.x) % 32, row = lane / 4, quarter = lane % 4;
+      this->weights = reinterpret_cast<const uint4*>(weights) + first * m * 64 + lane;
+      published = row * plan.row + (first * kChunk + quarter * kLoad) / int(sizeof(T));
+      step = 8 * plan.row / (kLoad / int(sizeof(T)));
+      this->sequences = sequences - row;
+      this->part = part + quarter * 2 * part_row(m) + row;
+    }
+  };
+
+  template <class X, class Meanwhile>
+  __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
+    constexpr int kSteps = (X::kCluster || (m == 4 && n == 1) ? 8 : 16) / n;  // chunks that are loaded at a time: registers
+    const uint4* a = lane.weights;
+    const uint4* b = reinterpret_cast<const uint4*>(published);
     float sums[m][n][4] = {};
-    uint4 now[kSteps][n], next[kSteps][n];
-    const auto load_from = [&](int chunk) {
-      load<X>(next, b + chunk * 4, int64_t(8) * width, 4,
-              [&](int s, int j) { return chunk + s < last && row + 8 * j < sequences; });
+    uint4 next[m][2];  // weights
+    const auto load_weights = [&](int chunk) {
+#pragma unroll
+      for (int i = 0; i < m; ++i) {
+        next[i][0] = a[(chunk * m + i) * 64];
+        next[i][1] = a[(chunk * m + i) * 64 + 32];
+      }
     };
-    load_from(first);
-    for (int chunk = first; chunk < last; chunk += kSteps) {
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s)
-#pragma unroll
-        for (int j = 0; j < n; ++j) now[s][j] = next[s][j];
-      load_from(chunk + kSteps);
+    if (kAhead && chunks > 0) load_weights(0);
+    for (int chunk = 0; chunk < max(chunks, 1); chunk += kSteps) {
+      uint4 x[kSteps][n];
+      load<X>(x, b + chunk * 4, lane.step, 4, chunks - chunk, [&](int j) { return 8 * j < lane.sequences; },
+              [&] { if (chunk == 0) meanwhile(); });
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        if (chunk + s >= last) break;
+        if (chunk + s >= chunks) break;
+        if (!kAhead) load_weights(chunk + s);
+        uint4 now[m][2];
 #pragma unroll
         for (int i = 0; i < m; ++i) {
-          const uint4 low = a[((chunk + s) * m + i) * 64], high = a[((chunk + s) * m + i) * 64 + 32];
+          now[i][0] = next[i][0];
+          now[i][1] = next[i][1];
+        }
+        if (kAhead) load_weights(min(chunk + s + 1, chunks - 1));  // the last ones again: a branch would cost moves
 #pragma unroll
-          for (int j = 0; j < n; ++j) mma(T(), sums[i][j], low.x, high.x, low.y, high.y, now[s][j].x, now[s][j].y);
+        for (int i = 0; i < m; ++i) {
+          const uint4 w = now[i][0], v = now[i][1];
 #pragma unroll
-          for (int j = 0; j < n; ++j) mma(T(), sums[i][j], low.z, high.z, low.w, high.w, now[s][j].z, now[s][j].w);
+          for (int j = 0; j < n; ++j) mma(T(), sums[i][j], w.x, w.y, w.z, w.w, x[s][j].x, x[s][j].y);
+#pragma unroll
+          for (int j = 0; j < n; ++j) mma(T(), sums[i][j], v.x, v.y, v.z, v.w, x[s][j].z, x[s][j].w);
         }
       }
     }
@@ -84,7 +130,7 @@ struct TensorProduct {
       for (int j = 0; j < n; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          part[(j * 8 + quarter * 2 + e % 2) * part_row(m) + i * 16 + row + e / 2 * 8] = sums[i][j][e];
+          lane.part[(j * 8 + e % 2) * part_row(m) + i * 16 + e / 2 * 8] = sums[i][j][e];
   }
 };
 
@@ -99,23 +145,41 @@ struct ScalarProduct {
   __device__ static int place(int row, int k, int depth) { return row * (depth + kEach) + k; }
   __device__ static T operand(T x) { return x; }
 
-  template <class X>
-  __device__ static void multiply(const T* weights, const T* published, int sequences, const Plan& plan, int first,
-                                  int last, T* part) {
+  struct Lane {
+    const uint4* weights;
+    int width;          // from one row of weights to the next, in groups of kLoad bytes
+    int64_t published;  // numbers from the first sequence's first
+    int step;           // from one sequence to the fourth after it, in groups of kLoad bytes
+    int sequences;      // from the lane's first on
+    T* part;
+
+    __device__ Lane(const T* weights, T* part, const Plan& plan, int first, int sequences) {
+      const int lane = int(threadIdx.x) % 32, row = lane / 4, column = lane % 4, k = first * kChunk / int(sizeof(T));
+      width = plan.depth / kEach + 1;
+      this->weights = reinterpret_cast<const uint4*>(weights + place(row, k, plan.depth));
+      published = column * plan.row + k;
+      step = 4 * plan.row / kEach;
+      this->sequences = sequences - column;
+      this->part = part + column * part_row(m) + row;
+    }
+  };
+
+  template <class X, class Meanwhile>
+  __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
     constexpr int kSteps = kChunk / kLoad;
-    const int lane = int(threadIdx.x) % 32, row = lane / 4, column = lane % 4, width = plan.depth / kEach;
-    const uint4* a = reinterpret_cast<const uint4*>(weights) + row * (width + 1);
-    const uint4* b = reinterpret_cast<const uint4*>(published) + int64_t(column) * plan.row / kEach;
+    const uint4* a = lane.weights;
+    const uint4* b = reinterpret_cast<const uint4*>(published);
     T sums[2 * m][2 * n] = {};
-    for (int chunk = first; chunk < last; ++chunk) {
+    for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
       uint4 found[kSteps][2 * n];
-      load<X>(found, b + chunk * kSteps, int64_t(4) * plan.row / kEach, 1,
-              [&](int, int j) { return column + 4 * j < sequences; });
+      load<X>(found, b + chunk * kSteps, lane.step, 1, chunks > 0 ? kSteps : 0,
+              [&](int j) { return 4 * j < lane.sequences; }, [&] { if (chunk == 0) meanwhile(); });
+      if (chunks <= 0) break;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s)
 #pragma unroll
         for (int i = 0; i < 2 * m; ++i) {
-          const uint4 loaded = a[8 * i * (width + 1) + chunk * kSteps + s];
+          const uint4 loaded = a[8 * i * lane.width + chunk * kSteps + s];
           const T* x = reinterpret_cast<const T*>(&loaded);
 #pragma unroll
           for (int j = 0; j < 2 * n; ++j)
@@ -126,7 +190,7 @@ struct ScalarProduct {
 #pragma unroll
     for (int i = 0; i < 2 * m; ++i)
 #pragma unroll
-      for (int j = 0; j < 2 * n; ++j) part[(column + 4 * j) * part_row(m) + row + 8 * i] = sums[i][j];
+      for (int j = 0; j < 2 * n; ++j) lane.part[4 * j * part_row(m) + 8 * i] = sums[i][j];
   }
 };
 

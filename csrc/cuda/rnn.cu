@@ -81,17 +81,17 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
   const Kernel<A> kernel = kernels_of(l.number, found).*which;
   if (!fits(name, kernel, found, pass.chip))
     throw std::runtime_error(std::string(name) + ": the GPU cannot hold all blocks at a time");
-  char* const workspace = static_cast<char*>(pass.workspace);
   Task& task = a.task;
   task = Task{l.cell, l.batch, l.hidden, l.directions, int(pass.steps), pass.batch_sizes != nullptr, found,
-              reinterpret_cast<int*>(workspace), workspace + flag_bytes(l, found), {}};
+              pass.workspace, {}};
   if (task.packed) {
     if (l.batch > kPackedSequences) throw std::runtime_error(std::string(name) + ": too many packed sequences");
     for (int64_t t = 0; t < pass.steps; ++t)
       for (int64_t b = 0; b < pass.batch_sizes[t]; ++b) task.lengths[b] = int(t) + 1;
   }
   const Launch how(found, stream);
-  if (found.workspace) check(name, cudaMemsetAsync(workspace, 0, size_t(found.workspace), how.config.stream));
+  if (found.workspace)
+    check(name, cudaMemsetAsync(pass.workspace, 0xff, size_t(found.workspace * pass.steps), how.config.stream));
   check(name, cudaLaunchKernelEx(&how.config, kernel, a));
 }
 

@@ -18,7 +18,7 @@ struct RnnPass {
   int64_t steps;               // T ≥ 1
   const int64_t* batch_sizes;  // [T] host memory, at most B, never rising, at least 1; null: B at each step
   Chip chip;
-  void* workspace;             // plan(layer, backward, chip).workspace bytes, aligned to 256
+  void* workspace;             // plan(layer, backward, chip).workspace · T bytes, aligned to 16
 };
 
 // Of one direction; the second one reads the sequences from their ends. Rows of `gates` and `y` may lie apart.

@@ -1,9 +1,7 @@
 // Blocks that take a group of sequences through their steps together.
 //
 // At each step a warp waits for what it needs of the step before and multiplies; then the block's threads turn the sums
-// into gates, publish what the team needs, say so, and only then store what the caller asked for. Two slots are enough:
-// a block publishes step s after its warps have together waited for s - 1 of the whole team, so everybody is done with
-// s - 2.
+// into gates, publish what the team needs, and only then store what the caller asked for.
 #pragma once
 
 #include <type_traits>
@@ -20,8 +18,7 @@ struct Task {
   int batch, hidden, directions, steps;
   bool packed;
   Plan plan;
-  int* flags;       // [directions][groups][slices], zero before, of a grid
-  void* published;  // [directions][groups][2][sequences of a group][row], zero before, of a grid
+  void* published;  // [directions][groups][steps][sequences of a group][row], all bits set before, of a grid
   int lengths[kPackedSequences];  // of packed sequences, the longest first
 };
 
@@ -65,35 +62,26 @@ struct Step {
   }
 };
 
-// Two ways to exchange what is published s-th: `put` a number of it, say that this block's are there, wait for those of
-// the slices first ≤ i < last, and `load` them. Slot s % 2 is where it lies.
+// Two ways to exchange what is published s-th: `put` a number of it, say that this block's are there, wait, and `load`
+// what lies `at` s until it is `complete`.
 
-// Through L2, between the blocks of a cooperative launch. A flag says how much its block has published; a warp waits for
-// the blocks that it reads from and for no others.
+// Through L2, between the blocks of a cooperative launch. Every step has its place, and a number says by itself that it
+// is there: a step costs one way to L2 and one back, without fences or flags.
 template <class T>
 struct Grid {
   static constexpr bool kCluster = false;
   T* published = nullptr;
-  int* flags = nullptr;  // of the team
-  int slot, slice;
+  int slot;
 
-  __device__ Grid(const Task&, void*, int slot, int slice) : slot(slot), slice(slice) {}
+  __device__ Grid(const Task&, void*, int slot, int) : slot(slot) {}
   __device__ void take(const Task& task, int group) {  // counted through all directions
-    published = static_cast<T*>(task.published) + int64_t(group) * 2 * slot;
-    flags = task.flags + group * task.plan.slices;
+    published = static_cast<T*>(task.published) + keep(int64_t(group) * task.steps * slot);
   }
-  __device__ void put(int s, int at, T value) const { publish(published + s % 2 * slot + at, value); }
-  __device__ void put_all(int s) const {
-    __syncthreads();
-    if (threadIdx.x == 0) raise(flags + slice, s + 1);
-  }
-  __device__ void wait(int s, int first, int last) const {
-    for (int i = first + int(threadIdx.x) % 32; i < last; i += 32)
-      while (flag(flags + i) <= s) {
-      }
-    sync_warp();
-  }
-  __device__ static uint4 load(const uint4* place) { return load_published(place); }
+  __device__ T* at(int s) const { return published + int64_t(s) * slot; }
+  __device__ void put(int s, int place, T value) const { publish(at(s) + place, value); }
+  __device__ void put_all() const { __syncthreads(); }  // the sums are read before the next step's are written
+  __device__ static uint4 load(const uint4* place) { return load_shared_by_all<T>(place); }
+  __device__ static bool complete(const uint4& x) { return cuda::complete<T>(x); }
 };
 
 // Through shared memory, between the blocks of a cluster: each has all that is published, and one barrier orders it.
@@ -110,15 +98,18 @@ struct Cluster {
     cluster_wait();
   }
   __device__ void take(const Task&, int) {}
-  __device__ void put(int s, int at, T value) const {
+  // Two slots are enough: a block publishes step s after it has waited for s - 1, so everybody is done with s - 2.
+  __device__ T* at(int s) const { return published + s % 2 * slot; }
+  __device__ void put(int s, int place, T value) const {
     for (int i = 0; i < blocks; ++i) {  // each begins with another, or all would write to one at a time
       const int peer = slice + i < blocks ? slice + i : slice + i - blocks;
-      store_in_peer(published + s % 2 * slot + at, peer, value);
+      store_in_peer(at(s) + place, peer, value);
     }
   }
-  __device__ void put_all(int) const { cluster_arrive(); }
-  __device__ void wait(int, int, int) const { cluster_wait(); }
+  __device__ void put_all() const { cluster_arrive(); }
+  __device__ void wait() const { cluster_wait(); }
   __device__ static uint4 load(const uint4* place) { return *place; }
+  __device__ static bool complete(const uint4&) { return true; }
 };
 
 // A block in its team, on one group of sequences.
@@ -130,9 +121,8 @@ struct Team {
   const Task& task;
   int gates;  // in a span of the depth
   int direction, team, slice, group = 0;
-  int chunks, each, parts;  // of the depth: in all, of a warp, and how many warps have any
   T* weights;
-  Wide<T>* part;
+  Wide<T>* part;  // a warp's sums, those of the next warp after them
   X exchange;
 
   __device__ Team(const Task& task, int gates, uint4* shared)
@@ -141,51 +131,66 @@ struct Team {
         direction(int(blockIdx.x) / task.plan.slices / task.plan.teams),
         team(int(blockIdx.x) / task.plan.slices % task.plan.teams),
         slice(int(blockIdx.x) % task.plan.slices),
-        chunks(task.plan.depth * int(sizeof(T)) / kChunk),
-        each(divide_up(chunks, kWarps)),
-        parts(divide_up(chunks, each)),
         weights(reinterpret_cast<T*>(shared)),
         part(reinterpret_cast<Wide<T>*>(weights + P::place(P::kRows - 1, task.plan.depth - 1, task.plan.depth) + 1)),
-        exchange(task, part_of(kWarps), P::kSequences * task.plan.row, slice) {}
+        exchange(task, part + kWarps * kPart, P::kSequences * task.plan.row, slice) {}
 
   __device__ void take(int next) {
     group = next;
     exchange.take(task, direction * task.plan.groups + next);
+    if (!X::kCluster && task.hidden % kSpan) publish_padding();
+  }
+  // The warp's chunks of the depth, and where this thread begins.
+  __device__ int first_chunk() const { return int(threadIdx.x) / 32 * divide_up(all_chunks(), kWarps); }
+  __device__ int chunks() const { return min(all_chunks() - first_chunk(), divide_up(all_chunks(), kWarps)); }
+  __device__ typename P::Lane lane() const {
+    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), sequences()};
   }
   __device__ int unit(int local) const { return slice * task.plan.units + local; }
   __device__ int first() const { return group * P::kSequences; }
   __device__ int sequences() const { return min(task.batch - first(), P::kSequences); }
   __device__ int steps() const { return task.packed ? task.lengths[first()] : task.steps; }  // of the longest
 
-  __device__ void publish_number(int s, int sequence, int unit, int gate, Wide<T> value) const {
-    const int k = (unit / kSpan * gates + gate) * kSpan + unit % kSpan;
-    exchange.put(s, sequence * task.plan.row + k, P::operand(to<T>(value)));
+  // Where a number lies in what is published.
+  __device__ int place(int sequence, int unit, int gate) const {
+    return sequence * task.plan.row + (unit / kSpan * gates + gate) * kSpan + unit % kSpan;
   }
-  __device__ void published_all(int s) const { exchange.put_all(s); }
+  __device__ void publish_number(int s, int place, Wide<T> value) const {
+    exchange.put(s, place, P::operand(to<T>(value)));
+  }
+  __device__ void published_all() const { exchange.put_all(); }
 
-  // Multiplies with what was published s-th; then sum() is what came out.
-  __device__ void multiply(int s) const {
-    const int warp = int(threadIdx.x) / 32, from = warp * each, until = min(chunks, from + each);
-    wait(s, from, until);
-    if (from < until)
-      P::template multiply<X>(weights, exchange.published + s % 2 * exchange.slot, sequences(), task.plan, from, until,
-                              part_of(warp));
+  // Multiplies with what was published s-th; then sum() of a row and sequence is what came out. Runs `meanwhile` where
+  // the block would only wait.
+  template <class Meanwhile>
+  __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
+    if constexpr (X::kCluster) {
+      meanwhile();
+      exchange.wait();
+      P::template multiply<X>(lane, exchange.at(s) + lane.published, chunks, [] {});
+    } else {
+      P::template multiply<X>(lane, exchange.at(s) + lane.published, chunks, meanwhile);
+    }
     __syncthreads();
   }
   __device__ Wide<T> sum(int row, int sequence) const {
     Wide<T> total = 0;
-    for (int i = 0; i < parts; ++i) total += part_of(i)[sequence * part_row(P::kRows / 16) + row];
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) total += part[i * kPart + sequence * part_row(P::kRows / 16) + row];
     return total;
   }
 
  private:
-  __device__ Wide<T>* part_of(int warp) const { return part + warp * P::kSequences * part_row(P::kRows / 16); }
+  static constexpr int kPart = P::kSequences * part_row(P::kRows / 16);
 
-  // The warp waits for the blocks whose units lie in the spans of these chunks.
-  __device__ void wait(int s, int from, int until) const {
-    const int span = kSpan * gates, numbers = kChunk / int(sizeof(T)), units = task.plan.units;
-    const int begin = from * numbers / span * kSpan, end = min(task.hidden, divide_up(until * numbers, span) * kSpan);
-    exchange.wait(s, begin / units, from < until ? divide_up(end, units) : 0);
+  __device__ int all_chunks() const { return task.plan.depth * int(sizeof(T)) / kChunk; }
+
+  // The depth from the last unit on is zero at all steps, of which the blocks of the team take some each.
+  __device__ void publish_padding() const {
+    const int count = kSpan - task.hidden % kSpan;
+    for (int s = slice; s < steps(); s += task.plan.slices)
+      for (int i = int(threadIdx.x); i < sequences() * gates * count; i += kThreads)
+        publish_number(s, place(i / count / gates, task.hidden + i % count, i / count % gates), 0);
   }
 };
 
@@ -195,6 +200,7 @@ struct Pair {
   int unit, sequence;  // of all
   bool owned;
 
+  Pair() = default;
   template <class Team>
   __device__ Pair(const Team& team, int p) {
     const int units = team.task.plan.units, index = int(threadIdx.x) + p * kThreads;

@@ -205,7 +205,7 @@ class CudaLayers:
             plan = self.native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
             if plan is None:
                 raise RuntimeError(f"{name}: {hidden} units do not fit this GPU (exchange: {exchange})")
-            workspace = y.new_empty(plan["workspace"], dtype=torch.uint8)
+            workspace = y.new_empty(plan["workspace"] * steps, dtype=torch.uint8)
             getattr(self.native.cuda, name)(layer, chip, steps, sizes, workspace.data_ptr(), directions, *options,
                                             torch.cuda.current_stream().cuda_stream)
 

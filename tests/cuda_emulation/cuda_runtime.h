@@ -4,7 +4,7 @@
 // they wait, in an order that is drawn anew each round, and half of the warps sleep for some rounds: a result that
 // depends on an order that CUDA does not promise comes out wrong. A launch in which nothing moves any more fails.
 // Shared memory begins as NaN.
-// FASTLM_EMULATED_BARRIERS=0 leaves __syncthreads out, to show that this is noticed; see emulated_device.h for flags.
+// FASTLM_EMULATED_BARRIERS=0 leaves __syncthreads out, to show that this is noticed; see emulated_device.h for waits.
 #pragma once
 
 #include <ucontext.h>
@@ -87,7 +87,6 @@ struct Fiber {
 struct Block {
   std::unique_ptr<char[]> shared;
   unsigned arrived = 0, done = 0;
-  std::vector<std::function<void()>> unpublished;
 };
 
 struct Cluster {
@@ -102,6 +101,7 @@ inline std::vector<Fiber> fibers;
 inline std::vector<unsigned> ready;  // fibers of the next round
 inline std::vector<Block> blocks;
 inline std::vector<Cluster> clusters;
+inline std::vector<std::function<void()>> late;  // stores on their way to what all blocks see
 inline unsigned current, threads, cluster_blocks;
 inline const std::function<void()>* body;
 inline bool barriers = true;
@@ -133,6 +133,21 @@ inline void run_thread() {
   yield();
 }
 
+// Lets about one of `few` late stores arrive, in an order that is drawn.
+inline void arrive(unsigned few) {
+  size_t left = 0;
+  for (size_t i = 0; i < late.size(); ++i) {
+    std::swap(late[i], late[i + draw() % (late.size() - i)]);
+    if (draw() % few == 0) {
+      late[i]();
+      ++moves;
+    } else {
+      std::swap(late[left++], late[i]);
+    }
+  }
+  late.resize(left);
+}
+
 // Runs all threads of the launch; false where nothing moves any more.
 inline bool run(unsigned count) {
   if (fibers.size() < count) fibers.resize(count);
@@ -156,6 +171,7 @@ inline bool run(unsigned count) {
     if (round % 8 == 0)
       for (size_t warp = 0; warp < sleeps.size(); ++warp) sleeps[warp] = draw() % 2;
     const long before = moves;
+    arrive(4);
     std::vector<unsigned> now;
     now.swap(ready);
     for (size_t i = now.size(); i > 1; --i) std::swap(now[i - 1], now[draw() % i]);
@@ -175,6 +191,7 @@ inline bool run(unsigned count) {
     }
     idle = moves == before ? idle + 1 : 0;
   }
+  arrive(1);
   return done == count;
 }
 
@@ -208,6 +225,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       config->numAttrs != 1 || (clustered ? cluster_blocks - 1 >= kCluster : !config->attrs->val.cooperative) ||
       gridDim.x % cluster_blocks)
     return cudaErrorInvalidConfiguration;
+  late.clear();
   blocks.clear();
   blocks.resize(gridDim.x);
   clusters.clear();

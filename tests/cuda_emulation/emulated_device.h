@@ -1,7 +1,7 @@
-// csrc/cuda/device.h on the host. What a block publishes stays out of sight of all until one of its threads raises a
-// flag: a flag that is raised too early, or not waited for, is noticed. What a thread stores in another block of its
-// cluster gets there at once or, as chance will have it, only when all have arrived at a barrier after it.
-// FASTLM_EMULATED_FLAGS=0 waits neither for flags nor for clusters.
+// csrc/cuda/device.h on the host. What is stored for all to see gets there some rounds later, as chance will have it,
+// each number on its own: nothing orders two of them. What a thread stores in another block of its cluster gets there at
+// once or, as chance will have it, only when all have arrived at a barrier after it.
+// FASTLM_EMULATED_WAITS=0 waits neither for what is published nor for clusters.
 #pragma once
 
 #include <cmath>
@@ -15,6 +15,7 @@
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int min(int a, int b) { return std::min(a, b); }
+inline int max(int a, int b) { return std::max(a, b); }
 
 namespace emulation {
 
@@ -84,7 +85,7 @@ inline void narrow(float x, Bf16& y) {
   y.bits = uint16_t(std::isnan(x) ? 0x7fff : (from + 0x7fff + (from >> 16 & 1)) >> 16);
 }
 inline float round_tf32(float x) {
-  return emulation::bits<float>((emulation::bits<uint32_t>(x) + 0x1000) & ~0x1fffu);
+  return emulation::bits<float>(std::isnan(x) ? 0x7fffffff : (emulation::bits<uint32_t>(x) + 0x1000) & ~0x1fffu);
 }
 
 template <class T>
@@ -100,25 +101,27 @@ void mma(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, u
   });
 }
 
+inline int64_t keep(int64_t x) { return x; }
+
 inline void sync_warp() {
   emulation::meet(nullptr, [](const emulation::Lane*) {});
 }
 
+inline const bool waits_for_others = emulation::unless_zero("FASTLM_EMULATED_WAITS");
+template <class Bits>
+void store_shared_by_all(Bits* place, Bits x) {
+  emulation::late.push_back([=] { *place = x; });
+}
 template <class T>
-void publish(T* place, T value) {
-  emulation::block().unpublished.push_back([=] { *place = value; });
-}
-inline uint4 load_published(const uint4* place) { return *place; }
-inline void raise(int* flag, int value) {
-  for (const auto& store : emulation::block().unpublished) store();
-  emulation::block().unpublished.clear();
-  *flag = value;
-  ++emulation::moves;
-}
-inline const bool waits_for_others = emulation::unless_zero("FASTLM_EMULATED_FLAGS");
-inline int flag(const int* place) {
+uint4 load_shared_by_all(const uint4* place) {
   emulation::yield();
-  return waits_for_others ? *place : 1 << 30;
+  uint4 x = *place;
+  if (!waits_for_others) {  // as if all were there
+    uint32_t* words[] = {&x.x, &x.y, &x.z, &x.w};
+    for (uint32_t* word : words)
+      if (*word >> 16 == 0xffff || (*word & 0xffff) == 0xffff) *word = 0x7fc07fc0;
+  }
+  return x;
 }
 
 constexpr bool kClusters = true;

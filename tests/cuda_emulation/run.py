@@ -94,6 +94,12 @@ def cases(op):
         for name, (shape, chip) in sizes.items():
             args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
             yield exchange, form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
+        if exchange == "grid":  # as in places that nothing has been published in
+            args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", steps=3, batch=9, hidden=9)
+            for tensor, place in ((args[0], (1, 0, 2)), (args[2][0], (0, 4, 3))):
+                tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])[place] = -1
+            assert args[0].isnan().sum() == args[2][0].isnan().sum() == 1
+            yield exchange, form, HOPPER[8], Sample("NaN of all bits", (*args, "tanh") if op.name == "rnn" else args)
 
 
 def layers_of(op):
