@@ -70,10 +70,11 @@ def plan(x, weight, scale, row_scale, bias, y, mode, group_size):
         return row_kernel, (rows * triton.cdiv(outputs, 4),), arguments | dict(
             weight=weight.view(torch.int32), eights=inputs // 8, magic=0x4B000000, COLS=4, GROUP=group_size // 8,
             WORDS=max(min(triton.next_power_of_2(words), 1024), group_size // 8), num_warps=4)
-    most = 128 if x.dtype is not torch.float32 else 32 if int4 else 64  # more would spill
+    wide = x.dtype is torch.float32  # more than these bytes would spill
+    read = min(group_bytes, 32 if wide else 128) if int4 else 64 if wide else 256
     return tile_kernel, (triton.cdiv(outputs, 32),), arguments | dict(
-        inputs=inputs, row_bytes=row_bytes, ROWS=MOST_ROWS, COLS=32, BYTES=min(group_bytes, most) if int4 else most,
-        GROUP_BYTES=group_bytes, num_warps=4)
+        inputs=inputs, row_bytes=row_bytes, ROWS=MOST_ROWS, COLS=32, BYTES=read, GROUP_BYTES=group_bytes, num_warps=4,
+        num_stages=5)
 
 
 @triton.jit

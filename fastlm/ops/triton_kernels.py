@@ -42,7 +42,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def concurrent(device: torch.device) -> bool:
     """Return whether programs run at the same time, so that one may wait for another: interpreted ones don't."""
-    return device.type != "cpu"
+    return device.type != "cpu" and not INTERPRETED
 
 
 def adjacent(t: Tensor | None) -> Tensor | None:
