@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastlm.ops.activation_kernels import ACCEPTS, differentiable
-from fastlm.ops.math_triton import exp, normal_tail, sigmoid
+from fastlm.ops.math_kernels_triton import exp, normal_tail, sigmoid
 from fastlm.ops.triton_kernels import DTYPES, adjacent, cannot_here, launch
 from fastlm.ops.triton_kernels import loses as loses_here
 

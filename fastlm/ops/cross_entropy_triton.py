@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastlm.autograd import Differentiable
 from fastlm.ops.cross_entropy import reference
-from fastlm.ops.math_triton import exp
+from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
 from fastlm.ops.triton_kernels import loses as loses_here
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
-from fastlm.ops.math_triton import exp
+from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
 from fastlm.ops.triton_kernels import loses as loses_here
 

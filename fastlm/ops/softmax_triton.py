@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlm.autograd import Differentiable, blank
-from fastlm.ops.math_triton import exp
+from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.softmax import collapse, gradient
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, concurrent, launch, multiprocessors
 from fastlm.ops.triton_kernels import loses as loses_here
