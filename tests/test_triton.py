@@ -135,17 +135,23 @@ def softmax_cases(generation):
 
 def norm_cases(generation):
     for shape, dtype in (((4096, 512), torch.bfloat16), ((4096, 4096), torch.float32), ((4096, 8192), torch.bfloat16),
+                         ((4096, 16384), torch.bfloat16), ((4096, 16384), torch.float32),
                          ((1024, 32768), torch.bfloat16), ((64, 131072), torch.bfloat16)):
-        x, rows, parts = tensor(*shape, dtype=dtype), tensor(shape[0]), tensor(132, shape[1])
+        x, rows = tensor(*shape, dtype=dtype), tensor(shape[0])
+        programs = norm_triton.programs(x)
+        parts = tensor(2, programs, shape[1])
         weight = tensor(shape[1], dtype=dtype)
         label = "x".join(map(str, shape)) + f" {str(dtype)[6:]}"
         for kind, residual, bias, mean in (("rms", None, None, None), ("add layer", x, weight, rows)):
             yield Case(f"{label} {kind}", norm_triton.plan_forward(x, residual, weight, bias, x, residual, mean, rows,
                                                                    1e-5), generation)
-            plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts,
-                                             None if bias is None else parts, 132)
-            # ptxas spills a register of its own accord, to run two blocks on a multiprocessor.
-            yield Case(f"{label} {kind}", plan, generation, spills=4)
+            plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts[0],
+                                             None if bias is None else parts[1], programs)
+            # ptxas spills two registers of its own accord, to run two blocks on a multiprocessor. The widest rows fill
+            # all registers with their sums: to spill some of them costs less than to read the rows twice.
+            wide = shape[1] == 16384
+            yield Case(f"{label} {kind}", plan, generation, spills=400 if wide else 8)
+        yield Case(label, norm_triton.plan_sum(parts, tensor(2, shape[1], dtype=dtype)), generation)
 
 
 def streaming_cases(generation):
@@ -191,9 +197,13 @@ def quantized_linear_cases(generation):
         x = tensor(16, 4096, dtype=torch.int8) if dynamic else y
         weight = tensor(4096, 2048, dtype=torch.uint8) if int4 else tensor(4096, 4096, dtype=torch.int8)
         scale = tensor(4096, 4096 // group_size) if int4 else tensor(4096)
-        plan = quantized_linear_triton.plan(x, weight, scale, tensor(16, 1) if dynamic else None, tensor(4096), y,
-                                            mode, group_size)
-        yield Case(f"{mode} {dtype} groups of {group_size}", plan, generation)
+        for rows in (1, 16):
+            plan = quantized_linear_triton.plan(x[:rows], weight, scale, tensor(rows, 1) if dynamic else None,
+                                                tensor(4096), y[:rows], mode, group_size)
+            # ptxas spills two registers of its own accord, to run more blocks on a multiprocessor.
+            yield Case(f"{rows} {mode} {dtype} groups of {group_size}", plan, generation, spills=8 if rows == 1 else 0)
+        if dynamic:
+            yield Case("round", quantized_linear_triton.plan_round(y, x, tensor(16, 1)), generation)
 
 
 def linear_cross_entropy_cases(generation):

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastlm.ops.activation_kernels import ACCEPTS, differentiable
+from fastlm.ops.math_kernels_triton import exp, normal_tail, sigmoid
 from fastlm.ops.triton_kernels import DTYPES, adjacent, cannot_here, launch
 from fastlm.ops.triton_kernels import loses as loses_here
 
@@ -50,22 +51,29 @@ def _shape(gate, up):
         rows, cols = 1, rows * cols
     blocks = triton.cdiv(cols, BLOCK)
     return dict(gate_row=strides[0], up_row=strides[1], cols=cols, blocks=blocks, BLOCK=BLOCK,
-                num_warps=8), (rows * blocks,)
+                num_warps=4), (rows * blocks,)
 
 
 @triton.jit
 def _gate(a, KIND: tl.constexpr):
-    """Return the gate's value and its derivative."""
+    """Return the gate's value and its derivative, in float32 for an `a` of any dtype."""
+    exact: tl.constexpr = a.dtype == tl.float32
+    a = a.to(tl.float32)
     if KIND == "silu":
-        s = tl.sigmoid(a)
+        s = sigmoid(a)
         value = a * s
         slope = s + value * (1 - s)
     elif KIND == "gelu":
-        cdf = 0.5 * (1 + tl.erf(a * 0.7071067811865476))
+        e = exp(-0.5 * a * a)
+        if exact:
+            cdf = 0.5 * (1 + tl.erf(a * 0.7071067811865476))
+        else:  # what is rounded to 16 bits has no use for more, which would take longer than the memory does
+            tail = normal_tail(a, e)
+            cdf = tl.where(a < 0, tail, 1 - tail)
         value = a * cdf
-        slope = cdf + a * 0.3989422804014327 * tl.exp(-0.5 * a * a)
+        slope = cdf + a * 0.3989422804014327 * e
     else:
-        t = 2 * tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a)) - 1
+        t = 2 * sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a)) - 1
         value = 0.5 * a * (1 + t)
         slope = 0.5 * (1 + t) + 0.3989422804014327 * a * (1 - t * t) * (1 + 0.134145 * a * a)
     return value, slope
@@ -76,7 +84,7 @@ def forward_kernel(gate, up, y, gate_row, up_row, cols, blocks, KIND: tl.constex
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = col < cols
-    value, _ = _gate(tl.load(gate + row * gate_row + col, live, 0.0).to(tl.float32), KIND)
+    value, _ = _gate(tl.load(gate + row * gate_row + col, live, 0.0), KIND)
     if up is not None:
         value *= tl.load(up + row * up_row + col, live, 0.0).to(tl.float32)
     tl.store(y + row * cols + col, value, live)
@@ -88,7 +96,7 @@ def backward_kernel(dy, gate, up, dgate, dup, gate_row, up_row, cols, blocks, KI
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = col < cols
     g = tl.load(dy + row * cols + col, live, 0.0).to(tl.float32)
-    value, slope = _gate(tl.load(gate + row * gate_row + col, live, 0.0).to(tl.float32), KIND)
+    value, slope = _gate(tl.load(gate + row * gate_row + col, live, 0.0), KIND)
     if up is not None:
         tl.store(dup + row * cols + col, g * value, live)
         slope *= tl.load(up + row * up_row + col, live, 0.0).to(tl.float32)

@@ -11,32 +11,29 @@ import triton.language as tl
 
 from fastlm.autograd import Differentiable
 from fastlm.ops.cross_entropy import reference
+from fastlm.ops.math_kernels_triton import exp
+from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
+from fastlm.ops.triton_kernels import loses as loses_here
 
-INTERPRETED = triton.knobs.runtime.interpret
+__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 ACCEPTS = {"1 classes", "127 classes", "128 classes", "129 classes", "many classes", "none", "sum", "ignored",
            "ignored, none", "ignore class 3", "all ignored", "class weights", "everything, none", "everything, sum",
            "everything, mean", "smoothing of one", "outliers", "minus infinity", "no rows", "no rows, none", "images",
            "classes last in memory", "every other column"}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 PIECE = 8192
 
 
 def cannot(input, target, weight, ignore_index, reduction, label_smoothing):
-    if not (input.is_cuda or INTERPRETED):
-        return "needs a GPU"
-    if input.dtype not in DTYPES:
-        return f"no kernel for {input.dtype}"
     if target.is_floating_point():
         return "targets are probabilities"
     if input.size(1) == 0:
         return "there are no classes"
-    return None
+    return cannot_here(input)
 
 
 def loses(input, *rest):
-    return "not yet run on a GPU" if input.is_cuda else "interpreted"
+    return loses_here(input)
 
 
 def run(input, target, weight, ignore_index, reduction, label_smoothing):
@@ -51,7 +48,7 @@ def forward(tensors, needs, ignore_index, reduction, smoothing):
     logits, target, weight = tensors
     losses, counts, highest, log_sum = (torch.empty(target.shape, dtype=torch.float32, device=logits.device)
                                         for _ in range(4))
-    _launch(plan_forward(logits, target, weight, losses, counts, highest, log_sum, ignore_index, smoothing))
+    launch(plan_forward(logits, target, weight, losses, counts, highest, log_sum, ignore_index, smoothing), logits)
     saved = [highest, log_sum] if needs[0] else []
     if reduction == "none":
         return [losses.to(logits.dtype), *saved]
@@ -67,15 +64,18 @@ def backward(grads, saved, tensors, needs, ignore_index, reduction, smoothing):
     dlogits = None
     if needs[0]:
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        _launch(plan_backward(logits, target, weight, highest, log_sum, grads[0], total[0] if total else None, dlogits,
-                              ignore_index, smoothing))
+        launch(plan_backward(logits, target, weight, highest, log_sum, grads[0], total[0] if total else None, dlogits,
+                             ignore_index, smoothing), logits)
     return [dlogits, None, torch.zeros_like(weight) if needs[2] else None]
 
 
 def plan_forward(logits, target, weight, losses, counts, highest, log_sum, ignore_index, smoothing):
     """Return (kernel, grid, arguments)."""
-    arguments = dict(losses=losses, counts=counts, highest=highest, log_sum=log_sum)
-    return forward_kernel, (target.numel(),), arguments | _shared(logits, target, weight, ignore_index, smoothing)
+    shared = _shared(logits, target, weight, ignore_index, smoothing)
+    # Few threads that have much in flight, 128 bytes each: a reduction costs more of them more.
+    shared["num_warps"] = max(shared["PIECE"] * logits.element_size() // 4096, 4)
+    return forward_kernel, (target.numel(),), shared | dict(losses=losses, counts=counts, highest=highest,
+                                                            log_sum=log_sum)
 
 
 def plan_backward(logits, target, weight, highest, log_sum, dloss, total, dlogits, ignore_index, smoothing):
@@ -95,13 +95,6 @@ def _shared(logits, target, weight, ignore_index, smoothing):
                 weight_sum=weight.sum(dtype=torch.float32) if weighted else None, classes=classes,
                 ignore_index=ignore_index, smoothing=float(smoothing), SMOOTH=smoothing > 0, PIECE=piece,
                 num_warps=min(max(piece // 512, 4), 16), debug=True, sanitize_overflow=False)
-
-
-def _launch(plan):
-    kernel, grid, arguments = plan
-    if grid[0]:
-        with torch.cuda.device_of(arguments["x"]):
-            kernel[grid](**arguments)
 
 
 @triton.jit
@@ -137,15 +130,15 @@ def forward_kernel(x, x_row, x_col, target, target_row, weight, weight_col, weig
     total = tl.zeros((), tl.float32)
     weighted = tl.zeros((), tl.float32)
     for start in range(0, classes, PIECE):
-        col = (start + tl.arange(0, PIECE)).to(tl.int64)
-        z = tl.load(x + col * x_col, col < classes, -float("inf")).to(tl.float32)
+        col = start + tl.arange(0, PIECE)
+        z = tl.load(x + col.to(tl.int64) * x_col, col < classes, -float("inf")).to(tl.float32)
         new = tl.maximum(top, tl.max(z, 0))
         base = tl.where(new == -float("inf"), 0.0, new)
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base), 0)
+        total = total * exp(top - base) + tl.sum(exp(z - base), 0)
         top = new
         if SMOOTH:
             if weight is not None:
-                z *= tl.load(weight + col * weight_col, col < classes, 0.0).to(tl.float32)
+                z *= tl.load(weight + col.to(tl.int64) * weight_col, col < classes, 0.0).to(tl.float32)
             weighted += tl.sum(tl.where(col < classes, z, 0.0), 0)
     log_total = tl.log(total)
     loss = share * (log_total - (tl.load(x + y * x_col).to(tl.float32) - top))
@@ -175,13 +168,13 @@ def backward_kernel(x, x_row, x_col, target, target_row, weight, weight_col, wei
         mass = hit + _spread(weight_sum, classes, smoothing)
     top, log_total = tl.load(highest + row), tl.load(log_sum + row)
     for start in range(0, classes, PIECE):
-        col = (start + tl.arange(0, PIECE)).to(tl.int64)
-        z = tl.load(x + col * x_col, col < classes, 0.0).to(tl.float32)
-        g = mass * tl.exp(z - top - log_total) - tl.where(col == y, hit, 0.0)
+        col = start + tl.arange(0, PIECE)
+        z = tl.load(x + col.to(tl.int64) * x_col, col < classes, 0.0).to(tl.float32)
+        g = mass * exp(z - top - log_total) - tl.where(col == y.to(tl.int32), hit, 0.0)
         if SMOOTH:
             rest = smoothing / classes
             if weight is not None:
-                rest *= tl.load(weight + col * weight_col, col < classes, 0.0).to(tl.float32)
+                rest *= tl.load(weight + col.to(tl.int64) * weight_col, col < classes, 0.0).to(tl.float32)
             g -= rest
         g = tl.where(kept, g * upstream, 0.0)
         tl.store(dx + col, g.to(dx.dtype.element_ty), col < classes)

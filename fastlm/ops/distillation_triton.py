@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
 from fastlm.ops.loss_kernels import DIVERGENCES
+from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch, loses
 
 PIECE = 4096
@@ -57,14 +58,14 @@ def _add(top, total, u):
     """Add the exponentials of `u` to `total`, which is in units of exp(top)."""
     new = tl.maximum(top, tl.max(u, 0))
     base = tl.where(new == -float("inf"), 0.0, new)
-    return new, total * tl.exp(top - base) + tl.sum(tl.exp(u - base), 0)
+    return new, total * exp(top - base) + tl.sum(exp(u - base), 0)
 
 
 @triton.jit
 def _over_mixture(log_p, log_q, beta):
     """Return log(q/m) and log(p/m), m = β·q + (1 - β)·p, both from the logarithm of m over the larger of p and q."""
     gap = log_q - log_p
-    less = tl.exp(-tl.abs(gap))
+    less = exp(-tl.abs(gap))
     above = tl.log(tl.where(gap > 0, beta + (1 - beta) * less, (1 - beta) + beta * less))
     return tl.where(gap > 0, -above, gap - above), tl.where(gap > 0, -gap - above, -above)
 
@@ -82,17 +83,21 @@ def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teache
     t_total = tl.zeros((), tl.float32)
     h_total = tl.zeros((), tl.float32)
     picked = tl.zeros((), tl.float32)
-    y = tl.full((), -1, tl.int64)
+    h_share = tl.zeros((), tl.float32)
+    y = tl.full((), -1, tl.int32)
     if target is not None:
-        y = tl.load(target + row)
+        t = tl.load(target + row)
+        y = tl.where((t >= 0) & (t < classes), t, -1).to(tl.int32)
     for start in range(0, classes, PIECE):
-        col = (start + tl.arange(0, PIECE)).to(tl.int64)
+        col = start + tl.arange(0, PIECE)
         u = _load(student, student_bias, col, classes)
         s_top, s_total = _add(s_top, s_total, u * inverse)
         t_top, t_total = _add(t_top, t_total, _load(teacher, teacher_bias, col, classes) * inverse)
         if target is not None:
             h_top, h_total = _add(h_top, h_total, u)
-            picked += tl.sum(tl.where(col == y, u, 0.0), 0)
+    if target is not None:
+        picked = tl.where(y < 0, 0.0, _load(student, student_bias, tl.where(y < 0, classes, y), classes))
+        h_share = 1 / h_total
     s_log, t_log = tl.log(s_total), tl.log(t_total)
     factor = tl.zeros((), tl.float32)
     up = tl.zeros((), tl.float32)
@@ -103,11 +108,11 @@ def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teache
     of_q = tl.zeros((), tl.float32)
     of_p = tl.zeros((), tl.float32)
     for start in range(0, classes, PIECE):
-        col = (start + tl.arange(0, PIECE)).to(tl.int64)
+        col = start + tl.arange(0, PIECE)
         u = _load(student, student_bias, col, classes)
         log_p = u * inverse - s_top - s_log
         log_q = _load(teacher, teacher_bias, col, classes) * inverse - t_top - t_log
-        p, q = tl.exp(log_p), tl.exp(log_q)
+        p, q = exp(log_p), exp(log_q)
         q_over, p_over = log_q - log_p, log_p - log_q
         if KIND == 2:
             q_over, p_over = _over_mixture(log_p, log_q, beta)
@@ -118,7 +123,7 @@ def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teache
         if KIND == 0 and out is not None:
             g = factor * (p - q)
             if target is not None:
-                g += up * (tl.exp(u - h_top) / h_total - tl.where(col == y, 1.0, 0.0))
+                g += up * (exp(u - h_top) * h_share - tl.where(col == y, 1.0, 0.0))
             g = tl.where((factor != 0) | (up != 0), g, 0.0)
             tl.store(out + col, g.to(out.dtype.element_ty), col < classes)
     found = soft * (beta * of_q + (1 - beta) * of_p)
@@ -127,11 +132,11 @@ def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teache
     tl.store(loss + row, found)
     if KIND != 0 and out is not None:
         for start in range(0, classes, PIECE):
-            col = (start + tl.arange(0, PIECE)).to(tl.int64)
+            col = start + tl.arange(0, PIECE)
             u = _load(student, student_bias, col, classes)
             log_p = u * inverse - s_top - s_log
             log_q = _load(teacher, teacher_bias, col, classes) * inverse - t_top - t_log
-            p = tl.exp(log_p)
+            p = exp(log_p)
             p_over = log_p - log_q
             part = factor
             if KIND == 2:
@@ -139,7 +144,7 @@ def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teache
                 part = factor * (1 - beta)
             g = tl.where(part != 0, tl.where(p > 0, part * p * (p_over - of_p), 0.0), 0.0)
             if target is not None:
-                g += up * (tl.exp(u - h_top) / h_total - tl.where(col == y, 1.0, 0.0))
+                g += up * (exp(u - h_top) * h_share - tl.where(col == y, 1.0, 0.0))
             g = tl.where((factor != 0) | (up != 0), g, 0.0)
             tl.store(out + col, g.to(out.dtype.element_ty), col < classes)
 

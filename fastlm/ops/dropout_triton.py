@@ -52,7 +52,7 @@ def plan(x, residual, seed, y, p):
     """Return (kernel, grid, arguments) for contiguous tensors."""
     return kernel, (triton.cdiv(x.numel(), 4 * BLOCK),), dict(
         x=x, residual=residual, seed=seed, y=y, numbers=x.numel(), p=float(p), scale=1 / (1 - p) if p < 1 else 0.0,
-        BLOCK=BLOCK, num_warps=8)
+        BLOCK=BLOCK, num_warps=4)
 
 
 @triton.jit

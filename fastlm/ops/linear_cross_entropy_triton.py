@@ -4,36 +4,33 @@ One reads a block of logits once, one reads it again and overwrites it with its 
 pieces, so that the classes may be any number. The host never waits for the device.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
-
-INTERPRETED = triton.knobs.runtime.interpret
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastlm.ops.math_kernels_triton import exp
+from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
+from fastlm.ops.triton_kernels import loses as loses_here
 
 PIECE = 8192
 
 
 def cannot(input, *rest):
-    if not (input.is_cuda or INTERPRETED):
-        return "needs a GPU"
-    if input.dtype not in DTYPES:
-        return f"no kernel for {input.dtype}"
-    return refuses(input, *rest)
+    return cannot_here(input) or refuses(input, *rest)
 
 
 def loses(input, *rest):
     if rest[-1] and input.is_cuda:  # classes that ranks share: stock has nothing for them
         return None
-    return "not yet run on a GPU" if input.is_cuda else "interpreted"
+    return loses_here(input)
 
 
 def plan_read(logits, targets, sums, entropy):
     """Return (kernel, grid, arguments) of `read` in loss_kernels.py."""
-    return read_kernel, (len(logits.z),), dict(sums=sums, ENTROPY=entropy) | _shared(logits, targets)
+    shared = _shared(logits, targets)
+    # As in cross_entropy_triton.py: few threads that have much in flight.
+    shared["num_warps"] = max(shared["PIECE"] * logits.z.element_size() // 4096, 4)
+    return read_kernel, (len(logits.z),), shared | dict(sums=sums, ENTROPY=entropy)
 
 
 def plan_gradient(logits, targets, rows, out):
@@ -53,31 +50,34 @@ def _shared(logits, targets):
                 num_warps=min(max(piece // 512, 4), 16), sanitize_overflow=False)
 
 
-def _launch(plan):
-    kernel, grid, arguments = plan
-    if grid[0]:
-        with torch.cuda.device_of(arguments["z"]):
-            kernel[grid](**arguments)
-
-
 class Kernels:
     """`read` and `gradient` of `loss_kernels.LossKernels`, in Triton."""
 
     native = None  # torch makes the products
 
     def read(self, logits, targets, sums, entropy=False):
-        _launch(plan_read(logits, targets, sums, entropy))
+        launch(plan_read(logits, targets, sums, entropy), sums)
         return logits, targets
 
     def gradient(self, state, rows, out):
-        _launch(plan_gradient(*state, rows, out))
+        launch(plan_gradient(*state, rows, out), out)
 
 
 @triton.jit
 def _tanh(x):
-    t = tl.exp(-2 * tl.abs(x))
+    t = exp(-2 * tl.abs(x))
     y = (1 - t) / (1 + t)
     return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _target(target, row, first, classes):
+    """Return a row's target as a column of these classes, -1 where it is none of them."""
+    y = tl.full((), -1, tl.int32)
+    if target is not None:
+        t = tl.load(target + row) - first
+        y = tl.where((t >= 0) & (t < classes), t, -1).to(tl.int32)
+    return y
 
 
 @triton.jit
@@ -114,32 +114,30 @@ def read_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, 
     z += row * z_row
     if soft is not None:
         soft += row * soft_row
-    y = tl.full((), -1, tl.int64)
-    if target is not None:
-        y = tl.load(target + row) - first
+    y = _target(target, row, first, classes)
     top = tl.full((), -float("inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     moment = tl.zeros((), tl.float32)
-    picked = tl.zeros((), tl.float32)
     weighted = tl.zeros((), tl.float32)
     mass = tl.zeros((), tl.float32)
     for start in range(0, classes, PIECE):
-        col = (start + tl.arange(0, PIECE)).to(tl.int64)
+        col = start + tl.arange(0, PIECE)
         u, _ = _load(z, bias, col, classes, softcap, CAPPED)
         new = tl.maximum(top, tl.max(u, 0))
         base = tl.where(new == -float("inf"), 0.0, new)
-        shrink = tl.exp(top - base)
-        e = tl.exp(u - base)
+        shrink = exp(top - base)
+        e = exp(u - base)
         if ENTROPY:
             kept = tl.where(shrink > 0, shrink * (moment + (top - base) * total), 0.0)
             moment = kept + tl.sum(tl.where(e > 0, e * (u - base), 0.0), 0)
         total = total * shrink + tl.sum(e, 0)
         top = new
-        picked += tl.sum(tl.where(col == y, u, 0.0), 0)
         if SPREAD:
             t = _spread(weight, soft, col, classes, share, even)
             weighted += tl.sum(tl.where(t == 0, 0.0, t * u), 0)
             mass += tl.sum(t, 0)
+    own, _ = _load(z, bias, tl.where(y < 0, classes, y), classes, softcap, CAPPED)
+    picked = tl.where(y < 0, 0.0, own)
     sums += row * 6
     tl.store(sums, top)
     tl.store(sums + 1, total)
@@ -157,17 +155,15 @@ def gradient_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_r
     out += row * out_row
     if soft is not None:
         soft += row * soft_row
-    y = tl.full((), -1, tl.int64)
-    if target is not None:
-        y = tl.load(target + row) - first
+    y = _target(target, row, first, classes)
     rows += row * 5
     top, total = tl.load(rows), tl.load(rows + 1)
     up, down, hit = tl.load(rows + 2), tl.load(rows + 3), tl.load(rows + 4)
     counts = (up != 0) | (down != 0) | (hit != 0)
     for start in range(0, classes, PIECE):
-        col = (start + tl.arange(0, PIECE)).to(tl.int64)
+        col = start + tl.arange(0, PIECE)
         u, slope = _load(z, bias, col, classes, softcap, CAPPED)
-        g = tl.exp(u - top) * (up / total) - tl.where(col == y, hit, 0.0)
+        g = exp(u - top) * (up / total) - tl.where(col == y, hit, 0.0)
         if SPREAD:
             g -= down * _spread(weight, soft, col, classes, share, even)
         g = tl.where(counts, g * slope, 0.0)

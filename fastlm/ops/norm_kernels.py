@@ -34,7 +34,8 @@ class Norms:
         forward: `forward(x, residual, weight, bias, eps, centred)` with x and residual `[T, H]` returns y, the sum
             (None without a residual), mean (None for RMS norm) and the reciprocal root, float32 `[T]` both.
         backward: `backward(dy, dsum, x, weight, mean, rstd, needs)` returns the gradients of x, weight and bias, None
-            where `needs` is False; x is the sum where there was a residual.
+            where `needs` has False or None: it says whether x needs one, and for weight and bias of which dtype, which
+            a kernel need not heed. x is the sum where there was a residual.
     """
 
     def __init__(self, name: str, forward: Callable, backward: Callable):
@@ -69,7 +70,7 @@ class Norms:
         x, _, weight, bias = tensors
         mean, rstd = saved if centred else (None, *saved)
         dx, dweight, dbias = self.backward(*grads, *(None,) * (2 - len(grads)), x, weight, mean, rstd,
-                                           (needs[0], needs[2], needs[3]))
+                                           (needs[0], needs[2] and weight.dtype, needs[3] and bias.dtype))
         return [dx, None, dweight if weight is None or dweight is None else dweight.to(weight.dtype),
                 dbias if bias is None or dbias is None else dbias.to(bias.dtype)]
 

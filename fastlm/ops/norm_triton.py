@@ -15,7 +15,8 @@ from fastlm.ops.triton_kernels import loses as loses_here
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 # The widest rows that a block holds without spilling, see tests/test_triton.py, and the pieces of wider ones.
-FORWARD_WIDTH, BACKWARD_WIDTH, PIECE = 32768, 8192, 4096
+FORWARD_WIDTH, BACKWARD_WIDTH, PIECE = 32768, 16384, 4096
+TILE = 1024  # numbers that a program of backward takes at a time, where rows are shorter
 
 
 def cannot(input, residual, weight, bias, shape, eps, centred):
@@ -40,11 +41,33 @@ def forward(x, residual, weight, bias, eps, centred):
 def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
     weight = None if weight is None else weight.contiguous()
-    programs = min(x.shape[0], multiprocessors(x.device))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    dweight, dbias = (torch.zeros(programs, x.shape[1], device=x.device) if need else None for need in needs[1:])
-    launch(plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, programs), x)
-    return dx, *(None if t is None else t.sum(0) for t in (dweight, dbias))
+    dtypes = [dtype for dtype in needs[1:] if dtype]
+    make = torch.empty if x.shape[1] <= BACKWARD_WIDTH else torch.zeros  # pieces are added to what is there
+    parts = make(len(dtypes), programs(x), x.shape[1], dtype=torch.float32, device=x.device)
+    found = iter(parts)
+    dweight, dbias = (next(found) if dtype else None for dtype in needs[1:])
+    launch(plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, parts.shape[1]), x)
+    dtype = dtypes[0] if len({*dtypes}) == 1 else torch.float32
+    sums = torch.empty(len(dtypes), x.shape[1], dtype=dtype, device=x.device)
+    launch(plan_sum(parts, sums), x)
+    found = iter(sums)
+    return dx, *(next(found) if dtype else None for dtype in needs[1:])
+
+
+def programs(x):
+    """Return how many programs share the rows of x: some on a multiprocessor, of which one computes while others load.
+
+    Each has a row of float32 sums. More than one on a multiprocessor have eight rows of x at least: their sums are few.
+    """
+    rows, cols = x.shape
+    each = max(1, min(8, 8192 // max(cols, 1)))
+    most = max(multiprocessors(x.device), min(each * multiprocessors(x.device), rows // 8))
+    return max(1, min(triton.cdiv(rows, _height(cols)), most))
+
+
+def _height(cols):
+    return max(1, TILE // triton.next_power_of_2(cols))
 
 
 def plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps):
@@ -62,16 +85,30 @@ def plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps):
 
 
 def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, programs):
-    """Return (kernel, grid, arguments); `dweight` and `dbias` are `[programs, H]`, zeros before."""
+    """Return (kernel, grid, arguments); `dweight` and `dbias` are `[programs, H]`, zeros where rows are wide."""
     rows, cols = x.shape
     width = triton.next_power_of_2(cols)
     whole = width <= BACKWARD_WIDTH
+    height = _height(cols)
     width = width if whole else PIECE
+    # The next rows come into shared memory while these are reduced, where the smallest of the GPUs has the room.
+    held = width <= 8192 or x.element_size() == 4  # the weight: in registers, where others don't spill for it
+    ahead = x.element_size() * (2 if dsum is None else 3) + (0 if held or weight is None else weight.element_size())
+    stages = 2 if whole and width * height * ahead <= 160 << 10 else 1
+    # Without fusion of products and sums: a row of one number has the gradient 0, w·g less w·g, rounded alike.
     arguments = dict(dy=dy, dy_row=dy.stride(0), dsum=dsum, dsum_row=0 if dsum is None else dsum.stride(0), x=x,
                      x_row=x.stride(0), weight=weight, mean=mean, rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
-                     rows=rows, cols=cols, share=triton.cdiv(rows, max(programs, 1)), WIDTH=width, WHOLE=whole,
-                     num_warps=min(max(width // 512, 4), 16))
+                     rows=rows, cols=cols, share=triton.cdiv(rows, max(programs * height, 1)), HEIGHT=height,
+                     WIDTH=width, WHOLE=whole, HELD=held, STAGES=stages, num_warps=min(max(width // 512, 4), 32),
+                     enable_fp_fusion=False)
     return backward_kernel, (programs,), arguments
+
+
+def plan_sum(parts, sums):
+    """Return (kernel, grid, arguments) for parts `[K, programs, H]` and their sums `[K, H]`."""
+    count, programs, cols = parts.shape
+    return sum_kernel, (triton.cdiv(cols, 32), count), dict(parts=parts, sums=sums, programs=programs, cols=cols,
+                                                            HEIGHT=128, WIDTH=32, num_warps=8)
 
 
 @triton.jit
@@ -140,26 +177,37 @@ def forward_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mea
 
 
 @triton.jit
-def _parts(dy, x, weight, dy_at, x_at, lane, live, middle, r):
-    """Return the upstream gradient g, the normalised x, and u = weight ⊙ g."""
+def _parts(dy, x, w, dy_at, x_at, live, middle, r):
+    """Return the upstream gradient g, the normalised x, and u = w ⊙ g."""
     g = tl.load(dy + dy_at, live, 0.0).to(tl.float32)
     normal = tl.where(live, (tl.load(x + x_at, live, 0.0).to(tl.float32) - middle) * r, 0.0)
     u = g
-    if weight is not None:
-        u = g * tl.load(weight + lane, live, 0.0).to(tl.float32)
+    if w is not None:
+        u = g * w.to(tl.float32)
     return g, normal, u
 
 
 @triton.jit
+def _weight(weight, lane, inside):
+    w = None
+    if weight is not None:
+        w = tl.load(weight + lane, inside, 0.0)
+    return w
+
+
+@triton.jit
 def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, rows, cols, share,
-                    WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+                    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, HELD: tl.constexpr,
+                    STAGES: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, WIDTH)
+    lane = tl.arange(0, WIDTH)[None, :]
     own = program * cols
-    dw = tl.zeros((WIDTH,), tl.float32)
-    db = tl.zeros((WIDTH,), tl.float32)
-    for i in range(0, share):
-        row = program * share + i
+    dw = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    db = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    if WHOLE and HELD:
+        w = _weight(weight, lane, lane < cols)
+    for i in tl.range(0, share, num_stages=STAGES):
+        row = (program * share + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
         here = row < rows
         r = tl.load(rstd + row, here, 0.0)
         middle = 0.0
@@ -167,32 +215,38 @@ def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx
             middle = tl.load(mean + row, here, 0.0)
         if WHOLE:
             live = here & (lane < cols)
-            g, normal, u = _parts(dy, x, weight, row * dy_row + lane, row * x_row + lane, lane, live, middle, r)
+            if not HELD:
+                w = _weight(weight, lane, lane < cols)
+            g, normal, u = _parts(dy, x, w, row * dy_row + lane, row * x_row + lane, live, middle, r)
             if dx is not None:
-                d = u - normal * (tl.sum(u * normal) / cols)
+                d = u - normal * (tl.sum(u * normal, 1, keep_dims=True) / cols)
                 if mean is not None:
-                    d -= tl.sum(u) / cols
+                    d -= tl.sum(u, 1, keep_dims=True) / cols
                 d *= r
                 if dsum is not None:
                     d += tl.load(dsum + row * dsum_row + lane, live, 0.0).to(tl.float32)
                 tl.store(dx + row * cols + lane, d, live)
-            dw += g * normal
-            db += g
+            if dweight is not None:
+                dw += g * normal
+            if dbias is not None:
+                db += g
         else:
-            along = 0.0
-            level = 0.0
+            along = tl.zeros((HEIGHT, 1), tl.float32)
+            level = tl.zeros((HEIGHT, 1), tl.float32)
             if dx is not None:
                 for start in range(0, cols, WIDTH):
                     col = start + lane
                     live = here & (col < cols)
-                    g, normal, u = _parts(dy, x, weight, row * dy_row + col, row * x_row + col, col, live, middle, r)
-                    along += tl.sum(u * normal)
+                    w = _weight(weight, col, live)
+                    g, normal, u = _parts(dy, x, w, row * dy_row + col, row * x_row + col, live, middle, r)
+                    along += tl.sum(u * normal, 1, keep_dims=True)
                     if mean is not None:
-                        level += tl.sum(u)
+                        level += tl.sum(u, 1, keep_dims=True)
             for start in range(0, cols, WIDTH):
                 col = start + lane
                 live = here & (col < cols)
-                g, normal, u = _parts(dy, x, weight, row * dy_row + col, row * x_row + col, col, live, middle, r)
+                w = _weight(weight, col, live)
+                g, normal, u = _parts(dy, x, w, row * dy_row + col, row * x_row + col, live, middle, r)
                 if dx is not None:
                     d = (u - normal * (along / cols) - level / cols) * r
                     if dsum is not None:
@@ -203,10 +257,23 @@ def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx
                 if dbias is not None:
                     tl.store(dbias + own + col, tl.load(dbias + own + col, live, 0.0) + g, live)
     if WHOLE:
+        lane = tl.arange(0, WIDTH)
         if dweight is not None:
-            tl.store(dweight + own + lane, dw, lane < cols)
+            tl.store(dweight + own + lane, tl.sum(dw, 0), lane < cols)
         if dbias is not None:
-            tl.store(dbias + own + lane, db, lane < cols)
+            tl.store(dbias + own + lane, tl.sum(db, 0), lane < cols)
+
+
+@triton.jit
+def sum_kernel(parts, sums, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    which = tl.program_id(1).to(tl.int64)
+    col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for start in range(0, programs, HEIGHT):
+        row = start + tl.arange(0, HEIGHT)[:, None]
+        at = (which * programs + row) * cols + col[None, :]
+        total += tl.load(parts + at, (row < programs) & (col < cols)[None, :], 0.0)
+    tl.store(sums + which * cols + col, tl.sum(total, 0), col < cols)
 
 
 run = Norms("norm_triton", forward, backward).run

@@ -42,6 +42,11 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else 132
 
 
+def concurrent(device: torch.device) -> bool:
+    """Return whether programs run at the same time, so that one may wait for another: interpreted ones don't."""
+    return device.type != "cpu" and not INTERPRETED
+
+
 def adjacent(t: Tensor | None) -> Tensor | None:
     """Return `t` with the elements of its last dimension side by side, which costs a copy where they are not."""
     return t if t is None or t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
