@@ -13,6 +13,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -232,6 +233,11 @@ def distillation_cases(generation):
 
 
 def attention_cases(generation):
+    with mock.patch.object(attention_launch_triton, "generation", lambda device: generation):
+        yield from cases_of_attention(generation)
+
+
+def cases_of_attention(generation):
     other = generation != 90  # one stands for all where only loads and comparisons are added
     masks = {kind: tensor(1, 16, 2048, 2048, dtype=kind) for kind in (torch.bool, torch.float32)}
     for dim in (64, 128, 256):

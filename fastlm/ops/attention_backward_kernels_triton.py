@@ -1,28 +1,33 @@
 """Attention's backward in Triton, without atomics: gradients of keys and values, of queries, and of the mask.
 
 One pass for dk and dv walks the queries, one for dq the keys. The gradient ds is that of the scores after scale, cap,
-mask and bias: p ⊙ (dp - delta), delta = Σ o·do - dlse.
+mask and bias: p ⊙ (dp - delta), delta = Σ o·do - dlse. Dropout keeps a share of p and divides o by the share: there ds
+is (kept p ⊙ dp - p ⊙ share·delta) / share, and the division is left to the end.
 """
 
 import triton
 import triton.language as tl
 
 from fastlm.ops.attention_score_kernels_triton import (
+    afresh,
     align,
     dot,
     drop,
     ends,
-    exp_below,
     keys_seen,
     load_keys,
+    load_mask,
     load_query,
     load_rows,
     load_upstream,
+    part,
+    place,
     queries_seeing,
     query_and_head,
     row_numbers,
     scores,
     store_rows,
+    weights_of,
 )
 
 
@@ -46,26 +51,37 @@ def delta_kernel(o, do, dlse, delta, rows_in_all, Y, Z, do_x, do_y, do_z, do_d, 
 
 
 @triton.jit
-def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, lse, delta, start, end,
+def _slope(p, weights, dp, delta, queries):
+    """Return the gradient of scores; where `weights` are what dropout kept of p, times the share that it keeps."""
+    if queries.draws is None:
+        found = p * (dp - delta)
+    else:
+        found = weights * dp - p * delta
+    return found
+
+
+@triton.jit
+def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, lse, delta, walk,
                   M: tl.constexpr, CUT: tl.constexpr, DK: tl.constexpr):
-    """Add what rows from `start` to `end` give to the gradients of a tile of keys and values; scores are `[N, M]`."""
-    for begin in range(start, end, M):
-        r = begin + tl.arange(0, M)
-        query = load_query(queries, r, band, size)
-        dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring)
-        s = dot(key, query.T, None, scoring.EXACT)
+    """Add what the rows of a walk give to the gradients of a tile of keys and values; scores are `[N, M]`."""
+    first, last = part(walk, CUT)
+    for begin in tl.range(first, last, M, num_stages=1 if CUT else None):
+        begin = place(begin, walk, CUT)
+        r = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, M), M), M)
         i, head = query_and_head(queries, r[None, :])
-        s, bend = scores(s, i, head, j, queries, keys, band, scoring, CUT, False)
-        p = exp_below(s, row_lse[None, :], scoring)
+        mask = load_mask(i, head, j, queries, band, CUT)
+        query = load_query(queries, r, band, size, not CUT)
+        dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring, not CUT)
+        s = dot(key, query.T, None, scoring.EXACT)
+        s, bend = scores(s, mask, i, head, j, queries, keys, band, scoring, CUT)
+        p = weights_of(s, row_lse[None, :], scoring)
         weights = p
         if queries.draws is not None:
-            weights = drop(p, i, head, j, queries, band, scoring)
+            weights = drop(p, i, head, j, queries, band, scoring, CUT)
         dvalue = dot(weights.to(dout.dtype), dout, dvalue, scoring.EXACT)
         if DK:
             dp = dot(value, dout.T, None, scoring.EXACT)
-            if queries.draws is not None:
-                dp = drop(dp, i, head, j, queries, band, scoring)
-            ds = p * (dp - row_delta[None, :]) * bend
+            ds = _slope(p, weights, dp, row_delta[None, :], queries) * bend
             dkey = dot(ds.to(query.dtype), query, dkey, scoring.EXACT)
     return dkey, dvalue
 
@@ -73,56 +89,57 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
 @triton.jit
 def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, lse, delta, dk, dv,
                   M: tl.constexpr, N: tl.constexpr):
-    """Compute the gradients of a tile of keys and values, whose rows are `first_col` + j·col_s in dk and dv.
-
-    Keys from the last on, and rows of queries from the last on, need no mask: what they give is not stored, or 0.
-    """
+    """Compute the gradients of a tile of keys and values, whose rows are `first_col` + j·col_s in dk and dv."""
     j = tile * N + tl.arange(0, N)
     key, value = load_keys(keys, j, band, size, False)
     start, end, low, high = queries_seeing(tile * N, tile * N + N, band, ranges)
-    start, low, high, end = align(start * queries.group, end * queries.group, low * queries.group,
-                                   high * queries.group, M)
+    walk = align(start * queries.group, end * queries.group, low * queries.group, high * queries.group, M)
     dkey = tl.zeros((N, size.BLOCK_D), tl.float32)
     dvalue = tl.zeros((N, size.BLOCK_DV), tl.float32)
     DK: tl.constexpr = dk is not None
-    if band.UPPER:
-        dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, lse,
-                                     delta, start, low, M, True, DK)
-    if not band.LOWER:
-        high = end
     dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, lse, delta,
-                                 low, high, M, False, DK)
-    if band.LOWER:
-        dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, lse,
-                                     delta, high, end, M, True, DK)
+                                 walk, M, False, DK)
+    dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, lse, delta,
+                                 walk, M, True, DK)
+    j = afresh(tile) * N + tl.arange(0, N)
     at = first_col + j.to(tl.int64) * col_s
+    scale = scoring.scale
+    if queries.draws is not None:
+        scale = scale / scoring.share
+        dvalue = dvalue / scoring.share
     if dk is not None:
-        store_rows(dk, at * size.D, j < band.keys, dkey * scoring.scale, size.D, size.BLOCK_D)
+        store_rows(dk, at * size.D, j < band.keys, dkey * scale, size.D, size.BLOCK_D)
     if dv is not None:
         store_rows(dv, at * size.DV, j < band.keys, dvalue, size.DV, size.BLOCK_DV)
 
 
 @triton.jit
-def _slope(query, dout, lse, delta, r, queries, keys, j, band, scoring, size, CUT: tl.constexpr):
-    """Return the gradient of a tile of scores `[M, N]`, the cap's derivative, and the keys."""
+def _slopes(query, dout, lse, delta, mask, r, queries, keys, j, band, scoring, size, CUT: tl.constexpr,
+            WHOLE: tl.constexpr):
+    """Return the gradient of a tile of scores `[M, N]`, the cap's derivative, and the keys; WHOLE as in load_keys."""
     i, head = query_and_head(queries, r[:, None])
-    key, value = load_keys(keys, j, band, size, not CUT)
+    key, value = load_keys(keys, j, band, size, WHOLE)
     s = dot(query, key.T, None, scoring.EXACT)
-    s, bend = scores(s, i, head, j[None, :], queries, keys, band, scoring, CUT, not CUT)
-    p = exp_below(s, lse[:, None], scoring)
+    s, bend = scores(s, mask, i, head, j[None, :], queries, keys, band, scoring, CUT)
+    p = weights_of(s, lse[:, None], scoring)
     dp = dot(dout, value.T, None, scoring.EXACT)
+    weights = p
     if queries.draws is not None:
-        dp = drop(dp, i, head, j[None, :], queries, band, scoring)
-    return p * (dp - delta[:, None]), bend, key
+        weights = drop(p, i, head, j[None, :], queries, band, scoring, not WHOLE)
+    return _slope(p, weights, dp, delta[:, None], queries), bend, key
 
 
 @triton.jit
-def _walk_keys(dquery, query, dout, lse, delta, r, queries, keys, band, scoring, size, start, end, N: tl.constexpr,
+def _walk_keys(dquery, query, dout, lse, delta, r, queries, keys, band, scoring, size, walk, N: tl.constexpr,
                CUT: tl.constexpr):
-    """Add what the keys from `start` to `end` give to the gradient of a tile of queries."""
-    for begin in range(start, end, N):
+    """Add what the keys of a walk give to the gradient of a tile of queries."""
+    first, last = part(walk, CUT)
+    for begin in tl.range(first, last, N, num_stages=1 if CUT else None):
+        begin = place(begin, walk, CUT)
         j = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, N), N), N)
-        ds, bend, key = _slope(query, dout, lse, delta, r, queries, keys, j, band, scoring, size, CUT)
+        i, head = query_and_head(queries, r[:, None])
+        mask = load_mask(i, head, j[None, :], queries, band, CUT)
+        ds, bend, key = _slopes(query, dout, lse, delta, mask, r, queries, keys, j, band, scoring, size, CUT, not CUT)
         dquery = dot((ds * bend).to(key.dtype), key, dquery, scoring.EXACT)
     return dquery
 
@@ -134,29 +151,26 @@ def backward_queries(tile, band, queries, keys, scoring, size, ranges, lse, delt
     r = tile * M + tl.arange(0, M)
     first, last = ends(tile, queries, band, M)
     start, end, low, high = keys_seen(first, last, band, ranges)
-    start, low, high, end = align(start, end, low, high, N)
-    query = load_query(queries, r, band, size)
-    dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring)
+    walk = align(start, end, low, high, N)
+    query = load_query(queries, r, band, size, False)
+    dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring, False)
     dquery = tl.zeros((M, size.BLOCK_D), tl.float32)
-    if band.LOWER:
-        dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, start, low,
-                            N, True)
-    dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, low, high, N,
-                        False)
-    dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, high, end, N,
-                        True)
+    dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, walk, N, False)
+    dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, walk, N, True)
+    r = afresh(tile) * M + tl.arange(0, M)
     inside = r < band.queries * queries.group
-    store_rows(dq, row_numbers(queries, r) * size.D, inside, dquery * scoring.scale, size.D, size.BLOCK_D)
+    scale = scoring.scale
+    if queries.draws is not None:
+        scale = scale / scoring.share
+    store_rows(dq, row_numbers(queries, r) * size.D, inside, dquery * scale, size.D, size.BLOCK_D)
 
 
 @triton.jit
-def mask_slope(row_tile, col_tile, band, queries, keys, scoring, size, lse, delta, M: tl.constexpr, N: tl.constexpr):
-    """Return the gradient of a tile of scores `[M, N]` of one head."""
-    found = tl.zeros((M, N), tl.float32)
-    start, end, _, _ = keys_seen(row_tile * M, tl.minimum(row_tile * M + M, band.queries), band, None)
-    if (col_tile * N < end) & (col_tile * N + N > start):
-        r, j = row_tile * M + tl.arange(0, M), col_tile * N + tl.arange(0, N)
-        query = load_query(queries, r, band, size)
-        dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring)
-        found = _slope(query, dout, row_lse, row_delta, r, queries, keys, j, band, scoring, size, True)[0]
-    return found
+def mask_slope(r, j, mask, band, queries, keys, scoring, size, lse, delta, CUT: tl.constexpr):
+    """Return the gradient of the scores of one head at rows r and keys j, given the mask there.
+
+    Unless CUT, it is -∞ where a query may not see a key.
+    """
+    query = load_query(queries, r, band, size, False)
+    dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring, False)
+    return _slopes(query, dout, row_lse, row_delta, mask, r, queries, keys, j, band, scoring, size, CUT, False)[0]

@@ -6,15 +6,18 @@ import triton.language as tl
 from fastlm.ops.attention_score_kernels_triton import (
     LN_2,
     LOG2_E,
+    afresh,
     align,
     as_score,
     dot,
     drop,
     ends,
-    exp_below,
     keys_seen,
     load_keys,
+    load_mask,
     load_query,
+    part,
+    place,
     query_and_head,
     row_numbers,
     scores,
@@ -23,23 +26,36 @@ from fastlm.ops.attention_score_kernels_triton import (
 
 
 @triton.jit
-def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, start, end, N: tl.constexpr,
+def _below(s, base, scoring):
+    """Return 2^((s - base)·factor); where it need not be EXACT, with the product and the sum in one instruction."""
+    if scoring.EXACT:
+        x = (s - base) * scoring.factor
+    else:
+        x = s * scoring.factor - base * scoring.factor
+    return tl.exp2(x)
+
+
+@triton.jit
+def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, walk, N: tl.constexpr,
             CUT: tl.constexpr):
-    """Add the keys from `start` to `end` to the running output, sum and maximum of a tile of queries."""
+    """Add the keys of a walk to the running output, sum and maximum of a tile of queries."""
     i, head = query_and_head(queries, r[:, None])
-    for begin in range(start, end, N):
+    first, last = part(walk, CUT)
+    for begin in tl.range(first, last, N, num_stages=1 if CUT else None):
+        begin = place(begin, walk, CUT)
         j = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, N), N), N)
+        mask = load_mask(i, head, j[None, :], queries, band, CUT)
         key, value = load_keys(keys, j, band, size, not CUT)
         s = dot(query, key.T, None, scoring.EXACT)
-        s, _ = scores(s, i, head, j[None, :], queries, keys, band, scoring, CUT, not CUT)
+        s, _ = scores(s, mask, i, head, j[None, :], queries, keys, band, scoring, CUT)
         new = tl.maximum(highest, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
-        p = exp_below(s, base[:, None], scoring)
-        shrink = exp_below(highest, base, scoring)
+        p = _below(s, base[:, None], scoring)
+        shrink = _below(highest, base, scoring)
         total = total * shrink + tl.sum(p, 1)
         highest = new
         if queries.draws is not None:
-            p = drop(p, i, head, j[None, :], queries, band, scoring)
+            p = drop(p, i, head, j[None, :], queries, band, scoring, CUT)
         acc = dot(p.to(value.dtype), value, acc * shrink[:, None], scoring.EXACT)
     return acc, total, highest
 
@@ -53,34 +69,32 @@ def forward_tile(tile, split, splits, rows_in_all, band, queries, keys, scoring,
     start, end, low, high = keys_seen(first, last, band, ranges)
     highest = tl.full((M,), -float("inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    i, head = query_and_head(queries, r)
-    inside = i < band.queries
     if sinks is not None:
-        highest = as_score(tl.load(sinks + head).to(tl.float32), scoring)
+        highest = as_score(tl.load(sinks + query_and_head(queries, r)[1]).to(tl.float32), scoring)
         if split is not None:
             highest = tl.where(split == 0, highest, -float("inf"))
         total = tl.where(highest == -float("inf"), 0.0, 1.0)
-    at = row_numbers(queries, r)
     if split is not None:
         start = start // N * N
-        part = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), N), splits) * N
-        start += split * part
-        end = tl.minimum(end, start + part)
-        at += split * rows_in_all
-    start, low, high, end = align(start, end, low, high, N)
-    query = load_query(queries, r, band, size)
+        share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), N), splits) * N
+        start += split * share
+        end = tl.minimum(end, start + share)
+    walk = align(start, end, low, high, N)
+    query = load_query(queries, r, band, size, False)
     acc = tl.zeros((M, size.BLOCK_DV), tl.float32)
-    if band.LOWER:
-        acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, start, low,
-                                      N, True)
-    acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, low, high,
-                                  N, False)
-    acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, high, end,
-                                  N, True)
+    acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, walk, N, False)
+    acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, walk, N, True)
     total = tl.where(total == 0.0, 1.0, total)  # of rows that see nothing, whose maximum is -∞
     if not scoring.SCALED:
-        highest = highest * scoring.scale
+        highest = highest * (scoring.factor * LN_2)
+    r = afresh(tile) * M + tl.arange(0, M)
+    inside = r < band.queries * queries.group
+    at = row_numbers(queries, r)
+    if split is not None:
+        at += split * rows_in_all
     tl.store(lse + at, highest + tl.log2(total) * LN_2, inside)
+    if queries.draws is not None:
+        total = total * scoring.share
     acc = acc / total[:, None]
     store_rows(o, at * size.DV, inside, acc, size.DV, size.BLOCK_DV)
 

@@ -11,7 +11,7 @@ from fastlm.ops.attention_common import Options
 from fastlm.ops.attention_forward_kernels_triton import combine_kernel
 from fastlm.ops.attention_kernels_triton import attention_kernel
 from fastlm.ops.attention_score_kernels_triton import documents_kernel
-from fastlm.ops.triton_kernels import INTERPRETED, cannot_here, launch, multiprocessors
+from fastlm.ops.triton_kernels import INTERPRETED, cannot_here, generation, launch, multiprocessors
 
 LOG2_E = 1.4426950408889634
 
@@ -132,11 +132,10 @@ def dropped(call: Call) -> Tensor:
         return x & 0xFFFFFFFF
 
     bits = call.draws[..., None]
-    mixed = low(torch.arange(call.key.size(2), device=bits.device) * 0x9E3779B9) ^ low(bits)
-    mixed = low((mixed ^ (mixed >> 16)) * 0x85EBCA6B) ^ low(bits >> 32)
-    mixed = low((mixed ^ (mixed >> 13)) * 0xC2B2AE35)
-    mixed = mixed ^ (mixed >> 16)
-    return mixed - ((mixed >> 31) << 32) < _threshold(call.options.dropout_p)
+    mixed = low(torch.arange(call.key.size(2), device=bits.device) * 0x9E3779B9)
+    mixed = mixed ^ (mixed >> 15)
+    mixed = low(low(bits) + low(bits >> 32 | 1) * mixed)
+    return mixed - ((mixed >> 31) << 32) <= _threshold(call.options.dropout_p)
 
 
 # --- launches: (kernel, grid, arguments) -----------------------------------------------------------------------
@@ -237,19 +236,24 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
     mask = None if call.mask is None else call.mask.expand(*query.shape[:3], key.size(2))
     added = call.slopes is not None or (mask is not None and mask.dtype is not torch.bool)
     # In float32 the log-sum-exp must be exact to the last bit of a large score.
-    scaled = bool(added or options.softcap or options.scale <= 0 or query.dtype is torch.float32)
+    scaled = bool(added or query.dtype is torch.float32 or (options.scale <= 0 and not options.softcap))
+    unit = 1.0 if scaled else options.softcap or options.scale
     kv_heads, keys = key.size(1), key.size(2)
     columns = (kv_heads * keys, keys, 1) if call.cu_k is None else (0, 1, kv_heads)
     off = dict.fromkeys(("o", "do", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads", "shared_heads",
-                         "shared", "column_blocks", "page_size", "pages", "table_b", "slopes_b", "threshold", "boost"))
+                         "shared", "column_blocks", "page_size", "pages", "table_b", "slopes_b", "threshold", "share"))
+    # Where rows of a batch share a mask, their programs follow each other, so that it is read from memory once.
+    together = call.rows if call.mask is not None and call.mask.size(0) == 1 and kind != "mask" else 1
     found = off | {"MASK_ROWS": True, "MASK_COLS": True} | dict(
         q=query, k=key, v=value, mask=mask, sinks=call.sinks, slopes=call.slopes, lengths=call.lengths,
         query_ids=call.query_ids, key_ids=call.key_ids, cu_q=call.cu_q, cu_k=call.cu_k, table=call.table, ranges=ranges,
         draws=call.draws, H=query.size(1), group=call.group, Sq=query.size(2), Sk=keys, blocks=blocks,
-        rows_in_all=layout.numel(), factor=LOG2_E if scaled else options.scale * LOG2_E, scale=options.scale,
-        cap=options.softcap or None, left=_bound(options.left), right=_bound(options.right), D=query.size(3),
-        DV=value.size(3), BLOCK_D=_block(query.size(3)), BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal,
-        SCALED=scaled, EXACT=_exact(query), KIND=kind, **tiles, **given,
+        together=together, rows_in_all=layout.numel(), factor=unit * LOG2_E, scale=options.scale,
+        cap=options.softcap or None, left=_bound(options.left), right=_bound(options.right),
+        mask_keys=None if mask is None else keys, D=query.size(3), DV=value.size(3), BLOCK_D=_block(query.size(3)),
+        BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal, SCALED=scaled, EXACT=_exact(query),
+        COARSE=query.dtype is torch.bfloat16, KIND=kind,
+        EVEN=mask is not None and keys % 16 == 0, **tiles, **given,
         **_strides("bhsd", q=query, k=key, v=value, mask=mask, do=given.get("do")), **_strides("bhs", row=layout))
     found.update(zip(("col_b", "col_h", "col_s"), columns, strict=True))
     if call.table is not None:
@@ -258,13 +262,13 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
         found["slopes_b"] = _stride(call.slopes, 0)
     if options.dropout_p:
         p = options.dropout_p
-        found.update(threshold=_threshold(p), boost=0.0 if p == 1 else 1 / (1 - p))
+        found.update(threshold=_threshold(p), share=1 - p or 1.0)
     return found
 
 
 def _threshold(p):
-    """Return the signed 32-bit number that random ones are below with probability p."""
-    return min(round(p * 2**32), 2**32 - 1) - 2**31
+    """Return the signed 32-bit number that random ones are not above with probability p."""
+    return max(round(p * 2**32), 1) - 1 - 2**31
 
 
 def _exact(x):
@@ -292,23 +296,36 @@ def _block(dim):
 
 # --- sizes of tiles --------------------------------------------------------------------------------------------
 
-# (M, N, warps, stages) for heads up to 64, 128 and 256 wide. Bounded by registers and shared memory, as
-# tests/test_triton.py checks; not yet timed. A call is busy if more is done to scores than to scale and to bar them.
+# (M, N, warps, stages) for heads up to 64, 128 and 256 wide: for 16-bit types on a generation of GPUs or a later one,
+# and for float32. All fit registers and shared memory, as tests/test_triton.py checks; those of 16 bits for Hopper, up
+# to 128 wide, are the fastest of a sweep on an H200, the others are not yet timed. "Busy" is what needs more registers:
+# with a mask, dropout or a softcap.
 TILES = {
-    ("forward", True): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-    ("forward", False): ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("busy forward", True): ((128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)),
-    ("busy forward", False): ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("keys", True): ((64, 128, 8, 1), (64, 64, 8, 1), (64, 32, 8, 1)),
-    ("keys", False): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("busy keys", True): ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
-    ("busy keys", False): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("queries", True): ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    ("queries", False): ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-    ("mask", True): ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-    ("mask", False): ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-    ("few queries", True): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
-    ("few queries", False): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    90: {
+        "forward": ((128, 64, 8, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
+        "busy forward": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+        "keys": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 8, 1)),
+        "busy keys": ((64, 64, 4, 1), (32, 128, 8, 1), (64, 32, 8, 1)),
+        "queries": ((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
+        "mask": ((128, 64, 8, 2), (64, 64, 4, 1), (32, 32, 8, 1)),
+        "few queries": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
+    },
+    80: {
+        "forward": ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+        "busy forward": ((128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)),
+        "keys": ((64, 64, 4, 1), (64, 64, 8, 1), (64, 32, 8, 1)),
+        "busy keys": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+        "queries": ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+        "mask": ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+        "few queries": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
+    },
+    "float32": {
+        "forward": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "keys": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "queries": ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        "mask": ((32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        "few queries": ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    },
 }
 
 
@@ -317,12 +334,15 @@ def _tiles(kind, call):
     if INTERPRETED:
         return {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1}  # fewer operations than in small tiles
     wide = max(_block(call.query.size(3)), _block(call.value.size(3)))
-    features = (call.mask, call.slopes, call.query_ids, call.draws, call.options.softcap or None)
+    table = TILES["float32"]
+    if call.query.element_size() == 2:
+        table = TILES[90 if generation(call.query.device) >= 90 else 80]
+    busy = any(x is not None for x in (call.mask, call.draws, call.options.softcap or None))
     if kind == "forward" and call.longest[0] * call.group <= 16:
         kind = "few queries"
-    elif kind in ("forward", "keys") and any(x is not None for x in features):
+    elif busy and f"busy {kind}" in table:
         kind = f"busy {kind}"
-    M, N, warps, stages = TILES[kind, call.query.element_size() == 2][0 if wide <= 64 else 1 if wide == 128 else 2]
+    M, N, warps, stages = table[kind][0 if wide <= 64 else 1 if wide == 128 else 2]
     return {"M": M, "N": N, "num_warps": warps, "num_stages": stages}
 
 

@@ -2,8 +2,10 @@
 
 The rows of a tile are queries of the G heads that share a head of keys: row r is query r // G of the group's head
 r % G. So few queries with many heads still fill a tile, and keys are read once for the group. All that bars keys by
-position is one band, lower ≤ j - i ≤ upper. Tiles that its edges or the end of the keys cut are walked in loops of
-their own; the tiles between compare no positions. An argument that is None is a feature that is off, and costs nothing.
+position is one band, lower ≤ j - i ≤ upper. Tiles that its edges or the end of the keys cut are walked in a loop of
+their own, after those between, which compare no positions and are loaded ahead (after, because ptxas runs products
+one by one if they add to what another loop has summed). An argument that is None is a feature that is off, and costs
+nothing.
 """
 
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -28,15 +31,19 @@ class Band(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """What all scores depend on; `factor` is what exp2 multiplies them by: log2(e), times the scale unless SCALED."""
+    """What all scores depend on; `factor` is what exp2 multiplies them by: log2(e), times scale or cap unless SCALED.
+
+    Dropout keeps the weights whose random numbers are above `threshold`, a `share` of them.
+    """
 
     factor: tl.tensor
     scale: tl.tensor
     cap: tl.tensor
     threshold: tl.tensor
-    boost: tl.tensor
+    share: tl.tensor
     SCALED: tl.constexpr
     EXACT: tl.constexpr
+    COARSE: tl.constexpr
 
 
 class Keys(NamedTuple):
@@ -74,6 +81,7 @@ class Queries(NamedTuple):
     mask_h: tl.tensor
     mask_s: tl.tensor
     mask_d: tl.tensor
+    mask_keys: tl.tensor
     slopes: tl.tensor
     documents: tl.tensor
     draws: tl.tensor
@@ -82,6 +90,15 @@ class Queries(NamedTuple):
     row_s: tl.tensor
     head: tl.tensor
     group: tl.tensor
+
+
+class Walk(NamedTuple):
+    """A range of keys or rows in tiles: from `low` to `high` whole ones, before and after them those that are cut."""
+
+    start: tl.tensor
+    low: tl.tensor
+    high: tl.tensor
+    end: tl.tensor
 
 
 class Size(NamedTuple):
@@ -139,6 +156,14 @@ def load_keys(source, j, band, size, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def afresh(x):
+    """Return the number x, hidden from the compiler: what is made of it is made anew, and waits in no registers."""
+    if not INTERPRETING:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
+    return x
+
+
+@triton.jit
 def query_and_head(source, r):
     """Return the query and the head of rows r."""
     return r // source.group, source.head + r % source.group
@@ -152,22 +177,40 @@ def row_numbers(source, r):
 
 
 @triton.jit
-def load_query(source, r, band, size):
+def load_query(source, r, band, size, WHOLE: tl.constexpr):
+    """Load the queries of rows r; WHOLE promises that all are there."""
     i, head = query_and_head(source, r)
+    inside = None
+    if not WHOLE:
+        inside = i < band.queries
     at = i.to(tl.int64) * source.q_s + head * source.q_h
-    return load_rows(source.q, at, i < band.queries, source.q_d, size.D, size.BLOCK_D)
+    return load_rows(source.q, at, inside, source.q_d, size.D, size.BLOCK_D)
 
 
 @triton.jit
-def load_upstream(source, r, band, size, lse, delta, scoring):
-    """Load, of rows r, the outputs' gradients, the log-sum-exp as a score (∞ where nothing is seen), and delta."""
+def load_upstream(source, r, band, size, lse, delta, scoring, WHOLE: tl.constexpr):
+    """Load, of rows r, the outputs' gradients, the log-sum-exp for `weights_of`, and delta, times dropout's share.
+
+    WHOLE promises that all rows are there and that the band lets each of them see keys.
+    """
     i, head = query_and_head(source, r)
-    inside = i < band.queries
     at = i.to(tl.int64) * source.do_s + head * source.do_h
-    dout = load_rows(source.do, at, inside, source.do_d, size.DV, size.BLOCK_DV)
-    sums = tl.load(lse + row_numbers(source, r), inside, -float("inf"))
-    sums = tl.where(sums == -float("inf"), float("inf"), as_score(sums, scoring))
-    return dout, sums, tl.load(delta + row_numbers(source, r), inside, 0.0)
+    if WHOLE:
+        dout = load_rows(source.do, at, None, source.do_d, size.DV, size.BLOCK_DV)
+        sums = tl.load(lse + row_numbers(source, r))
+        found = tl.load(delta + row_numbers(source, r))
+    else:
+        inside = i < band.queries
+        dout = load_rows(source.do, at, inside, source.do_d, size.DV, size.BLOCK_DV)
+        sums = tl.load(lse + row_numbers(source, r), inside, -float("inf"))
+        found = tl.load(delta + row_numbers(source, r), inside, 0.0)
+    if not WHOLE or source.mask is not None or source.documents is not None:
+        sums = tl.where(sums == -float("inf"), float("inf"), sums)  # of rows that see nothing
+    if not scoring.EXACT:
+        sums = sums * LOG2_E
+    if source.draws is not None:
+        found = found * scoring.share
+    return dout, sums, found
 
 
 # --- who sees whom ---------------------------------------------------------------------------------------------
@@ -230,11 +273,31 @@ def queries_seeing(first, last, band, ranges):
 
 @triton.jit
 def align(start, end, low, high, STEP: tl.constexpr):
-    """Return where a walk over a range starts, where its whole tiles start and end, and where it ends."""
+    """Return a Walk in tiles of STEP over a range, of which from `low` to `high` everybody sees everything.
+
+    All but the end are products with STEP, from which the compiler learns what it need not add in 64 bits.
+    """
     start = start // STEP * STEP
-    low = tl.minimum(tl.cdiv(tl.maximum(low, start), STEP) * STEP, tl.maximum(end, start))
+    low = tl.minimum(tl.cdiv(tl.maximum(low, start), STEP), tl.cdiv(tl.maximum(end, start), STEP)) * STEP
     high = tl.maximum(tl.maximum(tl.minimum(high, end), 0) // STEP * STEP, low)
-    return start, low, high, end
+    return Walk(start, low, high, end)
+
+
+@triton.jit
+def part(walk, CUT: tl.constexpr):
+    """Return the range of a loop over the whole tiles of a walk, or over its CUT ones, which `place` then maps."""
+    first, last = walk.low, walk.high
+    if CUT:
+        first, last = walk.start, walk.end - (walk.high - walk.low)
+    return first, last
+
+
+@triton.jit
+def place(begin, walk, CUT: tl.constexpr):
+    """Return where a tile begins: the CUT ones lie around the whole ones."""
+    if CUT:
+        begin += tl.where(begin < walk.low, 0, walk.high - walk.low)
+    return begin
 
 
 @triton.jit(do_not_specialize=["S", "others_S", "blocks", "group"])
@@ -277,6 +340,16 @@ def exp_below(s, base, scoring):
 
 
 @triton.jit
+def weights_of(s, sums, scoring):
+    """Return the softmax of scores from the log-sum-exp of `load_upstream`."""
+    if scoring.EXACT:
+        x = (s - sums) * scoring.factor
+    else:
+        x = s * scoring.factor - sums
+    return tl.exp2(x)
+
+
+@triton.jit
 def as_score(x, scoring):
     """Return a logit in the unit of the scores. A product there and back again would round it."""
     if not scoring.SCALED:
@@ -285,60 +358,101 @@ def as_score(x, scoring):
 
 
 @triton.jit
-def drop(x, i, head, j, queries, band, scoring):
-    """Return `x`, scaled up, where a weight is kept, else 0.
+def drop(p, i, head, j, queries, band, scoring, CUT: tl.constexpr):
+    """Return the weights p that dropout keeps, else 0: who calls divides the result by the share that is kept.
 
-    A weight's bits are the 64 random ones of its query's row mixed with its key (as MurmurHash3 ends): a Philox for
-    each weight would take longer than the products. `dropped` of attention_launch_triton.py does the same.
+    A weight's random number is a + b·k: a and b, which is odd, are the halves of its row's random bits, and k is the
+    key's position, mixed. So any two weights of a row are independent, as those of different rows are, for one product
+    a weight; a Philox for each would take longer than the products of the tile. `dropped` of attention_launch_triton.py
+    does the same.
     """
     row = queries.row + i.to(tl.int64) * queries.row_s + head * queries.row_h
-    bits = tl.load(queries.draws + row, i < band.queries, 0)
-    mixed = (j.to(tl.uint32) * 0x9E3779B9) ^ bits.to(tl.uint32)
-    mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) ^ (bits >> 32).to(tl.uint32)
-    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
-    mixed = mixed ^ (mixed >> 16)
-    return tl.where(mixed.to(tl.int32, bitcast=True) >= scoring.threshold, x * scoring.boost, 0.0)
+    if CUT:
+        bits = tl.load(queries.draws + row, i < band.queries, 0)
+    else:
+        bits = tl.load(queries.draws + row)
+    k = j.to(tl.uint32) * 0x9E3779B9
+    k = k ^ (k >> 15)
+    number = bits.to(tl.uint32) + ((bits >> 32).to(tl.uint32) | 1) * k
+    return _where_above(number.to(tl.int32, bitcast=True), scoring.threshold, p)
 
 
 @triton.jit
-def _tanh(x):
-    """Return tanh x; near 0, where 1 - exp(-2x) cancels, by its series."""
-    a = tl.abs(x)
-    e = tl.exp2(a * (-2 * LOG2_E))
-    y = a * a
-    series = 2.1869488536155203e-2 + y * (-8.863235529902197e-3 + y * 3.592128036572481e-3)
-    series = -0.3333333333333333 + y * (0.13333333333333333 + y * (-5.396825396825397e-2 + y * series))
-    t = tl.where(a < 0.4, a + a * y * series, (1 - e) / (1 + e))
-    return tl.where(x < 0, -t, t)
+def _where_above(x, threshold, y):
+    """Return y where x > threshold, else 0. LLVM would pack the comparisons into words, and unpack them again."""
+    if INTERPRETING:
+        y = tl.where(x > threshold, y, 0.0)
+    else:
+        y = tl.inline_asm_elementwise(
+            "{.reg .pred above; setp.gt.s32 above, $1, $2; selp.f32 $0, $3, 0f00000000, above;}", "=f,r,r,f",
+            [x, threshold, y], tl.float32, True, 1)
+    return y
 
 
 @triton.jit
-def scores(s, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr, WHOLE: tl.constexpr):
+def _tanh(x, scoring):
+    """Return tanh x: EXACT as float32 is, by a series where 1 - exp(-2x) would cancel; or to 2e-7; or, if COARSE, to
+    one part in 2000, a quarter of a unit of bfloat16, in one instruction.
+    """
+    if scoring.EXACT:
+        a = tl.abs(x)
+        e = tl.exp2(a * (-2 * LOG2_E))
+        y = a * a
+        series = 2.1869488536155203e-2 + y * (-8.863235529902197e-3 + y * 3.592128036572481e-3)
+        series = -0.3333333333333333 + y * (0.13333333333333333 + y * (-5.396825396825397e-2 + y * series))
+        t = tl.where(a < 0.4, a + a * y * series, (1 - e) / (1 + e))
+        t = tl.where(x < 0, -t, t)
+    elif INTERPRETING:
+        t = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
+    elif scoring.COARSE:
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        t = tl.exp2(x * (2 * LOG2_E)) + 1
+        t = 1 - 2 * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [t], tl.float32, True, 1)
+    return t
+
+
+@triton.jit
+def load_mask(i, head, j, queries, band, CUT: tl.constexpr):
+    """Load the mask, if there is one, at queries i and keys j; unless CUT, all are there."""
+    found = None
+    if queries.mask is not None:
+        at = queries.mask + (head * queries.mask_h + i.to(tl.int64) * queries.mask_s) + j.to(tl.int64) * queries.mask_d
+        if CUT:
+            found = tl.load(at, (i < band.queries) & (j < queries.mask_keys), 0)
+        else:
+            found = tl.load(at)
+    return found
+
+
+@triton.jit
+def scores(s, mask, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr):
     """Return the scores made of the products s, -∞ where query i may not see key j, and the cap's derivative.
 
-    i, head and j broadcast to the shape of s. Unless SCALED, the scale is left to `factor`. Positions are compared in
-    tiles that are CUT only. WHOLE promises that all keys are there, which lets loads be vectors.
+    i, head and j broadcast to the shape of s; `mask` is what `load_mask` found for them. Unless SCALED, the scale or
+    the cap is left to `factor`. Positions are compared in tiles that are CUT only.
     """
     bend = 1.0
     if scoring.cap is not None:
-        t = _tanh(s * (scoring.scale / scoring.cap))
-        s = t * scoring.cap
-        bend = 1.0 - t * t
+        s = _tanh(s * (scoring.scale / scoring.cap), scoring)
+        bend = 1.0 - s * s
+        if scoring.SCALED:
+            s = s * scoring.cap
     elif scoring.SCALED:
         s = s * scoring.scale
     if queries.slopes is not None:
         s -= tl.load(queries.slopes + head) * tl.abs(i + band.ahead - j).to(tl.float32)
-    if queries.mask is not None:
-        at = queries.mask + (head * queries.mask_h + i.to(tl.int64) * queries.mask_s) + j.to(tl.int64) * queries.mask_d
-        inside = i < band.queries
-        if not WHOLE:
-            inside = inside & (j < band.keys)
-        if queries.mask.dtype.element_ty == tl.int1:
-            s = tl.where(tl.load(at, inside, 0), s, -float("inf"))
+    if mask is not None:
+        if mask.dtype == tl.int1:
+            s = tl.where(mask, s, -float("inf"))
         else:
-            s += tl.load(at, inside, 0.0).to(tl.float32)
+            s += mask.to(tl.float32)
     if queries.documents is not None:
-        own, other = tl.load(queries.documents + i, i < band.queries, 0), tl.load(keys.documents + j, j < band.keys, 0)
+        if CUT:
+            own = tl.load(queries.documents + i, i < band.queries, 0)
+            other = tl.load(keys.documents + j, j < band.keys, 0)
+        else:
+            own, other = tl.load(queries.documents + i), tl.load(keys.documents + j)
         s = tl.where(own == other, s, -float("inf"))
     if CUT:
         seen = j < band.keys

@@ -47,6 +47,14 @@ def concurrent(device: torch.device) -> bool:
     return device.type != "cpu" and not INTERPRETED
 
 
+def generation(device: torch.device) -> int:
+    """Return ten times the compute capability of a GPU: a Hopper's where nothing can be launched."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return 90
+
+
 def adjacent(t: Tensor | None) -> Tensor | None:
     """Return `t` with the elements of its last dimension side by side, which costs a copy where they are not."""
     return t if t is None or t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()

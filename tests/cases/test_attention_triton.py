@@ -136,6 +136,23 @@ def test_dropout_drops_its_share_and_the_seed_decides(p):
         assert dropped.mean((0, 1, 2)).std() < 2 * (p * (1 - p) / (2 * 200)) ** 0.5
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_what_dropout_drops_is_independent(p):
+    """Pairs and triples of keys that lie evenly, where a product that mixes badly shows, and how many a row drops."""
+    torch.manual_seed(5)
+    args = (torch.empty(1, 1, 2000, DIM), torch.empty(1, 1, 2048, DIM), torch.empty(1, 1, 2048, DIM))
+    call = launch.Call(*args, *[None] * 6, launch.draws(args[0]), Options(dropout_p=p))
+    z = (launch.dropped(call)[0, 0].double() - p) / (p * (1 - p)) ** 0.5
+    for step in (1, 2, 3, 64, 1000):
+        pairs, triples = z[:, step:] * z[:, :-step], z[:, 2 * step:] * z[:, step:-step] * z[:, :-2 * step]
+        assert abs(pairs.sum()) < 5 * pairs.numel() ** 0.5
+        assert abs(triples.sum()) < 5 * triples.numel() ** 0.5
+    sums = z.sum(1) / z.size(1) ** 0.5  # nearly normal numbers, of variance 1
+    assert abs(sums.mean()) < 5 / 2000**0.5
+    assert abs(sums.square().mean() - 1) < 5 * (2 / 2000) ** 0.5
+    assert sums.abs().max() < 6
+
+
 def test_dropout_is_the_same_under_checkpointing():
     q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
 
