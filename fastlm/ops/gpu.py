@@ -1,0 +1,26 @@
+"""Which GPUs the rules of `loses` were measured on."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+MEASURED = ((9, 0),)  # compute capabilities of the cards that the rows in benchmarks/results are from: an H200
+
+
+def unmeasured(x: Tensor) -> str | None:
+    """Return that no kernel was run on a GPU like that of `x`, None where one was."""
+    capability = _capability(str(x.device))
+    return None if capability in MEASURED else "not yet run on a GPU of compute capability {}.{}".format(*capability)
+
+
+def _capability(device: str) -> tuple[int, int]:
+    return _asked(device)
+
+
+@functools.cache
+def _asked(device: str) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+_capability._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result marks, which imports the compiler
