@@ -49,7 +49,8 @@ def backward(dy, dsum, x, weight, mean, rstd, needs):
     dweight, dbias = (next(found) if dtype else None for dtype in needs[1:])
     launch(plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, parts.shape[1]), x)
     dtype = dtypes[0] if len({*dtypes}) == 1 else torch.float32
-    sums = torch.empty(len(dtypes), x.shape[1], dtype=dtype, device=x.device)
+    # Compiled graphs expect aligned results.
+    sums = torch.empty(len(dtypes), triton.cdiv(x.shape[1], 16) * 16, dtype=dtype, device=x.device)[:, :x.shape[1]]
     launch(plan_sum(parts, sums), x)
     found = iter(sums)
     return dx, *(next(found) if dtype else None for dtype in needs[1:])
@@ -107,8 +108,8 @@ def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, programs)
 def plan_sum(parts, sums):
     """Return (kernel, grid, arguments) for parts `[K, programs, H]` and their sums `[K, H]`."""
     count, programs, cols = parts.shape
-    return sum_kernel, (triton.cdiv(cols, 32), count), dict(parts=parts, sums=sums, programs=programs, cols=cols,
-                                                            HEIGHT=128, WIDTH=32, num_warps=8)
+    return sum_kernel, (triton.cdiv(cols, 32), count), dict(parts=parts, sums=sums, sums_row=sums.stride(0), cols=cols,
+                                                            programs=programs, HEIGHT=128, WIDTH=32, num_warps=8)
 
 
 @triton.jit
@@ -265,7 +266,7 @@ def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx
 
 
 @triton.jit
-def sum_kernel(parts, sums, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def sum_kernel(parts, sums, sums_row, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     which = tl.program_id(1).to(tl.int64)
     col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((HEIGHT, WIDTH), tl.float32)
@@ -273,7 +274,7 @@ def sum_kernel(parts, sums, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.cons
         row = start + tl.arange(0, HEIGHT)[:, None]
         at = (which * programs + row) * cols + col[None, :]
         total += tl.load(parts + at, (row < programs) & (col < cols)[None, :], 0.0)
-    tl.store(sums + which * cols + col, tl.sum(total, 0), col < cols)
+    tl.store(sums + which * sums_row + col, tl.sum(total, 0), col < cols)
 
 
 run = Norms("norm_triton", forward, backward).run

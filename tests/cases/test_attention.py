@@ -141,6 +141,8 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_gets_an_error_that_names_it(message, device):
+    if device == "cuda" and message.startswith("key_lengths has 1 to 6"):
+        pytest.skip("values on a GPU are not looked at: the host would wait for them")
     q, m = torch.randn(2, 4, 5, 8, device=device), torch.zeros(5, 5, device=device)
     with pytest.raises((RuntimeError, ValueError), match=f"attention: .*{message}"):
         BAD[message](q, m)

@@ -120,7 +120,7 @@ def module_subject(stock: torch.nn.Module, ours: torch.nn.Module, call: Callable
     args = (x, list(stock.parameters()))
     run_ours, run_stock = _functional(ours, call), _functional(stock, call)
     return Subject(args, run_ours, {"torch": run_stock},
-                   lambda ran: _module_errors(args, run_ours, run_stock), modules=(ours, stock), **options)
+                   lambda ran: module_errors(args, run_ours, run_stock), modules=(ours, stock), **options)
 
 
 def _functional(module, call):
@@ -142,7 +142,8 @@ def _functional(module, call):
     return run
 
 
-def _module_errors(args, ours, stock):
+def module_errors(args, ours, stock):
+    """Return the errors of module functions as in `module_subject`, with stock's in float64 as the judge."""
     found, upstream, grads = measure.differentiate(ours, args)
     near, _, near_grads = measure.differentiate(stock, args, upstream)
     with fastlm.backend("torch"):

@@ -13,9 +13,9 @@ import torch
 
 import fastlm
 from fastlm import measure
-from fastlm.tools.suites import Case, Goal, Subject, module_subject
+from fastlm.tools.suites import Case, Goal, Subject, module_errors, module_subject
 
-STEPS = 512
+STEPS, CHECKED = 512, 64  # of which so many are compared with float64, where cuDNN is slow
 HIDDEN, BATCH = (256, 512, 650, 768, 1024), (1, 16, 64)
 FLASHRNN = (1024, 16, 768)  # steps, sequences, hidden units of the figure in FlashRNN's paper
 GATES = {"LSTM": 4, "GRU": 3}
@@ -63,6 +63,8 @@ def _layer(cell, dtype, device, steps, batch, hidden, against) -> Subject:
     floors = [functools.partial(floor, cell, dtype, device, steps, batch, hidden, mode) for mode in MODES]
     subject = module_subject(stock, ours, lambda module, x: module(x)[0], x, floor=floors[0],
                              training_floor=floors[1])
+    few = (x[:CHECKED], subject.args[1])
+    subject.errors = lambda ran: module_errors(few, subject.ours, subject.baselines["torch"])
     if against:
         subject.baselines[against] = _flashrnn
     return subject
