@@ -172,7 +172,7 @@ def bench(
     columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
     with Progress(*columns, console=_console()) as progress:
         task = progress.add_task("", total=1.0)
-        result = bench.run(suites, _device(device), dtype, 2.0 if full else 0.3, only=only, full=full, every=every,
+        result = bench.run(suites, _device(device), dtype, 2.0 if full else None, only=only, full=full, every=every,
                            progress=lambda what, done: progress.update(task, description=what, completed=done),
                            keep=lambda result: report.save_partial(result, out, name))
     wide = _console() if _console().is_terminal else Console(highlight=False, width=150)

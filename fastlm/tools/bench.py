@@ -310,7 +310,7 @@ def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float | No
 
     Args:
         suites: any of `suites.SUITES`.
-        seconds: time spent on each candidate of each row; where None is given 0.6, on a GPU, which is steadier, 0.05.
+        seconds: time spent on each candidate of each row; where None is given 0.3, on a GPU, which is steadier, 0.05.
         steps: training steps of each model.
         dtypes: torch dtypes or their names; where none is given, each suite's own: float32, on a GPU bfloat16 and
             float16 too.
@@ -324,7 +324,7 @@ def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float | No
     if unknown:
         raise ValueError(f"bench: unknown suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
     dtypes = [_dtype(d) for d in dtypes or ()] or None
-    seconds = seconds or (0.6 if device == "cpu" else 0.05)
+    seconds = seconds or (0.3 if device == "cpu" else 0.05)
     cases = [c for suite in suites if suite != "models" for c in _selected(suite, device, dtypes, only, full)]
     if not cases and (only or set(suites) != {"models"}):
         raise ValueError(f"bench: no case's name contains {only!r} in {', '.join(suites)}")
