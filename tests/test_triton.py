@@ -140,19 +140,19 @@ def norm_cases(generation):
                          ((1024, 32768), torch.bfloat16), ((64, 131072), torch.bfloat16)):
         x, rows = tensor(*shape, dtype=dtype), tensor(shape[0])
         programs = norm_triton.programs(x)
-        parts = tensor(2, programs, shape[1])
+        parts, total = tensor(programs, shape[1]), tensor(shape[1], dtype=dtype)
         weight = tensor(shape[1], dtype=dtype)
         label = "x".join(map(str, shape)) + f" {str(dtype)[6:]}"
         for kind, residual, bias, mean in (("rms", None, None, None), ("add layer", x, weight, rows)):
             yield Case(f"{label} {kind}", norm_triton.plan_forward(x, residual, weight, bias, x, residual, mean, rows,
                                                                    1e-5), generation)
-            plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts[0],
-                                             None if bias is None else parts[1], programs)
-            # ptxas spills two registers of its own accord, to run two blocks on a multiprocessor. The widest rows fill
+            second = None if bias is None else parts
+            plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts, second, programs)
+            # Registers are bounded, so that all programs run at once: a few are spilled for it. The widest rows fill
             # all registers with their sums: to spill some of them costs less than to read the rows twice.
             wide = shape[1] == 16384
-            yield Case(f"{label} {kind}", plan, generation, spills=400 if wide else 8)
-        yield Case(label, norm_triton.plan_sum(parts, tensor(2, shape[1], dtype=dtype)), generation)
+            yield Case(f"{label} {kind}", plan, generation, spills=400 if wide else 32)
+        yield Case(label, norm_triton.plan_sum(parts, parts, total, total), generation)
 
 
 def streaming_cases(generation):

@@ -91,7 +91,7 @@ class Sweep:
         head = Head(x, weight, dtype, needs, native, copies=2)
         biases = [None if b is None else b.to(head.sums).contiguous() for b in (bias, teacher_bias)]
         rows = head.block_rows
-        buffers = torch.empty(2, rows, head.classes, dtype=dtype, device=x.device)
+        buffers = head.blocks(2)
         teach = _teacher(tensors, dtype, native)
         losses = torch.empty(head.rows, dtype=head.sums, device=x.device)
         soft_weight = (1 - hard_weight) * temperature**2

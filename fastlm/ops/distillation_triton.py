@@ -13,7 +13,7 @@ from fastlm.ops.loss_kernels import DIVERGENCES
 from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch, loses
 
-PIECE = 4096
+PIECE = 2048
 
 
 def cannot(student, weight, *rest):
@@ -29,7 +29,7 @@ def plan(student, teacher, target, kind, beta, soft, hard, scale, loss, out):
         teacher_row=teacher.z.stride(0), teacher_bias=teacher.bias, inverse=float(student.scale), target=target,
         beta=float(beta), soft=float(soft), hard=float(hard), scale=scale, loss=loss, out=out,
         out_row=0 if out is None else out.stride(0), classes=classes, KIND=DIVERGENCES.index(kind), PIECE=piece,
-        num_warps=min(max(piece // 256, 4), 16), sanitize_overflow=False)
+        num_warps=4, sanitize_overflow=False)
 
 
 class Kernels:

@@ -14,7 +14,7 @@ from fastlm.ops.products import CPUS, mm
 BLOCK_BYTES = 104 << 20
 OWN_BYTES = 16 << 20  # where the products are ours, which lose little by fewer rows: benchmarks/LOG.md 2026-11-25
 MIN_ROWS = 256
-GPU_ROWS = 2048
+GPU_ROWS, ROW = 2048, 64
 # Where a CPU's products have 16 bits: rows of a block, and what a number of W's gradient takes as a sum over blocks.
 HALF_ROWS = 512
 SUM_BYTES = 4
@@ -95,6 +95,15 @@ class Head:
             torch.empty(shape, dtype=d, device=x.device) if need and self.rows else
             torch.zeros(shape, dtype=d, device=x.device) if need else None
             for need, shape, d in zip(needs, shapes, dtypes, strict=True))
+
+    def blocks(self, copies: int) -> Tensor:
+        """Return room for as many blocks of logits, `[copies, block_rows, V]`.
+
+        On a GPU rows begin at multiples of 64 numbers: products of 16 bits want multiples of 16 bytes.
+        """
+        width = -(-self.classes // ROW) * ROW if self.x.is_cuda else self.classes
+        room = torch.empty(copies, self.block_rows, width, dtype=self.dtype, device=self.x.device)
+        return room[..., : self.classes]
 
     def tiles(self):
         """Yield (slice of the classes, their weights in the products' dtype)."""

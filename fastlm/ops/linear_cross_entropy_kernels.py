@@ -161,7 +161,7 @@ class Blocks:
         losses = torch.empty(head.rows, dtype=self.sums, device=self.x.device)
         scale = torch.where(self.kept, scale, 0)
         rows = head.block_rows
-        buffer = torch.empty(rows, head.classes, dtype=self.dtype, device=self.x.device)
+        (buffer,) = head.blocks(1)
         for start in range(0, head.rows, max(rows, 1)):
             part = slice(start, min(start + rows, head.rows))
             logits = Logits(head.logits(part, buffer), self.bias, self.softcap)

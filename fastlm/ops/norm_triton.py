@@ -42,29 +42,29 @@ def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
     weight = None if weight is None else weight.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    dtypes = [dtype for dtype in needs[1:] if dtype]
     make = torch.empty if x.shape[1] <= BACKWARD_WIDTH else torch.zeros  # pieces are added to what is there
-    parts = make(len(dtypes), programs(x), x.shape[1], dtype=torch.float32, device=x.device)
-    found = iter(parts)
-    dweight, dbias = (next(found) if dtype else None for dtype in needs[1:])
-    launch(plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, parts.shape[1]), x)
-    dtype = dtypes[0] if len({*dtypes}) == 1 else torch.float32
-    # Compiled graphs expect aligned results.
-    sums = torch.empty(len(dtypes), triton.cdiv(x.shape[1], 16) * 16, dtype=dtype, device=x.device)[:, :x.shape[1]]
-    launch(plan_sum(parts, sums), x)
-    found = iter(sums)
-    return dx, *(next(found) if dtype else None for dtype in needs[1:])
+    parts = [make(programs(x), x.shape[1], dtype=torch.float32, device=x.device) if dtype else None
+             for dtype in needs[1:]]
+    launch(plan_backward(dy, dsum, x, weight, mean, rstd, dx, *parts, programs(x)), x)
+    sums = [torch.empty(x.shape[1], dtype=dtype, device=x.device) if dtype else None for dtype in needs[1:]]
+    if any(needs[1:]):
+        launch(plan_sum(*parts, *sums), x)
+    return dx, *sums
 
 
 def programs(x):
-    """Return how many programs share the rows of x: some on a multiprocessor, of which one computes while others load.
+    """Return how many programs share the rows of x.
 
     Each has a row of float32 sums. More than one on a multiprocessor have eight rows of x at least: their sums are few.
     """
     rows, cols = x.shape
-    each = max(1, min(8, 8192 // max(cols, 1)))
-    most = max(multiprocessors(x.device), min(each * multiprocessors(x.device), rows // 8))
+    most = max(multiprocessors(x.device), min(_each(cols) * multiprocessors(x.device), rows // 8))
     return max(1, min(triton.cdiv(rows, _height(cols)), most))
+
+
+def _each(cols):
+    """Return how many programs a multiprocessor runs, of which one computes while others load."""
+    return max(1, min(8, 8192 // triton.next_power_of_2(cols)))
 
 
 def _height(cols):
@@ -76,9 +76,9 @@ def plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps):
     rows, cols = x.shape
     width = triton.next_power_of_2(cols)
     whole = width <= FORWARD_WIDTH
-    height = max(1, 1024 // width) if whole else 1
+    height = max(1, 2048 // width) if whole else 1
     width = width if whole else PIECE
-    warps = min(max(height * width // 1024, 4), 32)
+    warps = height * width // 1024
     arguments = dict(x=x, x_row=x.stride(0), residual=residual, weight=weight, bias=bias, y=y, total=total, mean=mean,
                      residual_row=0 if residual is None else residual.stride(0), rstd=rstd, rows=rows, cols=cols,
                      eps=eps, HEIGHT=height, WIDTH=width, WHOLE=whole, num_warps=warps)
@@ -92,24 +92,25 @@ def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, programs)
     whole = width <= BACKWARD_WIDTH
     height = _height(cols)
     width = width if whole else PIECE
-    # The next rows come into shared memory while these are reduced, where the smallest of the GPUs has the room.
-    held = width <= 8192 or x.element_size() == 4  # the weight: in registers, where others don't spill for it
-    ahead = x.element_size() * (2 if dsum is None else 3) + (0 if held or weight is None else weight.element_size())
-    stages = 2 if whole and width * height * ahead <= 160 << 10 else 1
+    warps = min(max(width // 512, 4), 16 if x.element_size() == 2 else 32)
+    # Of the narrowest and of the widest rows, which fill the registers, the next come into shared memory meanwhile.
+    stages = 3 if width <= 1024 else 2 if width == BACKWARD_WIDTH and x.element_size() == 2 else 1
     # Without fusion of products and sums: a row of one number has the gradient 0, w·g less w·g, rounded alike.
     arguments = dict(dy=dy, dy_row=dy.stride(0), dsum=dsum, dsum_row=0 if dsum is None else dsum.stride(0), x=x,
                      x_row=x.stride(0), weight=weight, mean=mean, rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
                      rows=rows, cols=cols, share=triton.cdiv(rows, max(programs * height, 1)), HEIGHT=height,
-                     WIDTH=width, WHOLE=whole, HELD=held, STAGES=stages, num_warps=min(max(width // 512, 4), 32),
-                     enable_fp_fusion=False)
+                     WIDTH=width, WHOLE=whole, HELD=1024 < width <= 8192, STAGES=stages, num_warps=warps,
+                     maxnreg=min(65536 // (32 * warps * _each(cols)), 255), enable_fp_fusion=False)
     return backward_kernel, (programs,), arguments
 
 
-def plan_sum(parts, sums):
-    """Return (kernel, grid, arguments) for parts `[K, programs, H]` and their sums `[K, H]`."""
-    count, programs, cols = parts.shape
-    return sum_kernel, (triton.cdiv(cols, 32), count), dict(parts=parts, sums=sums, sums_row=sums.stride(0), cols=cols,
-                                                            programs=programs, HEIGHT=128, WIDTH=32, num_warps=8)
+def plan_sum(dweight, dbias, weight_sum, bias_sum):
+    """Return (kernel, grid, arguments) for parts `[programs, H]` and their sums `[H]`, of which a pair may be None."""
+    programs, cols = (dbias if dweight is None else dweight).shape
+    height = min(triton.next_power_of_2(programs), 1024)
+    return sum_kernel, (triton.cdiv(cols, 8),), dict(
+        dweight=dweight, dbias=dbias, weight_sum=weight_sum, bias_sum=bias_sum, programs=programs, cols=cols,
+        HEIGHT=height, WIDTH=8, num_warps=max(height // 128, 1))
 
 
 @triton.jit
@@ -266,15 +267,21 @@ def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx
 
 
 @triton.jit
-def sum_kernel(parts, sums, sums_row, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    which = tl.program_id(1).to(tl.int64)
+def _sum(parts, sums, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((HEIGHT, WIDTH), tl.float32)
     for start in range(0, programs, HEIGHT):
-        row = start + tl.arange(0, HEIGHT)[:, None]
-        at = (which * programs + row) * cols + col[None, :]
-        total += tl.load(parts + at, (row < programs) & (col < cols)[None, :], 0.0)
-    tl.store(sums + which * sums_row + col, tl.sum(total, 0), col < cols)
+        row = (start + tl.arange(0, HEIGHT)[:, None]).to(tl.int64)
+        total += tl.load(parts + row * cols + col[None, :], (row < programs) & (col < cols)[None, :], 0.0)
+    tl.store(sums + col, tl.sum(total, 0), col < cols)
+
+
+@triton.jit
+def sum_kernel(dweight, dbias, weight_sum, bias_sum, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    if dweight is not None:
+        _sum(dweight, weight_sum, programs, cols, HEIGHT, WIDTH)
+    if dbias is not None:
+        _sum(dbias, bias_sum, programs, cols, HEIGHT, WIDTH)
 
 
 run = Norms("norm_triton", forward, backward).run

@@ -19,7 +19,6 @@ ACCEPTS = {f"{mode} {name}" for mode in MODES for name in ("one row", "odd sizes
 ACCEPTS |= {"groups of 32", "groups of 128"}
 
 MOST_ROWS = 16  # the height of a tensor core's tile
-SINGLE_ROWS = 2  # as many are taken one by one
 
 
 def cannot(x, weight, scale, bias, mode, group_size):
@@ -65,12 +64,14 @@ def plan(x, weight, scale, row_scale, bias, y, mode, group_size):
     int4, group_bytes = mode == "int4", group_size // 2
     arguments = dict(x=x, weight=weight, scale=scale, row_scale=row_scale, bias=bias, y=y, rows=rows, outputs=outputs,
                      groups=scale.shape[1] if int4 else 1, INT4=int4)
-    if rows <= SINGLE_ROWS and inputs % 8 == 0 and weight.storage_offset() % 4 == 0:
+    wide = x.dtype is torch.float32
+    # Tensor cores win from two rows on where integers go into them as they are or in 16 bits.
+    if (rows == 1 or int4 or wide) and inputs % 8 == 0 and weight.storage_offset() % 4 == 0:
         words = row_bytes // 4
-        return row_kernel, (rows * triton.cdiv(outputs, 4),), arguments | dict(
-            weight=weight.view(torch.int32), eights=inputs // 8, magic=0x4B000000, COLS=4, GROUP=group_size // 8,
-            WORDS=max(min(triton.next_power_of_2(words), 1024), group_size // 8), num_warps=4)
-    wide = x.dtype is torch.float32  # more than these bytes would spill
+        return row_kernel, (rows * triton.cdiv(outputs, 8),), arguments | dict(
+            weight=weight.view(torch.int32), eights=inputs // 8, magic=0x4B000000, COLS=8, GROUP=group_size // 8,
+            WORDS=max(min(triton.next_power_of_2(words), 1024), group_size // 8), num_warps=4 if wide else 8)
+    # More than these bytes would spill.
     read = min(group_bytes, 32 if wide else 128) if int4 else 64 if wide else 256
     return tile_kernel, (triton.cdiv(outputs, 32),), arguments | dict(
         inputs=inputs, row_bytes=row_bytes, ROWS=MOST_ROWS, COLS=32, BYTES=read, GROUP_BYTES=group_bytes, num_warps=4,

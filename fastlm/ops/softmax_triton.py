@@ -27,7 +27,7 @@ ACCEPTS = {"row of 1", "row of 127", "row of 128", "row of 129", "row of 1000", 
 
 # The largest tiles that a block of 1024 threads (64 registers each) holds without spilling, see tests/test_triton.py,
 # the pieces of longer rows, and rows that programs share, in parts of this many numbers at least and at most.
-FORWARD_TILE, BACKWARD_TILE, PIECE, LONG, PART = 32768, 16384, 8192, 16384, (4096, 16384)
+FORWARD_TILE, BACKWARD_TILE, PIECE, LONG, PART = 32768, 16384, 8192, 16384, (8192, 16384)
 
 
 def cannot(x, dim, mask=None, scale=1.0, log=False):
@@ -107,7 +107,7 @@ def _walk(tensors, dim, limit):
     part = max(PART[0], triton.next_power_of_2(triton.cdiv(cols, multiprocessors(first.device))))
     if cols > LONG and tile["HEIGHT"] == 1 and part <= PART[1] and concurrent(first.device):
         parts = triton.cdiv(cols, part)
-        tile = dict(HEIGHT=1, WIDTH=part, WHOLE=True, num_warps=part // 1024)
+        tile = dict(HEIGHT=1, WIDTH=part, WHOLE=True, num_warps=part // 2048)
     return tensors, arguments | tile | dict(share=triton.cdiv(pieces, parts), tiles=tiles), parts
 
 
