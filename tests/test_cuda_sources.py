@@ -112,9 +112,9 @@ def test_emulated_kernels_obey_the_error_rule(emulated):
     printed = emulated(EMULATION / "run.py")
     found = verdicts(printed)
     assert {name: verdict for name, verdict in found.items() if verdict != "ok"} == {}
-    assert len(found) == 3 * (7 + 7 + 7 + 3 + 5) + 2 + 3 + 2 + 3 * (2 + 7 + 2)
+    assert len(found) == 3 * (7 + 7 + 7 + 3 + 5) + 2 + 6 + 3 + 3 * (2 + 7 + 2)
     ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
-    assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124"} - {("forward", "grid", "1", "2")}, ran
+    assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124"}, ran
     assert ran >= {("backward", "grid", m, n) for m, n in ("11", "12", "14", "21", "22", "41")}, ran
     assert ran >= {("forward", "cluster", m, n) for m, n in ("41", "42", "81")}, ran
     assert ran >= {("backward", "cluster", m, n) for m, n in ("11", "12", "21", "22")}, ran
@@ -178,15 +178,13 @@ def test_plans(emulated, tmp_path):
 
 
 def test_cheapest_plan(emulated, tmp_path):
-    """The one that is taken costs no more than either that may be asked for, and both exchanges are taken somewhere."""
+    """The one that is taken costs no more than either that may be asked for."""
     layers = list(itertools.product((0, 1), (3,), (1, 16, 64), (64, 256, 512, 1024), (1, 2)))
     wanted = [((*layer, exchange), backward, CHIPS["H100"]) for layer in layers for backward in (False, True)
               for exchange in (CHEAPEST, GRID, CLUSTER)]
-    plans, taken = plans_of(emulated, tmp_path, wanted), set()
+    plans = plans_of(emulated, tmp_path, wanted)
     for cheapest, *others in zip(plans[::3], plans[1::3], plans[2::3], strict=True):
         assert cheapest["cost"] == min(plan["cost"] for plan in others if plan)
-        taken.add(cheapest["cluster"])
-    assert taken == {False, True}
 
 
 def test_plans_of_models(emulated, tmp_path):

@@ -63,6 +63,7 @@ template <class Team>
 __device__ void backward_group(const Backward& a, const Team& team) {
   using T = typename Team::T;
   using V = Wide<T>;
+  constexpr int kPairs = pairs_of(true, Team::P::kRows / 16, Team::P::kSequences / 8);
   const Task& task = a.task;
   const RnnBackward& d = a.direction[team.direction];
   const Cell cell = task.cell;
@@ -131,8 +132,9 @@ __device__ void backward_group(const Backward& a, const Team& team) {
   Step now(task, against < 0 ? steps - 1 : 0), before = now, done = now;
   before.move(now.t + against);
   read_step(now, before);
-  for (int i = 0; i < steps; ++i) {
-    if (i > 0) team.multiply(i - 1, lane, chunks, [&] { store_step(done); });
+  for (int i = 0;; ++i) {
+    if (i > 0) team.template multiply<8>(i - 1, lane, chunks, [&] { store_step(done); });
+    if (i == steps) break;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const Pair& pair = pairs[p];
@@ -154,7 +156,6 @@ __device__ void backward_group(const Backward& a, const Team& team) {
     before.move(before.t + against);
     read_step(now, before);
   }
-  team.multiply(steps - 1, lane, chunks, [&] { store_step(done); });
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const Pair& pair = pairs[p];

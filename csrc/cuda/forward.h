@@ -32,6 +32,7 @@ template <class Team>
 __device__ void forward_group(const Forward& a, const Team& team) {
   using T = typename Team::T;
   using V = Wide<T>;
+  constexpr int kPairs = pairs_of(false, Team::P::kRows / 16, Team::P::kSequences / 8);
   const Task& task = a.task;
   const RnnForward& d = a.direction[team.direction];
   const Cell cell = task.cell;
@@ -89,7 +90,7 @@ __device__ void forward_group(const Forward& a, const Team& team) {
   Step now(task, reverse ? steps - 1 : 0), done = now;
   read_step(now);
   for (int i = 0; i < steps; ++i) {
-    team.multiply(i, lane, chunks, [&] { if (i > 0) store_step(done); });
+    team.template multiply<4>(i, lane, chunks, [&] { if (i > 0) store_step(done); });
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const Pair& pair = pairs[p];

@@ -14,32 +14,31 @@
 namespace fastlm::cuda {
 
 // Loads groups of kLoad bytes, `row_step` groups apart from row to row and `step` from step to step, of the first `steps`
-// steps; zeros where a row is not wanted. Then `meanwhile` runs, and those that are not complete are loaded again together.
+// steps; zeros where a row is not wanted. `meanwhile` runs before they are there. Again until all of them are complete:
+// to load all is less code, and takes fewer branches, than to load what was not.
 template <class X, int kSteps, int kRows, class Wanted, class Meanwhile>
 __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step, int step, int steps,
                      const Wanted& wanted, const Meanwhile& meanwhile) {
+  bool first = true, complete;
+  do {
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    if (s >= steps) break;
+    for (int s = 0; s < kSteps; ++s) {
+      if (s >= steps) break;
 #pragma unroll
-    for (int j = 0; j < kRows; ++j)
-      to[s][j] = wanted(j) ? X::load(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
-  }
-  meanwhile();
-  for (bool again = !X::kCluster; again;) {
-    again = false;
+      for (int j = 0; j < kRows; ++j)
+        to[s][j] = wanted(j) ? X::load(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
+    }
+    if (first) meanwhile();
+    first = false;
+    complete = true;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (s < steps) {
 #pragma unroll
-        for (int j = 0; j < kRows; ++j)
-          if (!X::complete(to[s][j])) {
-            to[s][j] = X::load(from + j * row_step + s * step);
-            again = true;
-          }
+        for (int j = 0; j < kRows; ++j) complete &= X::complete(to[s][j]);
       }
     }
-  }
+  } while (!complete);
   sync_warp();
 }
 
@@ -84,9 +83,9 @@ struct TensorProduct {
     }
   };
 
-  template <class X, class Meanwhile>
+  template <class X, int kChunks, class Meanwhile>
   __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
-    constexpr int kSteps = (X::kCluster || (m == 4 && n == 1) ? 8 : 16) / n;  // chunks that are loaded at a time: registers
+    constexpr int kSteps = kChunks * n <= 16 ? kChunks : 16 / n;  // loaded at a time: registers, and code that stays in its cache
     const uint4* a = lane.weights;
     const uint4* b = reinterpret_cast<const uint4*>(published);
     float sums[m][n][4] = {};
@@ -164,7 +163,7 @@ struct ScalarProduct {
     }
   };
 
-  template <class X, class Meanwhile>
+  template <class X, int kChunks, class Meanwhile>
   __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
     constexpr int kSteps = kChunk / kLoad;
     const uint4* a = lane.weights;

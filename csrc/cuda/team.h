@@ -160,16 +160,16 @@ struct Team {
   }
   __device__ void published_all() const { exchange.put_all(); }
 
-  // Multiplies with what was published s-th; then sum() of a row and sequence is what came out. Runs `meanwhile` where
-  // the block would only wait.
-  template <class Meanwhile>
+  // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a row and sequence is what came
+  // out. Runs `meanwhile` where the block would only wait.
+  template <int kChunks, class Meanwhile>
   __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
     if constexpr (X::kCluster) {
       meanwhile();
       exchange.wait();
-      P::template multiply<X>(lane, exchange.at(s) + lane.published, chunks, [] {});
+      P::template multiply<X, kChunks>(lane, exchange.at(s) + lane.published, chunks, [] {});
     } else {
-      P::template multiply<X>(lane, exchange.at(s) + lane.published, chunks, meanwhile);
+      P::template multiply<X, kChunks>(lane, exchange.at(s) + lane.published, chunks, meanwhile);
     }
     __syncthreads();
   }
@@ -194,7 +194,7 @@ struct Team {
   }
 };
 
-// A unit of a sequence: a thread owns up to kPairs of them through all steps.
+// A unit of a sequence: a thread owns up to pairs_of them through all steps.
 struct Pair {
   int local, column;   // of the block's units; of the group's sequences
   int unit, sequence;  // of all

@@ -42,10 +42,14 @@ SIZES = {
 WIDE = {
     "lstm": {"T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[20]),
              "T2 B33 H136": (dict(steps=2, batch=33, hidden=136), HOPPER[9]),
-             "T2 B1 H136": (dict(steps=2, batch=1, hidden=136), HOPPER[9])},
+             "T2 B1 H136": (dict(steps=2, batch=1, hidden=136), HOPPER[9]),
+             "T2 B9 H33": (dict(steps=2, batch=9, hidden=33), HOPPER[9]),
+             "T3 B33 H7": (dict(steps=3, batch=33, hidden=7), HOPPER[3]),
+             "T3 B17 H33": (dict(steps=3, batch=17, hidden=33), HOPPER[4])},
     "gru": {},
-    "rnn": {"T2 B1 H136": (dict(steps=2, batch=1, hidden=136), HOPPER[3]),
-            "T2 B1 H70": (dict(steps=2, batch=1, hidden=70), HOPPER[3])},
+    "rnn": {"T2 B1 H136": (dict(steps=2, batch=1, hidden=136), HOPPER[6]),
+            "T2 B1 H70": (dict(steps=2, batch=1, hidden=70), HOPPER[3]),
+            "T3 B33 H7": (dict(steps=3, batch=33, hidden=7), HOPPER[1])},
 }
 FEW = {name: SIZES[name] for name in ("T2 B17 H33",)}
 # A cluster of few blocks makes them hold many rows.
