@@ -25,9 +25,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 from fastlm.ops import (  # noqa: E402
     activation_triton,
+    attention_hopper_launch_triton,
     attention_launch_triton,
     cross_entropy_triton,
     distillation_triton,
@@ -66,7 +69,8 @@ def compile_launch(plan, generation):
             constants[parameter.name] = arguments[parameter.name]
         elif aligned:
             alignment[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, alignment)
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(kernel, signature, constants, alignment)
     return triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
 
 
@@ -84,6 +88,8 @@ def _specialise(parameter, value):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return f"*{DTYPES[value.dtype]}", True
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>", False
     if isinstance(value, float):
         return "fp32", False
     return "i32" if -(2**31) <= value < 2**31 else "i64", special and value % 16 == 0
@@ -263,6 +269,16 @@ def cases_of_attention(generation):
     yield from decoding(generation, other)
 
 
+def hopper_cases(generation):
+    """Yield the forward pass that only Hopper has, of 2048 tokens, 4 query heads to a key head."""
+    windows = ({}, dict(is_causal=True), dict(left=256, right=0), dict(left=256))
+    for dim, dtype, given in itertools.product((64, 128), (torch.bfloat16, torch.float16), windows):
+        q, k = (tensor(2, heads, 2048, dim, dtype=dtype) for heads in (16, 4))
+        call = attention_launch_triton.Call(q, k, k, *[None] * 7, Options(scale=0.1, **given))
+        plan = attention_hopper_launch_triton.plan(call, q, tensor(*q.shape[:3]))
+        yield Case(f"Hopper D={dim} {dtype} {given}", plan, generation, spills=16, deep=dtype is torch.float16)
+
+
 def decoding(generation, deep):
     """Yield the launches of a step of generation from pages: two queries of 16 heads, keys split."""
     pool = tensor(512, 16, 4, 128, dtype=torch.bfloat16).transpose(1, 2)
@@ -294,7 +310,7 @@ def attention(generation, label, dim, dtype, value_dim=None, deep=False, **given
 
 KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, linear_cross_entropy_cases,
          distillation_cases, quantized_linear_cases, attention_cases)
-CASES = [case for generation in GENERATIONS for kind in KINDS for case in kind(generation)]
+CASES = [*(case for generation in GENERATIONS for kind in KINDS for case in kind(generation)), *hopper_cases(90)]
 
 
 def title(index):

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastlm.ops import attention_hopper_launch_triton as hopper
 from fastlm.ops.attention_backward_kernels_triton import delta_kernel
 from fastlm.ops.attention_common import Options
 from fastlm.ops.attention_forward_kernels_triton import combine_kernel
@@ -74,6 +75,8 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         lse.fill_(-torch.inf)
         return
     splits = _splits(call)
+    if splits == 1 and hopper.takes(call):
+        return launch(hopper.plan(call, out, lse), lse)
     parts, part_lse = out, lse
     if splits > 1:
         parts = out.new_empty(splits, *out.shape, dtype=torch.float32)

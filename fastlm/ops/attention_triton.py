@@ -2,7 +2,8 @@
 
 import torch
 
-from fastlm.autograd import Differentiable
+from fastlm.autograd import Differentiable, transformed
+from fastlm.ops import attention_hopper_launch_triton as hopper
 from fastlm.ops import attention_launch_triton as launch
 from fastlm.ops.attention import reference
 from fastlm.ops.attention_common import ACCEPTS, Options
@@ -19,9 +20,19 @@ def cannot(query, key, value, *rest):
 def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
     features = (attn_mask, sinks, slopes, key_lengths, query_ids, options.softcap or None, options.dropout_p or None)
     plain = all(x is None for x in features) and not options.return_lse and options.left < 0 and options.right < 0
-    if query.is_cuda and plain and query.element_size() == 2 and query.size(2) > 16 and query.size(3) == value.size(3):
+    dense = query.is_cuda and plain and query.element_size() == 2 and query.size(2) > 16
+    # The backward kernels lose to SDPA's.
+    if dense and query.size(3) == value.size(3) and (
+            _differentiated(query, key, value) or not hopper.wins(query, key, value, options)):
         return "dense attention is SDPA's"
     return loses_here(query)
+
+
+def _differentiated(*tensors):
+    """Tell whether autograd or a transform of functorch, which maps kernels one by one, will see the call."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return not torch.compiler.is_compiling() and transformed()
 
 
 def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):

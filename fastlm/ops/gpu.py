@@ -10,8 +10,13 @@ MEASURED = ((9, 0),)  # compute capabilities of the cards that the rows in bench
 
 def unmeasured(x: Tensor) -> str | None:
     """Return that no kernel was run on a GPU like that of `x`, None where one was."""
-    capability = _capability(str(x.device))
-    return None if capability in MEASURED else "not yet run on a GPU of compute capability {}.{}".format(*capability)
+    found = capability(x.device)
+    return None if found in MEASURED else "not yet run on a GPU of compute capability {}.{}".format(*found)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return a GPU's compute capability, which the compiler takes for a constant."""
+    return _capability(str(device))
 
 
 def _capability(device: str) -> tuple[int, int]:

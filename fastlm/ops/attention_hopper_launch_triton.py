@@ -1,0 +1,100 @@
+"""Which calls attention_hopper_kernels_triton.py takes, and how they are launched.
+
+Gluon is experimental, so it is imported only for a launch, and only of the Triton that it was run with.
+"""
+
+import triton
+from torch import Tensor
+
+from fastlm.ops.attention_common import Options
+from fastlm.ops.gpu import capability
+from fastlm.ops.triton_kernels import INTERPRETED, multiprocessors
+
+LOG2_E = 1.4426950408889634
+KNOWN = triton.__version__.startswith("3.6.")
+LEAST = 128  # fewer queries or keys leave most of a tile empty
+ROWS = 64  # of a warp group
+COLUMNS = 128  # keys in a block
+# Head size -> warp groups, stages of the rings, registers of a thread: the fastest of a few on an H200.
+TILES = {64: (3, 3, 160), 128: (2, 2, 240)}
+
+
+def takes(call) -> bool:
+    """Tell whether the kernel can take a call: see `fits`; no feature but causality and a window."""
+    features = (call.mask, call.sinks, call.slopes, call.lengths, call.query_ids, call.draws, call.cu_q, call.cu_k,
+                call.table)
+    tensors = (call.query, call.key, call.value)
+    return (all(x is None for x in features) and fits(*tensors, call.options)
+            and all(x.data_ptr() % 16 == 0 for x in tensors))
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
+    """Tell whether the kernel can take such tensors, by what is known of them without looking at their memory."""
+    return (KNOWN and not INTERPRETED and query.is_cuda and query.element_size() == 2
+            and query.size(3) in TILES and query.size(3) == value.size(3)
+            and query.size(2) >= LEAST and key.size(2) >= LEAST
+            and options.scale > 0 and not options.softcap and not options.dropout_p
+            and all(reachable(x) for x in (query, key, value)) and capability(query.device) == (9, 0))
+
+
+def reachable(x: Tensor) -> bool:
+    """Tell whether the copy engine can read `[B, H, S, D]`: rows of adjacent numbers, 16 bytes between all others."""
+    return x.stride(3) == 1 and all(x.size(d) == 1 or (x.stride(d) > 0 and x.stride(d) % 8 == 0) for d in range(3))
+
+
+def wins(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
+    """Tell whether the kernel is at least as fast as SDPA, which was measured on an H200, of 2^18 rows in all heads."""
+    least = 1024 if query.size(3) == 128 else 4096
+    return (fits(query, key, value, options) and query.size(2) >= least and key.size(2) >= least
+            and query.size(0) * query.size(1) * query.size(2) >= 1 << 18)
+
+
+def plan(call, out: Tensor, lse: Tensor) -> tuple:
+    """Plan the output `[B, H, Sq, D]` and log-sum-exp `[B, H, Sq]` of a call, both contiguous."""
+    from fastlm.ops.attention_hopper_kernels_triton import hopper_kernel
+
+    batch, heads, queries, dim = call.query.shape
+    keys, (groups, stages, registers) = call.key.size(2), TILES[dim]
+    lower, upper = band(call.options, queries, keys)
+    blocks = triton.cdiv(queries, groups * ROWS)
+    tiles = blocks * heads * batch
+    arguments = dict(
+        q_desc=describe(call.query, ROWS), k_desc=describe(call.key, COLUMNS), v_desc=describe(call.value, COLUMNS),
+        o_desc=describe(out, ROWS), lse=lse, scale=call.options.scale * LOG2_E, blocks=blocks, tiles=tiles, heads=heads,
+        group=call.group, queries=queries, keys=keys, left=-(lower or 0), right=upper or 0,
+        wide=together(blocks, upper is not None and lower is None), D=dim, N=COLUMNS, GROUPS=groups, STAGES=stages,
+        RIGHT=upper is not None, LEFT=lower is not None, REGISTERS=registers, num_warps=4)
+    return hopper_kernel, (min(tiles, multiprocessors(call.query.device)),), arguments
+
+
+def band(options: Options, queries: int, keys: int) -> tuple[int | None, int | None]:
+    """Return (lower, upper): query i sees key j where lower ≤ j - i ≤ upper; None is no bound."""
+    ahead, uppers = keys - queries, []
+    if options.is_causal:
+        uppers.append(0)
+    if options.right >= 0:
+        uppers.append(ahead + min(options.right, queries))
+    return ahead - min(options.left, keys) if options.left >= 0 else None, min(uppers, default=None)
+
+
+def together(blocks: int, uneven: bool) -> int:
+    """Choose how many heads have their tiles side by side.
+
+    Tiles of even length go head after head, so that those of one head find its keys in the L2 cache. Programs take
+    tiles there and back (`pick`): where lengths fall with a period near the number of programs, some would get all the
+    long ones. So a period is a fraction of that number, or many times it.
+    """
+    if not uneven:
+        return 1
+    return 32 // blocks if blocks <= 16 else 64
+
+
+def describe(x: Tensor, rows: int):
+    """Return the descriptor of `[B, H, S, D]` for copies of so many rows."""
+    import triton.experimental.gluon.language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # The engine wants a legal stride also of what there is one of.
+    strides = [8 if x.size(d) == 1 else x.stride(d) for d in range(3)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.size(3)],
+                            gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))

@@ -1,0 +1,206 @@
+"""Attention's kernel for Hopper: the calls it takes, its numbers on a GPU and emulated, and when it is chosen."""
+
+import os
+
+import pytest
+import torch
+
+import fastlm
+from fastlm import measure
+from fastlm.ops.attention import op, reference
+from fastlm.ops.attention_common import Options
+from tests.parity import keep_error_rule
+
+pytest.importorskip("triton")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Gluon is not interpreted", allow_module_level=True)
+
+from fastlm.ops import attention_hopper_launch_triton as hopper
+from fastlm.ops import attention_launch_triton as launch
+from fastlm.ops import attention_triton
+from tests import gluon_emulation
+
+# name -> (rows of the batch, heads, heads of keys, queries, keys), options
+SHAPES = {
+    "dense": ((1, 2, 2, 256, 256), {}),
+    "odd lengths": ((2, 3, 3, 333, 200), {}),
+    "causal": ((1, 2, 2, 400, 400), dict(is_causal=True)),
+    "causal, more keys": ((2, 2, 2, 200, 333), dict(is_causal=True)),
+    "causal, more queries": ((1, 3, 3, 517, 129), dict(is_causal=True)),
+    "causal at the last key": ((1, 2, 2, 150, 470), dict(right=0)),
+    "queries that see nothing": ((1, 2, 2, 470, 150), dict(right=0)),
+    "window": ((2, 2, 2, 500, 500), dict(left=100, right=50)),
+    "window, more keys": ((1, 2, 2, 200, 700), dict(left=60, right=0)),
+    "window, more queries": ((1, 2, 2, 700, 200), dict(left=60, right=3)),
+    "left window": ((1, 2, 2, 513, 513), dict(left=70)),
+    "causal and window": ((1, 2, 2, 300, 420), dict(is_causal=True, left=200)),
+    "grouped": ((2, 6, 2, 300, 300), dict(is_causal=True)),
+    "one key head": ((2, 4, 1, 130, 260), {}),
+}
+# As many tiles as 132 programs take in several turns: on a GPU only.
+LARGE = {
+    "many turns": ((3, 16, 16, 1500, 1500), {}),
+    "many turns, causal": ((3, 16, 4, 1500, 1500), dict(is_causal=True)),
+    "many turns, window": ((3, 16, 16, 1500, 1500), dict(left=300, right=0)),
+    "groups of heads": ((9, 8, 8, 700, 700), dict(is_causal=True)),
+}
+
+
+def arguments(name, dim, dtype, layout, device="cpu"):
+    """Return the canonical arguments of the op."""
+    (batch, heads, kv_heads, queries, keys), options = (SHAPES | LARGE)[name]
+    tensors = []
+    for h, s in ((heads, queries), (kv_heads, keys), (kv_heads, keys)):
+        shape = (batch, h, s, dim) if layout == "heads first" else (batch, s, h, dim)
+        x = torch.randn(shape, device=device).to(dtype)
+        tensors.append(x if layout == "heads first" else x.transpose(1, 2))
+    return (*tensors, *[None] * 6, Options(scale=dim**-0.5, return_lse=True, **options))
+
+
+def call_of(args):
+    return launch.Call(*args[:-1], None, args[-1])
+
+
+def keep(found, args):
+    """Hold the output and the log-sum-exp to the error rule."""
+    stock, exact = reference(*args), reference(*measure.cast(args, torch.float64))
+    errors = measure.compare(("output", "log-sum-exp"), found, stock, exact)
+    assert all(e.ok for e in errors), errors
+
+
+def kind(name):
+    """Return a dtype and a layout for a shape, each with half of them."""
+    index = [*SHAPES, *LARGE].index(name)
+    return (torch.bfloat16, torch.float16)[index % 2], ("heads first", "lengths first")[index // 2 % 2]
+
+
+@pytest.fixture
+def drawn(device, poisoned, monkeypatch):
+    """Draw arguments that the kernel for Hopper takes, or skip."""
+    monkeypatch.setattr(launch, "_splits", lambda call: 1)  # the plain kernel would have more of so few queries
+
+    def draw(name, dim, seed=0):
+        torch.manual_seed(seed)
+        args = arguments(name, dim, *kind(name), device)
+        if device != "cuda" or not hopper.takes(call_of(args)):
+            pytest.skip("needs a Hopper GPU")
+        return args
+    return draw
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", [*SHAPES, *LARGE])
+def test_results(name, dim, drawn):
+    args = drawn(name, dim)
+    with torch.no_grad(), fastlm.backend("triton"):
+        found = op(*args)
+    keep(found, args)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "queries that see nothing", "window", "grouped"])
+def test_gradients(name, dim, drawn):
+    """The backward kernels read its output and log-sum-exp."""
+    keep_error_rule(lambda i: measure.errors(op, "triton", drawn(name, dim, i)))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_results_are_the_same_each_time(dim, drawn):
+    args = drawn("many turns, causal", dim)
+    with torch.no_grad(), fastlm.backend("triton"):
+        first = op(*args)
+        for _ in range(5):
+            for a, b in zip(first, op(*args), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", SHAPES)
+def test_emulated(name, dim, monkeypatch):
+    """Three programs, so that each takes several tiles, and not all as many."""
+    args = arguments(name, dim, *kind(name))
+    keep(gluon_emulation.forward(call_of(args), 3, monkeypatch), args)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Take tensors on meta for those of a Hopper GPU."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(hopper, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_triton, "loses_here", lambda query: None)
+
+
+def meta(batch=16, heads=16, length=1024, dim=128, dtype=torch.bfloat16, **options):
+    q = torch.empty(batch, heads, length, dim, dtype=dtype, device="meta")
+    return (q, q, q, *[None] * 6, Options(scale=0.1, **options))
+
+
+def test_what_it_takes(on_hopper, monkeypatch):
+    assert hopper.takes(call_of(meta()))
+    assert hopper.takes(call_of(meta(dim=64, dtype=torch.float16, is_causal=True, left=3, right=9, return_lse=True)))
+    for declined in (meta(dtype=torch.float32), meta(dim=96), meta(dim=256), meta(length=127), meta(softcap=1.0),
+                     meta(dropout_p=0.1), (*meta()[:-1], Options(scale=-0.1)), (*meta()[:-1], Options(scale=0.0))):
+        assert not hopper.takes(call_of(declined))
+    call = call_of(meta())
+    for field in ("mask", "sinks", "slopes", "lengths", "query_ids", "draws", "cu_q", "cu_k", "table"):
+        assert not hopper.takes(call._replace(**{field: torch.empty(1)}))
+    assert not hopper.takes(call._replace(value=call.value[..., :64]))
+    monkeypatch.setattr(hopper, "capability", lambda device: (10, 0))
+    assert not hopper.takes(call)
+
+
+def test_what_the_copy_engine_reads():
+    x = torch.empty(2, 300, 4, 128, dtype=torch.bfloat16, device="meta")
+    assert hopper.reachable(x.transpose(1, 2))
+    assert hopper.reachable(x.transpose(1, 2)[..., :64])
+    assert hopper.reachable(x.unflatten(2, (1, 4)).transpose(1, 2)[:, 0].transpose(1, 2)[:1])
+    assert hopper.reachable(torch.empty(1, 1, 300, 64, device="meta").as_strided((1, 1, 300, 64), (7, 3, 64, 1)))
+    assert not hopper.reachable(x.transpose(2, 3))
+    assert not hopper.reachable(x[..., ::2].transpose(1, 2))
+    assert not hopper.reachable(x[:1].expand(2, -1, -1, -1).transpose(1, 2))
+    assert not hopper.reachable(torch.empty(2, 4, 300, 132, device="meta")[..., :128])
+
+
+def test_addresses_are_multiples_of_16(on_hopper, monkeypatch):
+    call = call_of(meta())
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 8)
+    assert not hopper.takes(call)
+
+
+def test_when_it_is_chosen(on_hopper):
+    """Dense attention is SDPA's but where the kernel was measured to be as fast, and no gradient is wanted."""
+    sdpas = "dense attention is SDPA's"
+    assert attention_triton.loses(*meta()) is None
+    assert attention_triton.loses(*meta(is_causal=True)) is None
+    assert attention_triton.loses(*meta(4, length=4096, dim=64)) is None
+    assert attention_triton.loses(*meta(32, length=512)) == sdpas
+    assert attention_triton.loses(*meta(dim=64)) == sdpas
+    assert attention_triton.loses(*meta(batch=1)) == sdpas
+    query, *rest = meta()
+    query.requires_grad_()
+    assert attention_triton.loses(query, *rest) == sdpas
+    with torch.no_grad():
+        assert attention_triton.loses(query, *rest) is None
+    found = []
+    torch.func.vmap(lambda x: found.append(attention_triton.loses(*meta())) or x)(torch.ones(2))
+    assert found == [sdpas]
+
+
+def test_the_choice_can_be_compiled(on_hopper):
+    def choose(query):
+        return query.size(0) + (attention_triton.loses(query, query, query, *[None] * 6, Options(scale=0.1)) is None)
+
+    compiled = torch.compile(choose, backend="eager", fullgraph=True)
+    assert compiled(meta()[0]) == choose(meta()[0]) == 17
+
+
+def test_forward_hands_over_what_it_takes(on_hopper, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "launch", lambda plan, like: seen.append(plan))
+    monkeypatch.setattr(hopper, "plan", lambda *args: "hopper")
+    monkeypatch.setattr(launch, "plan_forward", lambda *args: "plain")
+    for args in (meta(), meta(dim=80)):
+        launch.forward(call_of(args), torch.empty_like(args[0]), torch.empty(args[0].shape[:3], device="meta"))
+    assert seen == ["hopper", "plain"]

@@ -1,0 +1,181 @@
+"""Run the Gluon kernel of attention in plain Python: a thread for each of its partitions, PyTorch for its products.
+
+Copies land late and at random, memory that they are to fill holds NaN until then, and who waits in vain fails. So it
+checks numbers, indices, and the protocol of the barriers; of layouts and registers it knows nothing.
+"""
+
+import inspect
+import random
+import threading
+from types import SimpleNamespace
+
+import torch
+
+from fastlm.ops import attention_hopper_launch_triton as hopper
+
+PATIENCE = 30  # seconds
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all arrivals and all bytes that are expected have come."""
+
+    def init(self, count):
+        self.changed = threading.Condition()
+        self.count = self.pending = count
+        self.phase = self.bytes = 0
+
+    def change(self, arrivals=0, size=0):
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += size
+            assert self.pending >= 0, "more arrivals than a phase has"
+            if self.pending == 0 and self.bytes == 0:
+                self.pending, self.phase = self.count, self.phase + 1
+                self.changed.notify_all()
+
+    def wait(self, parity):
+        with self.changed:
+            assert self.changed.wait_for(lambda: (self.phase - 1) % 2 == parity, PATIENCE), "deadlock"
+
+
+class Memory:
+    """Shared memory: a tensor, or a list of barriers."""
+
+    def __init__(self, x):
+        self.x, self.dtype = x, getattr(x, "dtype", None)
+
+    def index(self, i):
+        return Memory(self.x[i]) if torch.is_tensor(self.x) else self.x[i]
+
+    def reshape(self, shape):
+        return Memory(self.x.view(shape))
+
+    def permute(self, order):
+        return Memory(self.x.permute(*order))
+
+    def store(self, value):
+        self.x.copy_(value)
+
+
+class Descriptor:
+    layout = None
+
+    def __init__(self, x, rows):
+        self.x, self.rows, self.dtype = x, rows, x.dtype
+        self.block_type = SimpleNamespace(nbytes=rows * x.size(3) * 2)
+
+
+class Pointer:
+    def __init__(self, x, at=0):
+        self.x, self.at = x, at
+
+    def __add__(self, n):
+        return Pointer(self.x, self.at + n)
+
+
+def copy_in(descriptor, at, barrier, memory):
+    def land():
+        batch, head, row, _ = at
+        piece = descriptor.x[batch, head, row:row + descriptor.rows]
+        memory.x.zero_()
+        memory.x[0, 0, :len(piece)] = piece
+        barrier.change(size=-descriptor.block_type.nbytes)
+
+    memory.x.fill_(float("nan"))
+    threading.Timer(random.random() * 1e-3, land).start()
+
+
+def copy_out(descriptor, at, memory):
+    batch, head, row, _ = at
+    rows = max(0, min(descriptor.rows, descriptor.x.size(2) - row))
+    descriptor.x[batch, head, row:row + rows] = memory.x[0, 0, :rows]
+
+
+def product(a, b, acc, use_acc=True, is_async=False):
+    a = a.x if isinstance(a, Memory) else a
+    return a.float() @ b.x.float() + (acc if use_acc else 0)
+
+
+def assembly(code, constraints, args, dtype, is_pure, pack):
+    if code.startswith("cvt"):
+        return torch.stack(args, -1).to(torch.bfloat16 if ".bf16x2" in code else torch.float16)
+    return args[0].unbind(-1)
+
+
+def choose(condition, a, b):
+    return torch.where(condition, a, b) if torch.is_tensor(condition) else a if condition else b
+
+
+def either(tensors, numbers):
+    def call(a, b):
+        many = torch.is_tensor(a) or torch.is_tensor(b)
+        return tensors(torch.as_tensor(a), torch.as_tensor(b)) if many else numbers(a, b)
+    return call
+
+
+def store(pointer, value, mask):
+    pointer.x.view(-1)[pointer.at[mask]] = value[mask]
+
+
+def allocate(dtype, shape, layout):
+    return Memory([Barrier() for _ in range(shape[0])] if dtype == "barriers" else torch.zeros(shape, dtype=dtype))
+
+
+def ignore(*args, **kwargs):
+    return None
+
+
+def kernel(here, programs, failures):
+    """Return `hopper_kernel` as a function for program `here` of so many."""
+    def specialize(partitions, warps, registers):
+        def run(part, args):
+            try:
+                part(*args)
+            except BaseException as error:
+                failures.append(error)
+        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    gl = SimpleNamespace(
+        tensor=None, constexpr=None, static_range=range, minimum=either(torch.minimum, min), int32=None,
+        maximum=either(torch.maximum, max), program_id=lambda axis: here, num_programs=lambda axis: programs,
+        where=choose, arange=lambda start, end, layout: torch.arange(start, end), SliceLayout=ignore, store=store,
+        zeros=lambda shape, dtype, layout: torch.zeros(shape), reshape=lambda x, shape: x.reshape(shape),
+        max=lambda x, dim: x.amax(dim), sum=lambda x, dim: x.sum(dim), exp2=torch.exp2, log=torch.log,
+        split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack((a, b), -1), inline_asm_elementwise=assembly,
+        convert_layout=lambda x, layout, assert_trivial=False: x, NVMMADistributedLayout=ignore,
+        DotOperandLayout=ignore, float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16,
+        int64="barriers", thread_barrier=ignore, warp_specialize=specialize, allocate_shared_memory=allocate)
+    names = {
+        "gl": gl, "gluon": SimpleNamespace(jit=lambda fn=None, **options: fn or (lambda fn: fn)),
+        "mbarrier": SimpleNamespace(init=lambda b, count: b.init(count), wait=lambda b, parity: b.wait(parity),
+                                    arrive=lambda b, count: b.change(count), MBarrierLayout=ignore,
+                                    expect=lambda b, size: b.change(1, size)),
+        "tma": SimpleNamespace(async_copy_global_to_shared=copy_in, async_copy_shared_to_global=copy_out,
+                               store_wait=ignore),
+        "warpgroup_mma": product, "warpgroup_mma_wait": lambda count, deps: deps if len(deps) > 1 else deps[0],
+        "fence_async_shared": ignore, "LN_2": 0.6931471805599453, "MINUS_INFINITY": float("-inf")}
+    from fastlm.ops import attention_hopper_kernels_triton as source
+
+    text = inspect.getsource(source)
+    text = text[text.index("class Tensors"):].replace(".type.layout", ".device").replace(".to(gl.int64)", "")
+    exec(compile("from typing import NamedTuple\n" + text, source.__file__, "exec"), names)
+    return names["hopper_kernel"]
+
+
+def forward(call, programs, monkeypatch):
+    """Return (output, log-sum-exp) of a call of attention from the emulated kernel, launched with so many programs."""
+    monkeypatch.setattr(hopper, "describe", Descriptor)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: programs)
+    out = torch.full(call.query.shape, float("nan"), dtype=call.query.dtype)
+    lse = torch.full(call.query.shape[:3], float("nan"))
+    _, (programs,), arguments = hopper.plan(call, out, lse)
+    del arguments["num_warps"]
+    failures = []
+    for here in range(programs):
+        kernel(here, programs, failures)(**arguments | {"lse": Pointer(lse)})
+        assert not failures, failures
+    return out, lse
