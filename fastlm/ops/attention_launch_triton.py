@@ -253,7 +253,7 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
         mask_keys=None if mask is None else keys, D=query.size(3), DV=value.size(3), BLOCK_D=_block(query.size(3)),
         BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal, SCALED=scaled, EXACT=_exact(query),
         COARSE=query.dtype is torch.bfloat16, KIND=kind,
-        EVEN=mask is not None and keys % 16 == 0, **tiles, **given,
+        EVEN=mask is not None and keys % 16 == 0, GROUPED=call.group > 1, **tiles, **given,
         **_strides("bhsd", q=query, k=key, v=value, mask=mask, do=given.get("do")), **_strides("bhs", row=layout))
     found.update(zip(("col_b", "col_h", "col_s"), columns, strict=True))
     if call.table is not None:
