@@ -305,7 +305,9 @@ def attention(generation, label, dim, dtype, value_dim=None, deep=False, **given
     if call.mask is not None and call.mask.is_floating_point():
         plans.append(attention_launch_triton.plan_mask(call, lse, lse, out))
     for plan in plans:
-        yield Case(label, plan, generation, 160, deep)
+        # On an H200 the tiles for keys 128 wide are 1.2 to 1.4 times as fast as any that spill less.
+        spills = 320 if generation == 90 and dim == 128 and plan[2].get("KIND") == "keys" else 160
+        yield Case(label, plan, generation, spills, deep)
 
 
 KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, linear_cross_entropy_cases,

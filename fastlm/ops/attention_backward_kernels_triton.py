@@ -61,23 +61,34 @@ def _slope(p, weights, dp, delta, queries):
 
 
 @triton.jit
-def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, lse, delta, walk,
-                  M: tl.constexpr, CUT: tl.constexpr, DK: tl.constexpr):
-    """Add what the rows of a walk give to the gradients of a tile of keys and values; scores are `[N, M]`."""
+def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, lse, delta, walk, M: tl.constexpr,
+                  CUT: tl.constexpr, DK: tl.constexpr):
+    """Add what the queries of a walk give to the gradients of a tile of keys and values; scores are `[N, M]`.
+
+    The heads that share the keys are walked one after the other, for a tile of one head is loaded as vectors.
+    """
     first, last = part(walk, CUT)
+    tiles = tl.cdiv(tl.maximum(last - first, 0), M)
+    if queries.GROUPED:
+        last = first + tiles * queries.group * M
     for begin in tl.range(first, last, M, num_stages=1 if CUT else None):
+        head = queries.head
+        if queries.GROUPED:
+            t = (begin - first) // M
+            head += t // tiles
+            begin = first + t % tiles * M
         begin = place(begin, walk, CUT)
-        r = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, M), M), M)
-        i, head = query_and_head(queries, r[None, :])
-        mask = load_mask(i, head, j, queries, band, CUT)
-        query = load_query(queries, r, band, size, not CUT)
-        dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring, not CUT)
+        i = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, M), M), M)
+        across = i[None, :]
+        mask = load_mask(across, head, j, queries, band, CUT)
+        query = load_query(queries, i, head, band, size, not CUT)
+        dout, row_lse, row_delta = load_upstream(queries, i, head, band, size, lse, delta, scoring, not CUT)
         s = dot(key, query.T, None, scoring.EXACT)
-        s, bend = scores(s, mask, i, head, j, queries, keys, band, scoring, CUT)
+        s, bend = scores(s, mask, across, head, j, queries, keys, band, scoring, CUT)
         p = weights_of(s, row_lse[None, :], scoring)
         weights = p
         if queries.draws is not None:
-            weights = drop(p, i, head, j, queries, band, scoring, CUT)
+            weights = drop(p, across, head, j, queries, band, scoring, CUT)
         dvalue = dot(weights.to(dout.dtype), dout, dvalue, scoring.EXACT)
         if DK:
             dp = dot(value, dout.T, None, scoring.EXACT)
@@ -93,7 +104,7 @@ def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ra
     j = tile * N + tl.arange(0, N)
     key, value = load_keys(keys, j, band, size, False)
     start, end, low, high = queries_seeing(tile * N, tile * N + N, band, ranges)
-    walk = align(start * queries.group, end * queries.group, low * queries.group, high * queries.group, M)
+    walk = align(start, end, low, high, M)
     dkey = tl.zeros((N, size.BLOCK_D), tl.float32)
     dvalue = tl.zeros((N, size.BLOCK_DV), tl.float32)
     DK: tl.constexpr = dk is not None
@@ -152,17 +163,17 @@ def backward_queries(tile, band, queries, keys, scoring, size, ranges, lse, delt
     first, last = ends(tile, queries, band, M)
     start, end, low, high = keys_seen(first, last, band, ranges)
     walk = align(start, end, low, high, N)
-    query = load_query(queries, r, band, size, False)
-    dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring, False)
+    i, head = query_and_head(queries, r)
+    query = load_query(queries, i, head, band, size, False)
+    dout, row_lse, row_delta = load_upstream(queries, i, head, band, size, lse, delta, scoring, False)
     dquery = tl.zeros((M, size.BLOCK_D), tl.float32)
     dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, walk, N, False)
     dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, walk, N, True)
-    r = afresh(tile) * M + tl.arange(0, M)
-    inside = r < band.queries * queries.group
+    i, head = query_and_head(queries, afresh(tile) * M + tl.arange(0, M))
     scale = scoring.scale
     if queries.draws is not None:
         scale = scale / scoring.share
-    store_rows(dq, row_numbers(queries, r) * size.D, inside, dquery * scale, size.D, size.BLOCK_D)
+    store_rows(dq, row_numbers(queries, i, head) * size.D, i < band.queries, dquery * scale, size.D, size.BLOCK_D)
 
 
 @triton.jit
@@ -171,6 +182,6 @@ def mask_slope(r, j, mask, band, queries, keys, scoring, size, lse, delta, CUT: 
 
     Unless CUT, it is -∞ where a query may not see a key.
     """
-    query = load_query(queries, r, band, size, False)
-    dout, row_lse, row_delta = load_upstream(queries, r, band, size, lse, delta, scoring, False)
+    query = load_query(queries, r, queries.head, band, size, False)
+    dout, row_lse, row_delta = load_upstream(queries, r, queries.head, band, size, lse, delta, scoring, False)
     return _slopes(query, dout, row_lse, row_delta, mask, r, queries, keys, j, band, scoring, size, CUT, False)[0]

@@ -80,16 +80,16 @@ def forward_tile(tile, split, splits, rows_in_all, band, queries, keys, scoring,
         start += split * share
         end = tl.minimum(end, start + share)
     walk = align(start, end, low, high, N)
-    query = load_query(queries, r, band, size, False)
+    query = load_query(queries, *query_and_head(queries, r), band, size, False)
     acc = tl.zeros((M, size.BLOCK_DV), tl.float32)
     acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, walk, N, False)
     acc, total, highest = _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, walk, N, True)
     total = tl.where(total == 0.0, 1.0, total)  # of rows that see nothing, whose maximum is -∞
     if not scoring.SCALED:
         highest = highest * (scoring.factor * LN_2)
-    r = afresh(tile) * M + tl.arange(0, M)
-    inside = r < band.queries * queries.group
-    at = row_numbers(queries, r)
+    i, head = query_and_head(queries, afresh(tile) * M + tl.arange(0, M))
+    inside = i < band.queries
+    at = row_numbers(queries, i, head)
     if split is not None:
         at += split * rows_in_all
     tl.store(lse + at, highest + tl.log2(total) * LN_2, inside)

@@ -41,7 +41,7 @@ def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, m
              table_b, row_b, row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
              SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr,
-             CUT: tl.constexpr):
+             GROUPED: tl.constexpr, CUT: tl.constexpr):
     """Compute a tile of row b of the batch for `group` heads from `head` on; return the mask's gradient if asked for.
 
     Offsets and lengths out of range are clamped: their values are not checked on a GPU.
@@ -77,7 +77,7 @@ def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, m
         tile, tile_j, tile_mask, split, splits, rows_in_all, b * col_b + first_k * col_s + kv_head * col_h, col_s,
         Band(rows, cols, cols - rows, lower, upper, left is not None, CAUSAL or right is not None),
         Queries(q + b * q_b + first_q * q_s, q_h, q_s, q_d, do, do_h, do_s, do_d, mask, mask_h, mask_s, mask_d,
-                mask_keys, slopes, query_ids, draws, b * row_b + first_q * row_s, row_h, row_s, head, group),
+                mask_keys, slopes, query_ids, draws, b * row_b + first_q * row_s, row_h, row_s, head, group, GROUPED),
         Keys(k + kv_head * k_h, v + kv_head * v_h, k_b, k_s, k_d, v_b, v_s, v_d, table, page_size, pages, key_ids),
         Scoring(factor, scale, cap, threshold, share, SCALED, EXACT, COARSE), Size(D, DV, BLOCK_D, BLOCK_DV), sinks,
         ranges, o, lse, delta, dq, dk, dv, M, N, KIND, CUT)
@@ -97,8 +97,8 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
                      slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, mask_heads, shared_heads, shared,
                      column_blocks, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                      M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr,
-                     COARSE: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, MASK_ROWS: tl.constexpr,
-                     MASK_COLS: tl.constexpr):
+                     COARSE: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, GROUPED: tl.constexpr,
+                     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
     """Compute one tile of what KIND says.
 
     That is the output ("forward"), the gradients of keys and values ("keys"), of queries ("queries"), or of a tile of a
@@ -141,7 +141,7 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
                 factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
                 k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d, slopes_b,
                 table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL, SCALED,
-                EXACT, COARSE, KIND, EVEN, CUT)
+                EXACT, COARSE, KIND, EVEN, GROUPED, CUT)
         if draws is not None:
             total = total / share
         if not MASK_ROWS:
@@ -170,4 +170,4 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
             rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b,
             k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d,
             slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL, SCALED,
-            EXACT, COARSE, KIND, EVEN, False)
+            EXACT, COARSE, KIND, EVEN, GROUPED, False)

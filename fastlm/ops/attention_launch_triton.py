@@ -256,7 +256,7 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
         mask_keys=None if mask is None else keys, D=query.size(3), DV=value.size(3), BLOCK_D=_block(query.size(3)),
         BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal, SCALED=scaled, EXACT=_exact(query),
         COARSE=query.dtype is torch.bfloat16, KIND=kind,
-        EVEN=mask is not None and keys % 16 == 0, **tiles, **given,
+        EVEN=mask is not None and keys % 16 == 0, GROUPED=call.group > 1, **tiles, **given,
         **_strides("bhsd", q=query, k=key, v=value, mask=mask, do=given.get("do")), **_strides("bhs", row=layout))
     found.update(zip(("col_b", "col_h", "col_s"), columns, strict=True))
     if call.table is not None:
@@ -300,24 +300,28 @@ def _block(dim):
 # --- sizes of tiles --------------------------------------------------------------------------------------------
 
 # (M, N, warps, stages) for heads up to 64, 128 and 256 wide: for 16-bit types on a generation of GPUs or a later one,
-# and for float32. All fit registers and shared memory, as tests/test_triton.py checks; those of 16 bits for Hopper, up
-# to 128 wide, are the fastest of a sweep on an H200, the others are not yet timed. "Busy" is what needs more registers:
-# with a mask, dropout or a softcap.
+# and for float32; with a mask or with dropout others, where named. Those of 16 bits for Hopper, up to 128 wide, are the
+# fastest of a sweep on an H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
 TILES = {
     90: {
-        "forward": ((128, 64, 8, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
-        "busy forward": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
-        "keys": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 8, 1)),
-        "busy keys": ((64, 64, 4, 1), (32, 128, 8, 1), (64, 32, 8, 1)),
-        "queries": ((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
-        "mask": ((128, 64, 8, 2), (64, 64, 4, 1), (32, 32, 8, 1)),
+        "forward": ((64, 64, 4, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
+        "masked forward": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+        "dropout forward": ((128, 64, 8, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
+        "keys": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 1)),
+        "masked keys": ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 8, 1)),
+        "queries": ((64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 1)),
+        "masked queries": ((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
+        "dropout queries": ((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
+        "mask": ((64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
         "few queries": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
     },
     80: {
         "forward": ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-        "busy forward": ((128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)),
+        "masked forward": ((128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)),
+        "dropout forward": ((128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)),
         "keys": ((64, 64, 4, 1), (64, 64, 8, 1), (64, 32, 8, 1)),
-        "busy keys": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+        "masked keys": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+        "dropout keys": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
         "queries": ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
         "mask": ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
         "few queries": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
@@ -340,12 +344,10 @@ def _tiles(kind, call):
     table = TILES["float32"]
     if call.query.element_size() == 2:
         table = TILES[90 if generation(call.query.device) >= 90 else 80]
-    busy = any(x is not None for x in (call.mask, call.draws, call.options.softcap or None))
+    feature = "masked" if call.mask is not None else "dropout" if call.draws is not None else ""
     if kind == "forward" and call.longest[0] * call.group <= 16:
         kind = "few queries"
-    elif busy and f"busy {kind}" in table:
-        kind = f"busy {kind}"
-    M, N, warps, stages = table[kind][0 if wide <= 64 else 1 if wide == 128 else 2]
+    M, N, warps, stages = table.get(f"{feature} {kind}", table[kind])[0 if wide <= 64 else 1 if wide == 128 else 2]
     return {"M": M, "N": N, "num_warps": warps, "num_stages": stages}
 
 

@@ -90,6 +90,7 @@ class Queries(NamedTuple):
     row_s: tl.tensor
     head: tl.tensor
     group: tl.tensor
+    GROUPED: tl.constexpr
 
 
 class Walk(NamedTuple):
@@ -170,16 +171,14 @@ def query_and_head(source, r):
 
 
 @triton.jit
-def row_numbers(source, r):
-    """Return the row numbers of rows r in the output and what is laid out like it."""
-    i, head = query_and_head(source, r)
+def row_numbers(source, i, head):
+    """Return the row numbers of queries i of a head in the output and what is laid out like it."""
     return source.row + i.to(tl.int64) * source.row_s + head * source.row_h
 
 
 @triton.jit
-def load_query(source, r, band, size, WHOLE: tl.constexpr):
-    """Load the queries of rows r; WHOLE promises that all are there."""
-    i, head = query_and_head(source, r)
+def load_query(source, i, head, band, size, WHOLE: tl.constexpr):
+    """Load queries i of a head; WHOLE promises that all are there."""
     inside = None
     if not WHOLE:
         inside = i < band.queries
@@ -188,22 +187,22 @@ def load_query(source, r, band, size, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_upstream(source, r, band, size, lse, delta, scoring, WHOLE: tl.constexpr):
-    """Load, of rows r, the outputs' gradients, the log-sum-exp for `weights_of`, and delta, times dropout's share.
+def load_upstream(source, i, head, band, size, lse, delta, scoring, WHOLE: tl.constexpr):
+    """Load, of queries i, the outputs' gradients, the log-sum-exp for `weights_of`, and delta, times dropout's share.
 
-    WHOLE promises that all rows are there and that the band lets each of them see keys.
+    WHOLE promises that all queries are there and that the band lets each of them see keys.
     """
-    i, head = query_and_head(source, r)
     at = i.to(tl.int64) * source.do_s + head * source.do_h
+    row = row_numbers(source, i, head)
     if WHOLE:
         dout = load_rows(source.do, at, None, source.do_d, size.DV, size.BLOCK_DV)
-        sums = tl.load(lse + row_numbers(source, r))
-        found = tl.load(delta + row_numbers(source, r))
+        sums = tl.load(lse + row)
+        found = tl.load(delta + row)
     else:
         inside = i < band.queries
         dout = load_rows(source.do, at, inside, source.do_d, size.DV, size.BLOCK_DV)
-        sums = tl.load(lse + row_numbers(source, r), inside, -float("inf"))
-        found = tl.load(delta + row_numbers(source, r), inside, 0.0)
+        sums = tl.load(lse + row, inside, -float("inf"))
+        found = tl.load(delta + row, inside, 0.0)
     if not WHOLE or source.mask is not None or source.documents is not None:
         sums = tl.where(sums == -float("inf"), float("inf"), sums)  # of rows that see nothing
     if not scoring.EXACT:
@@ -366,7 +365,7 @@ def drop(p, i, head, j, queries, band, scoring, CUT: tl.constexpr):
     a weight; a Philox for each would take longer than the products of the tile. `dropped` of attention_launch_triton.py
     does the same.
     """
-    row = queries.row + i.to(tl.int64) * queries.row_s + head * queries.row_h
+    row = row_numbers(queries, i, head)
     if CUT:
         bits = tl.load(queries.draws + row, i < band.queries, 0)
     else:
