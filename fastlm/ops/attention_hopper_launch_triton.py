@@ -95,6 +95,6 @@ def describe(x: Tensor, rows: int):
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     # The engine wants a legal stride also of what there is one of.
-    strides = [8 if x.size(d) == 1 else x.stride(d) for d in range(3)]
+    strides = [x.size(3) if x.size(d) == 1 else x.stride(d) for d in range(3)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.size(3)],
                             gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))

@@ -1,4 +1,7 @@
-"""Attention in Triton: every feature, forward and backward; attention_kernels_triton.py is how."""
+"""Attention in Triton: every feature, forward and backward; attention_kernels_triton.py is how.
+
+Plain attention forward has a kernel of its own on Hopper, attention_hopper_kernels_triton.py.
+"""
 
 import torch
 
