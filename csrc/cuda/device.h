@@ -74,8 +74,8 @@ __device__ inline int64_t keep(int64_t x) {
   return x;
 }
 
-// Stores that all blocks see at some time, each as a whole, in any order; and loads that see what is there. Nothing here
-// orders other memory, so the compiler is not told to keep other loads where they are.
+// Stores that all blocks see at some time, each as a whole, in any order; and loads that see what is there. Nothing
+// here orders other memory, so the compiler is not told to keep other loads where they are.
 __device__ inline void store_shared_by_all(uint16_t* place, uint16_t x) {
   asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(place), "h"(x));
 }

@@ -60,16 +60,16 @@ struct Plan {
   double cost;           // estimated clocks of a step, times how often groups take turns
 };
 
-// Products whose sums fit the registers of a thread. Backward, where a row is a unit, pairs_of allows no more. A cluster,
-// whose few blocks hold all units, has many rows in a block.
+// Products whose sums fit the registers of a thread. Backward, where a row is a unit, pairs_of allows no more. A
+// cluster, whose few blocks hold all units, has many rows in a block.
 constexpr bool tiles_exist(bool tensor_core, bool backward, bool cluster, int m_tiles, int n_tiles) {
   const bool few = backward ? std::max(m_tiles, n_tiles) <= 2 : m_tiles >= 4 && m_tiles * n_tiles <= 8;
   if (cluster) return tensor_core && few;
   return std::max(m_tiles, n_tiles) <= 4 && m_tiles * n_tiles <= (!tensor_core ? 2 : backward ? 4 : 16);
 }
 
-// (Unit, sequence) pairs that a thread owns at most. A loop of few instructions is worth more than one that fits any cell:
-// an Elman network of few rows has units for two.
+// (Unit, sequence) pairs that a thread owns at most. A loop of few instructions is worth more than one that fits any
+// cell: an Elman network of few rows has units for two.
 FASTLM_INLINE constexpr int pairs_of(bool backward, int m_tiles, int n_tiles) {
   return m_tiles * n_tiles <= (backward ? 2 : 4) ? 1 : 2;
 }
@@ -88,8 +88,8 @@ constexpr int64_t slot_bytes(const Layer& l, const Plan& p) {
   return int64_t(8) * p.n_tiles * p.row * size_of(l.number);
 }
 
-// Clocks of one step, fitted to an H200's bfloat16 LSTM, whose step takes 1.3 to 10 µs, within 9 % (26 November 2026). It
-// need only rank plans.
+// Clocks of one step, fitted to an H200's bfloat16 LSTM, whose step takes 1.3 to 10 µs, within 9 % (26 November
+// 2026). It need only rank plans.
 constexpr double clocks(const Layer& l, bool backward, const Plan& p) {
   const double sequences = 8.0 * p.n_tiles, rows = 16.0 * p.m_tiles, bytes = double(p.depth) * size_of(l.number);
   const double some = std::min(sequences, double(l.batch));
@@ -112,7 +112,8 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool 
   p.cluster = cluster;
   p.m_tiles = m_tiles;
   p.n_tiles = n_tiles;
-  const int most = std::min(16 * m_tiles / (backward ? 1 : gates), pairs_of(backward, m_tiles, n_tiles) * kThreads / sequences);
+  const int owned = pairs_of(backward, m_tiles, n_tiles) * kThreads;
+  const int most = std::min(16 * m_tiles / (backward ? 1 : gates), owned / sequences);
   p.units = divide_up(l.hidden, divide_up(l.hidden, most));
   p.slices = divide_up(l.hidden, p.units);
   p.groups = divide_up(l.batch, sequences);

@@ -13,9 +13,9 @@
 
 namespace fastlm::cuda {
 
-// Loads groups of kLoad bytes, `row_step` groups apart from row to row and `step` from step to step, of the first `steps`
-// steps; zeros where a row is not wanted. `meanwhile` runs before they are there. Again until all of them are complete:
-// to load all is less code, and takes fewer branches, than to load what was not.
+// Loads groups of kLoad bytes, `row_step` groups apart from row to row and `step` from step to step, of the first
+// `steps` steps; zeros where a row is not wanted. `meanwhile` runs before they are there. Again until all of them are
+// complete: to load all is less code, and takes fewer branches, than to load what was not.
 template <class X, int kSteps, int kRows, class Wanted, class Meanwhile>
 __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step, int step, int steps,
                      const Wanted& wanted, const Meanwhile& meanwhile) {
@@ -51,12 +51,13 @@ struct TensorProduct {
   static constexpr int kRows = 16 * m, kSequences = 8 * n;
   static constexpr bool kAhead = m <= 4;  // weights are loaded ahead of the wait or of the product before
 
-  // Operands lie in shared memory in the order of chunk, tile, product, lane, and a lane's in the order of registers: no
-  // bank conflicts, no moves.
+  // Operands lie in shared memory in the order of chunk, tile, product, lane, and a lane's in the order of registers:
+  // no bank conflicts, no moves.
   __device__ static int place(int row, int k, int) {
     constexpr int each = kLoad / sizeof(T), chunk = kChunk / sizeof(T), word = 4 / sizeof(T);
     const int lane = row % 8 * 4 + k % chunk / each, product = k % each / (2 * word), second = k / word % 2;
-    return (((k / chunk * m + row / 16) * 2 + product) * 32 + lane) * each + (second * 2 + row % 16 / 8) * word + k % word;
+    const int in_lane = (second * 2 + row % 16 / 8) * word + k % word;
+    return (((k / chunk * m + row / 16) * 2 + product) * 32 + lane) * each + in_lane;
   }
 
   __device__ static T operand(T x) {
@@ -85,7 +86,8 @@ struct TensorProduct {
 
   template <class X, int kChunks, class Meanwhile>
   __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
-    constexpr int kSteps = kChunks * n <= 16 ? kChunks : 16 / n;  // loaded at a time: registers, and code that stays in its cache
+    // Chunks that are loaded at a time, as far as registers go and code stays in its cache.
+    constexpr int kSteps = kChunks * n <= 16 ? kChunks : 16 / n;
     const uint4* a = lane.weights;
     const uint4* b = reinterpret_cast<const uint4*>(published);
     float sums[m][n][4] = {};

@@ -160,8 +160,8 @@ struct Team {
   }
   __device__ void published_all() const { exchange.put_all(); }
 
-  // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a row and sequence is what came
-  // out. Runs `meanwhile` where the block would only wait.
+  // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a row and sequence is what
+  // came out. Runs `meanwhile` where the block would only wait.
   template <int kChunks, class Meanwhile>
   __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
     if constexpr (X::kCluster) {

@@ -1,7 +1,7 @@
 // csrc/cuda/device.h on the host. What is stored for all to see gets there some rounds later, as chance will have it,
-// each number on its own: nothing orders two of them. What a thread stores in another block of its cluster gets there at
-// once or, as chance will have it, only when all have arrived at a barrier after it.
-// FASTLM_EMULATED_WAITS=0 waits neither for what is published nor for clusters.
+// each number on its own: nothing orders two of them. What a thread stores in another block of its cluster gets there
+// at once or, as chance will have it, only when all have arrived at a barrier after it. FASTLM_EMULATED_WAITS=0 waits
+// neither for what is published nor for clusters.
 #pragma once
 
 #include <cmath>
