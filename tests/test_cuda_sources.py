@@ -114,7 +114,7 @@ def test_emulated_kernels_obey_the_error_rule(emulated):
     assert {name: verdict for name, verdict in found.items() if verdict != "ok"} == {}
     assert len(found) == 3 * (7 + 7 + 7 + 3 + 5) + 2 + 6 + 3 + 3 * (2 + 7 + 2)
     ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
-    assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124"}, ran
+    assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124" if m + n != "44"}, ran
     assert ran >= {("backward", "grid", m, n) for m, n in ("11", "12", "14", "21", "22", "41")}, ran
     assert ran >= {("forward", "cluster", m, n) for m, n in ("41", "42", "81")}, ran
     assert ran >= {("backward", "cluster", m, n) for m, n in ("11", "12", "21", "22")}, ran
@@ -188,13 +188,13 @@ def test_cheapest_plan(emulated, tmp_path):
 
 
 def test_plans_of_models(emulated, tmp_path):
-    """What benchmarks hold the kernels to: 16 bits at H ≤ 1024 have a plan on an H100, one direction without turns."""
+    """What benchmarks hold the kernels to: 16 bits at H ≤ 1024 have a plan on an H100, in two turns at most."""
     wanted = [((CELLS[cell], FORMATS.index("bfloat16"), batch, hidden, 1, GRID), backward, CHIPS["H100"])
               for cell in ("lstm", "gru") for batch in (1, 16, 64) for hidden in (256, 512, 650, 768, 1024)
               for backward in (False, True)]
     for (layer, backward, _), plan in zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True):
         print(layer, "backward" if backward else "forward", plan)
-        assert plan["teams"] == plan["groups"]
+        assert 2 * plan["teams"] >= plan["groups"]
 
 
 # --- reasons ------------------------------------------------------------------------------------------------------

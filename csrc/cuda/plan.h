@@ -65,13 +65,14 @@ struct Plan {
 constexpr bool tiles_exist(bool tensor_core, bool backward, bool cluster, int m_tiles, int n_tiles) {
   const bool few = backward ? std::max(m_tiles, n_tiles) <= 2 : m_tiles >= 4 && m_tiles * n_tiles <= 8;
   if (cluster) return tensor_core && few;
-  return std::max(m_tiles, n_tiles) <= 4 && m_tiles * n_tiles <= (!tensor_core ? 2 : backward ? 4 : 16);
+  return std::max(m_tiles, n_tiles) <= 4 && m_tiles * n_tiles <= (!tensor_core ? 2 : backward ? 4 : 8);
 }
 
 // (Unit, sequence) pairs that a thread owns at most. A loop of few instructions is worth more than one that fits any
-// cell: an Elman network of few rows has units for two.
+// cell: an Elman network of few rows has units for two. Forward, blocks in which some threads owned two waited for ever
+// on an H200 (benchmarks/LOG.md 2026-11-26; not in the emulation, cause not found), so none does.
 FASTLM_INLINE constexpr int pairs_of(bool backward, int m_tiles, int n_tiles) {
-  return m_tiles * n_tiles <= (backward ? 2 : 4) ? 1 : 2;
+  return !backward || m_tiles * n_tiles <= 2 ? 1 : 2;
 }
 
 FASTLM_INLINE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }

@@ -6,7 +6,7 @@ import triton.language as tl
 from fastlm.ops.activation_kernels import ACCEPTS, differentiable
 from fastlm.ops.math_kernels_triton import exp, normal_tail, sigmoid
 from fastlm.ops.triton_kernels import DTYPES, adjacent, cannot_here, launch
-from fastlm.ops.triton_kernels import loses as loses_here
+from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 

@@ -28,6 +28,9 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     if dense and query.size(3) == value.size(3) and (
             _differentiated(query, key, value) or not hopper.wins(query, key, value, options)):
         return "dense attention is SDPA's"
+    by_formula = options.softcap or options.return_lse or sinks is not None  # by stock, which has no kernel for them
+    if query.is_cuda and query.dtype is torch.float32 and not by_formula:
+        return "IEEE float32 takes three times as long as SDPA: benchmarks/LOG.md 2026-11-26"
     return loses_here(query)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastlm.autograd import Differentiable, blank
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
-from fastlm.ops.triton_kernels import loses as loses_here
+from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 

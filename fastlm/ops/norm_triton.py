@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
 from fastlm.ops.triton_kernels import DTYPES, adjacent, cannot_here, launch, multiprocessors
-from fastlm.ops.triton_kernels import loses as loses_here
+from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 

@@ -17,6 +17,7 @@ from fastlm.ops import recurrent
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 NUMBERS = {torch.float32: 0, torch.float64: 1, "tf32": 2, torch.bfloat16: 3, torch.float16: 4}
+MEASURED = {"lstm": (1024, 512), "gru": (512, 256)}  # units, up to 16 sequences and up to 64
 EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2}  # how the blocks of a kernel hand their results to each other
 
 
@@ -208,6 +209,27 @@ class CudaLayers:
             workspace = y.new_empty(plan["workspace"] * steps, dtype=torch.uint8)
             getattr(self.native.cuda, name)(layer, chip, steps, sizes, workspace.data_ptr(), directions, *options,
                                             torch.cuda.current_stream().cuda_stream)
+
+
+def losses(cell, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+           batch_first) -> str | None:
+    """Return why cuDNN is the better choice, None where rows measured on an H200 say that it is not.
+
+    They are of LSTM and GRU in 16 bits: benchmarks/LOG.md 2026-11-26.
+    """
+    batch, hidden = hx[0].shape[1:]
+    steps = batch_sizes.shape[0] if batch_sizes is not None else data.shape[1 if batch_first else 0]
+    lowered = data.dtype is torch.float32 and torch.is_autocast_enabled(data.device.type)
+    dtype = torch.float16 if lowered else data.dtype
+    if cell not in ("lstm", "gru") or dtype.itemsize != 2:
+        return "against cuDNN only LSTM and GRU in 16 bits were measured"
+    most = MEASURED[cell][batch > 16]
+    if hidden > most or batch > 64 or steps < 64:
+        return f"not measured above {most} units with so many sequences, above 64 sequences, nor below 64 steps"
+    # What torch asks of cuDNN's own persistent kernel (ATen, cudnn/RNN.cpp).
+    persists = cell == "lstm" and dtype is torch.float16 and not bidirectional and num_layers == 1 and (
+        batch_sizes is None and hidden % 128 == 0 and data.shape[-1] % 128 == 0 and batch % 8 == 0)
+    return "cuDNN's persistent kernel is faster below 64 sequences" if persists and batch < 64 else None
 
 
 @functools.cache

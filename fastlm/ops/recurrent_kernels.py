@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, transformed
-from fastlm.ops import gpu, recurrent
+from fastlm.ops import gpu, recurrent, recurrent_cuda
 from fastlm.ops.cpu import unmeasured
 from fastlm.ops.products import mm
 from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
@@ -37,7 +37,7 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     kernel.
     """
     if data.is_cuda:
-        return gpu.unmeasured(data)
+        return gpu.unmeasured(data) or recurrent_cuda.losses(cell, data, batch_sizes, hx, params, *options)
     if unknown := unmeasured(native, *MEASURED):
         return unknown
     dtype, precision = data.dtype, _precision()

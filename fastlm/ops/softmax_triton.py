@@ -16,7 +16,7 @@ from fastlm.autograd import Differentiable, blank
 from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.softmax import collapse, gradient
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, concurrent, launch, multiprocessors
-from fastlm.ops.triton_kernels import loses as loses_here
+from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 

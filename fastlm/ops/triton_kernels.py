@@ -13,6 +13,7 @@ from fastlm.ops.gpu import unmeasured
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST = 1 << 20
 
 
 def cannot_here(x: Tensor) -> str | None:
@@ -25,6 +26,13 @@ def cannot_here(x: Tensor) -> str | None:
 def loses(x: Tensor, *rest) -> str | None:
     """Return why a kernel that could run is not the default."""
     return unmeasured(x) if x.is_cuda else "interpreted"
+
+
+def loses_below(x: Tensor, *rest) -> str | None:
+    """Return the same for what only reads and writes: few numbers take the GPU less than Python takes to launch."""
+    if x.is_cuda and x.numel() < LEAST:
+        return f"below {LEAST} numbers the launch takes longer than the work"
+    return loses(x)
 
 
 def launch(plan: tuple, like: Tensor) -> None:
