@@ -26,7 +26,7 @@ lint: $(VENV)/installed
 # On a machine with a GPU: no network, no pip, the Python that is there. Each stage is a target of its own, for machines
 # that are lent for minutes: what tells most comes first, has its own limit of time, and fails without the next ones.
 # SHARDS processes compile Triton's kernels side by side. The sanitizer sees small layers.
-SHARDS     ?= 8
+SHARDS     ?= 14
 GPU_STAGES := gpu-cudnn gpu-exchange gpu-recurrent gpu-sanitize gpu-parity gpu-bench
 SMALL      := tests/cases/test_recurrent.py -q --device cuda -k
 .PHONY: gpu-check gpu-build $(GPU_STAGES)
@@ -47,11 +47,11 @@ gpu-exchange: gpu-build
 		PYTHONPATH=. timeout 180 $(PYTHON) benchmarks/cuda_exchange.py $(RESULTS) $$right && test "$$right" = " grid cluster"
 
 gpu-recurrent: gpu-build
-	$(PYTHON) -m fastlm bench --suite rnn-cuda --device cuda --every --out $(RESULTS)
+	timeout 300 $(PYTHON) -m fastlm bench --suite rnn-cuda --device cuda --every --out $(RESULTS)
 
 gpu-sanitize: gpu-build
 	if command -v compute-sanitizer; then for tool in memcheck racecheck; do timeout 180 \
-		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest $(SMALL) test_exchange || exit 1; done; fi
+		compute-sanitizer --tool $$tool --kernel-name kns=fastlm --error-exitcode 1 $(PYTHON) -m pytest $(SMALL) test_exchange || exit 1; done; fi
 
 gpu-parity: gpu-build
 	seq $(SHARDS) | xargs -P $(SHARDS) -I{} $(PYTHON) -m pytest tests/test_ops.py tests/test_nn.py tests/cases \
@@ -59,7 +59,7 @@ gpu-parity: gpu-build
 
 gpu-bench: gpu-build
 	for suite in head norms attention; do \
-		$(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS) || failed=1; done; \
+		timeout 300 $(PYTHON) -m fastlm bench --suite $$suite --device cuda --every --out $(RESULTS) || failed=1; done; \
 		test -z "$$failed"
 	$(PYTHON) -m fastlm bench --device cuda --every --full --out $(RESULTS)
 

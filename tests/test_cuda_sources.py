@@ -33,7 +33,7 @@ CHEAPEST, GRID, CLUSTER = range(3)
 # Multiprocessors, shared memory of a block, blocks of a cluster: A100, H100 (PCIe, SXM), B200, and a slice of an H100.
 CHIPS = {"A100": (108, 163 << 10, 0), "H100 PCIe": (114, 227 << 10, 16), "H100": (132, 227 << 10, 16),
          "B200": (148, 227 << 10, 16), "slice": (16, 227 << 10, 8)}
-KERNELS = 9 + 6 + 3 + 4  # of a format by tensor cores: forward and backward, on a grid and in a cluster
+KERNELS = 8 + 6 + 3 + 4  # of a format by tensor cores: forward and backward, on a grid and in a cluster
 
 
 def reports(sources, targets, folder):
