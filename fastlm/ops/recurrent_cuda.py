@@ -223,7 +223,8 @@ def losses(cell, data, batch_sizes, hx, params, has_biases, num_layers, dropout,
     dtype = torch.float16 if lowered else data.dtype
     if cell not in ("lstm", "gru") or dtype.itemsize != 2:
         return "against cuDNN only LSTM and GRU in 16 bits were measured"
-    most = MEASURED[cell][batch > 16]
+    few, many = MEASURED[cell]
+    most = few if batch <= 16 else many
     if hidden > most or batch > 64 or steps < 64:
         return f"not measured above {most} units with so many sequences, above 64 sequences, nor below 64 steps"
     # What torch asks of cuDNN's own persistent kernel (ATen, cudnn/RNN.cpp).
