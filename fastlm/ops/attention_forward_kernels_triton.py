@@ -12,6 +12,7 @@ from fastlm.ops.attention_score_kernels_triton import (
     dot,
     drop,
     ends,
+    exp_below,
     keys_seen,
     load_keys,
     load_mask,
@@ -23,16 +24,6 @@ from fastlm.ops.attention_score_kernels_triton import (
     scores,
     store_rows,
 )
-
-
-@triton.jit
-def _below(s, base, scoring):
-    """Return 2^((s - base)·factor); where it need not be EXACT, with the product and the sum in one instruction."""
-    if scoring.EXACT:
-        x = (s - base) * scoring.factor
-    else:
-        x = s * scoring.factor - base * scoring.factor
-    return tl.exp2(x)
 
 
 @triton.jit
@@ -50,8 +41,8 @@ def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, w
         s, _ = scores(s, mask, i, head, j[None, :], queries, keys, band, scoring, CUT)
         new = tl.maximum(highest, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
-        p = _below(s, base[:, None], scoring)
-        shrink = _below(highest, base, scoring)
+        p = exp_below(s, base[:, None], scoring)
+        shrink = exp_below(highest, base, scoring)
         total = total * shrink + tl.sum(p, 1)
         highest = new
         if queries.draws is not None:
