@@ -34,8 +34,10 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     lacking = any(x is not None for x in (sinks, slopes, key_lengths, query_ids))
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
         return None
+    if _native.cpu == "intel" and not (attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()):
+        return "SDPA may be as fast: not yet measured on this CPU (intel)"
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
-    least = LEAST_ON_AVX2.get(query.dtype, 1 << 24) if _native.cpu == "avx2" else LEAST
+    least = LEAST_ON_AVX2.get(query.dtype, 1 << 24) if _native.cpu != "zen5" else LEAST
     if scores * (query.size(3) + value.size(3)) < least:
         return f"SDPA is faster below {least} multiplications: benchmarks/LOG.md 2026-11-25 and 26"
     return None

@@ -33,6 +33,8 @@ def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
     lacking = sinks is not None or slopes is not None or options.softcap or options.return_lse or options.left >= 0
     if lacking or torch.compiler.is_compiling():  # stock's loop over sequences reads values, which a graph has not
         return None
+    if _native.cpu == "intel":
+        return "no faster than SDPA for each sequence, or not yet measured on this CPU (intel)"
     count = cu_seq_q.size(0) - 1
     least = LEAST_ON_AVX2 if _native.cpu == "avx2" else LEAST
     if count < 4 and count * max_q * max_k * query.size(1) * (query.size(2) + value.size(-1)) < least:

@@ -273,9 +273,23 @@ def test_what_runs_on_zen_5(monkeypatch):
         assert fastlm.explain(attention, *tensors, **options)[0].ran == expected, options
 
 
+def test_what_runs_on_intel(monkeypatch):
+    """The kernel in C++ for what SDPA lacks and for learned biases, with gradients; it was not timed beside SDPA."""
+    pytest.importorskip("fastlm._native")
+    on_cpu("intel", monkeypatch)
+    q, k, v = leaves(*[(1, 8, 1024, 8)] * 3)
+    bias = torch.zeros(1024, 1024, requires_grad=True)
+    cases = [({}, "torch"), ({"is_causal": True}, "torch"), ({"attn_mask": bias.detach()}, "torch"),
+             ({"softcap": 2.0}, "native"), ({"window_size": (5, 0)}, "native"), ({"attn_mask": bias}, "native")]
+    for options, expected in cases:
+        assert fastlm.explain(attention, q, k, v, **options)[0].ran == expected, options
+    with torch.no_grad():
+        assert fastlm.explain(attention, q, k, v, attn_mask=bias)[0].ran != "native"
+
+
 def test_what_runs_on_the_cpu(monkeypatch):
     """SDPA's flash kernel where it takes the call; tiles where it would build all scores or lacks the feature."""
-    on_cpu("intel", monkeypatch)
+    on_cpu("generic", monkeypatch)
     q, k, v = leaves(*[(1, 8, 1024, 8)] * 3)
     mask = torch.zeros(1024, 1024)
     stock = [{}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask > 0}, {"scale": 2.0},

@@ -159,8 +159,11 @@ def test_what_runs_on_the_cpu(monkeypatch):
         for lengths, expected in (((16, 8), "torch"), ((3, 1, 4, 2), "native"), ((200, 300), "native")):
             args = packed(lengths, lengths, dim=64)
             assert fastlm.explain(varlen_attn, *args, enable_gqa=True)[0].ran == expected
-        assert fastlm.explain(varlen_attn, *packed(), enable_gqa=True, softcap=2.0)[0].ran == "native"
-        monkeypatch.setattr(native, "cpu", "intel")
+        for cpu in ("zen5", "intel"):
+            monkeypatch.setattr(native, "cpu", cpu)
+            assert fastlm.explain(varlen_attn, *packed(), enable_gqa=True, softcap=2.0)[0].ran == "native"
+        assert fastlm.explain(varlen_attn, *packed(), enable_gqa=True)[0].ran == "torch"
+        monkeypatch.setattr(native, "cpu", "generic")
     long = packed((20, 0, 40), (20, 0, 40))
     few, frozen = packed(), tuple(x.detach() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
                                     for x in long)
