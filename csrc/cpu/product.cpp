@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kVectors = 3;                        // of a tile's row; 2 and 4 are slower: benchmarks/LOG.md 2026-11-25
 constexpr int kRows = kAccumulators / kVectors;    // of a tile
-constexpr int64_t kDepth = 256;                    // of a chunk; sums of chunks keep more digits than one long sum
-constexpr int64_t kBlockRows = 480 / kRows * kRows;  // of A, packed: half of an L2 cache of 1 MB
+constexpr int64_t kDepthBytes = 2048;              // of a chunk; sums of chunks keep more digits than one long sum
+constexpr int64_t kBlockRows = 240 / kRows * kRows;  // of A, packed: half of an L2 cache of 1 MB
 constexpr int64_t kBlockColumns = 2048;            // of B, packed by all threads together
 
 template <class T>
@@ -97,7 +97,7 @@ struct Start {
 };
 
 // c [rows, columns] = start + strip [depth, kRows]ᵀ · panel [depth, kWidth]; meanwhile `depth` cache lines from `ahead`
-// on are fetched.
+// on are fetched, and c row by row: at once they would take all buffers that the panel is waiting for.
 template <class T>
 void tile(const T* strip, const T* panel, int64_t depth, Start<T> start, T* c, int64_t c_row, int rows, int columns,
           const T* ahead) {
@@ -106,14 +106,18 @@ void tile(const T* strip, const T* panel, int64_t depth, Start<T> start, T* c, i
   V acc[kRows][kVectors] = {};
   const V* b = reinterpret_cast<const V*>(panel);
   const char* line = reinterpret_cast<const char*>(ahead);
-  for (int i = 0; i < rows; ++i) prefetch_to_write(c + i * c_row, kVectors);
-  for (int64_t k = 0; k < depth; ++k, b += kVectors, strip += kRows, line += 64) {
-    __builtin_prefetch(line, 0, 2);
+  int64_t k = 0;
+  for (int row = 0; row <= kRows; ++row) {
+    if (row < rows) prefetch_to_write(c + row * c_row, kVectors);
+    const int64_t end = row < kRows ? depth * (row + 1) / (kRows + 2) : depth;
+    for (; k < end; ++k, b += kVectors, strip += kRows, line += 64) {
+      __builtin_prefetch(line, 0, 2);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const T a = strip[i];
+      for (int i = 0; i < kRows; ++i) {
+        const T a = strip[i];
 #pragma GCC unroll 3
-      for (int j = 0; j < kVectors; ++j) acc[i][j] += a * b[j];
+        for (int j = 0; j < kVectors; ++j) acc[i][j] += a * b[j];
+      }
     }
   }
   const auto finish = [&](int i, int j, int n) {
@@ -151,7 +155,8 @@ struct Workspace {
  private:
   // A multiple of 16, so that each part begins on a cache line.
   static int64_t even_chunk(int64_t depth) {
-    const int64_t chunks = up(depth, kDepth) / kDepth;
+    constexpr int64_t most = kDepthBytes / sizeof(T);
+    const int64_t chunks = up(depth, most) / most;
     return chunks ? up((depth + chunks - 1) / chunks, 16) : 16;
   }
 };
@@ -209,8 +214,10 @@ class Share {
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t j = panel * kWidth<T>;
       const T* const packed = space.panels() + j * depth;
-      const T* ahead = packed + (panel + 1 < last ? kWidth<T> * depth : 0);
-      for (int64_t i = 0; i < rows; i += kRows, ahead += depth * 64 / sizeof(T)) {
+      const T* const next = packed + (panel + 1 < last ? kWidth<T> * depth : 0);
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const int64_t strip = i / kRows;  // the first kVectors of them fetch the next panel: it is as many lines
+        const T* const ahead = strip < kVectors ? next + strip * depth * kLanes<T> : packed;
         T* const c = static_cast<T*>(p.c) + (m + i) * p.c_row + n + j;
         const Start<T> start = k > 0 || p.add ? Start<T>{c, p.c_row}
                                : p.bias       ? Start<T>{static_cast<const T*>(p.bias) + n + j, 0}
