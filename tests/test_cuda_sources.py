@@ -188,7 +188,7 @@ def test_emulated_kernels_obey_the_error_rule(emulated):
     printed = emulated(EMULATION / "run.py")
     found = verdicts(printed)
     assert {name: verdict for name, verdict in found.items() if verdict != "ok"} == {}
-    assert len(found) == 3 * (7 + 7 + 7 + 3 + 5) + 2 + 6 + 3 + 3 * (2 + 7 + 2)
+    assert len(found) == 3 * (7 + 7 + 7 + 3 + 10) + 2 + 6 + 3 + 3 * (2 + 7 + 2)
     ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
     assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124" if m + n != "44"}, ran
     assert ran >= {("backward", "grid", m, n) for m, n in ("11", "12", "14", "21", "22", "41")}, ran

@@ -79,9 +79,9 @@ struct Grid {
   }
   __device__ T* at(int s) const { return published + int64_t(s) * slot; }
   __device__ void put(int s, int place, T value) const { publish(at(s) + place, value); }
-  // The sums are read before the next step's are written. Not in a branch, even one that all threads take alike: where
-  // `put` is under the same condition, ptxas 13.0 jumps from there past the barrier, and what it then makes of a warp
-  // whose threads part before comes to the barrier in parts, which waited for ever on an H200.
+  // The sums are read before the next step's are written. Not under a condition, even one that all threads share: ptxas
+  // 13.0 joined it with the same one around `put`, let the threads of a warp meet again only behind both, and so they
+  // came to the barrier apart: blocks waited for ever on an H200.
   __device__ void put_all() const { __syncthreads(); }
   __device__ void wait() const {}
   __device__ static uint4 load(const uint4* place) { return load_shared_by_all<T>(place); }
