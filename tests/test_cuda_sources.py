@@ -1,5 +1,5 @@
-"""The CUDA sources, without a GPU: they compile for three GPU generations into code without a spill and without a barrier
-that a warp could come to in parts, and their kernels compute the right numbers.
+"""The CUDA sources, without a GPU: they compile for three GPU generations, without a spill and without a barrier that a
+warp could come to in parts, and their kernels compute the right numbers.
 
 For the last, g++ compiles the same sources against `cuda_emulation/cuda_runtime.h`, which runs every thread of every
 block on the host in random order, under the address and undefined-behaviour sanitizers.
