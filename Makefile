@@ -50,7 +50,7 @@ gpu-recurrent: gpu-build
 	timeout 300 $(PYTHON) -m fastlm bench --suite rnn-cuda --device cuda --every --out $(RESULTS)
 
 gpu-sanitize: gpu-build
-	if command -v compute-sanitizer; then for tool in memcheck racecheck; do timeout 180 \
+	if command -v compute-sanitizer; then for tool in memcheck synccheck racecheck; do timeout 180 \
 		compute-sanitizer --tool $$tool --kernel-name kns=fastlm --error-exitcode 1 $(PYTHON) -m pytest $(SMALL) test_exchange || exit 1; done; fi
 
 gpu-parity: gpu-build

@@ -6,6 +6,7 @@
 namespace fastlm::cuda {
 
 struct Backward {
+  static constexpr bool kBackward = true;
   Task task;
   RnnBackward direction[2];
 };
@@ -60,7 +61,7 @@ __device__ Kept<Wide<T>> kept_of(const Read<T>& read, Cell cell) {
 }
 
 template <class Team>
-__device__ void backward_group(const Backward& a, const Team& team) {
+__device__ void run_group(const Backward& a, const Team& team) {
   using T = typename Team::T;
   using V = Wide<T>;
   constexpr int kPairs = pairs_of(true, Team::P::kRows / 16, Team::P::kSequences / 8);
@@ -167,12 +168,12 @@ __device__ void backward_group(const Backward& a, const Team& team) {
   __syncthreads();  // the sums are read before the next group's are written
 }
 
-template <class P, class X>
-__device__ void backward_block(const Backward& a, uint4* shared) {
-  using T = typename P::Number;
+template <class Team>
+__device__ void load_weights(const Backward& a, const Team& team) {
+  using P = typename Team::P;
+  using T = typename Team::T;
   const Plan& plan = a.task.plan;
-  const int H = a.task.hidden, lane = int(threadIdx.x) % 32, gates = gates_of(a.task.cell);
-  Team<P, X> team(a.task, gates, shared);
+  const int H = a.task.hidden, lane = int(threadIdx.x) % 32, gates = team.gates;
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
 #pragma unroll 8
   for (int k = int(threadIdx.x) / 32; k < plan.depth; k += kWarps) {
@@ -181,16 +182,6 @@ __device__ void backward_block(const Backward& a, uint4* shared) {
       team.weights[P::place(row, k, plan.depth)] = row < plan.units && team.unit(row) < H && unit < H
           ? P::operand(w_hh[(int64_t(gate) * H + unit) * H + team.unit(row)]) : to<T>(Wide<T>(0));
   }
-  for (int group = team.team; group < plan.groups; group += plan.teams) {
-    team.take(group);
-    backward_group(a, team);
-  }
-}
-
-template <class P, class X>
-__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ Backward a) {
-  FASTLM_DYNAMIC_SHARED(shared);
-  if constexpr (kClusters || !X::kCluster) backward_block<P, X>(a, shared);
 }
 
 }  // namespace fastlm::cuda

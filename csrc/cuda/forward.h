@@ -6,6 +6,7 @@
 namespace fastlm::cuda {
 
 struct Forward {
+  static constexpr bool kBackward = false;
   Task task;
   RnnForward direction[2];
   bool train;
@@ -29,7 +30,7 @@ __device__ void forward_gates(Cell cell, V (&x)[4], const V (&sums)[4], V bias, 
 }
 
 template <class Team>
-__device__ void forward_group(const Forward& a, const Team& team) {
+__device__ void run_group(const Forward& a, const Team& team) {
   using T = typename Team::T;
   using V = Wide<T>;
   constexpr int kPairs = pairs_of(false, Team::P::kRows / 16, Team::P::kSequences / 8);
@@ -106,7 +107,7 @@ __device__ void forward_group(const Forward& a, const Team& team) {
       }
       if (i + 1 < steps) team.publish_number(i + 1, place[p], h[p]);
     }
-    if (i + 1 < steps) team.published_all();
+    team.published_all();  // not only where something was: see Grid::put_all
     done = now;
     now.move(reverse ? now.t - 1 : now.t + 1);
     read_step(now);
@@ -120,15 +121,15 @@ __device__ void forward_group(const Forward& a, const Team& team) {
     static_cast<T*>(d.hn)[state] = to<T>(h[p]);
     if (cell == Cell::lstm) static_cast<T*>(d.cn)[state] = to<T>(c[p]);
   }
-  __syncthreads();  // the sums are read before the next group's are written
+  team.exchange.wait();
 }
 
-template <class P, class X>
-__device__ void forward_block(const Forward& a, uint4* shared) {
-  using T = typename P::Number;
+template <class Team>
+__device__ void load_weights(const Forward& a, const Team& team) {
+  using P = typename Team::P;
+  using T = typename Team::T;
   const Plan& plan = a.task.plan;
   const int H = a.task.hidden, lane = int(threadIdx.x) % 32, rows = plan.units * gates_of(a.task.cell);
-  Team<P, X> team(a.task, 1, shared);
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
   for (int row = int(threadIdx.x) / 32; row < P::kRows; row += kWarps) {
     const int unit = team.unit(row % plan.units);
@@ -138,16 +139,6 @@ __device__ void forward_block(const Forward& a, uint4* shared) {
       team.weights[P::place(row, k, plan.depth)] =
           row < rows && unit < H && k < H ? P::operand(from[k]) : to<T>(Wide<T>(0));
   }
-  for (int group = team.team; group < plan.groups; group += plan.teams) {
-    team.take(group);
-    forward_group(a, team);
-  }
-}
-
-template <class P, class X>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Forward a) {
-  FASTLM_DYNAMIC_SHARED(shared);
-  if constexpr (kClusters || !X::kCluster) forward_block<P, X>(a, shared);
 }
 
 }  // namespace fastlm::cuda

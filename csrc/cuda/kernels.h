@@ -12,6 +12,19 @@ namespace fastlm::cuda {
 template <class A>
 using Kernel = void (*)(A);
 
+template <class P, class X, class A>
+__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ A a) {
+  FASTLM_DYNAMIC_SHARED(shared);
+  if constexpr (kClusters || !X::kCluster) {
+    Team<P, X> team(a.task, A::kBackward ? gates_of(a.task.cell) : 1, shared);
+    load_weights(a, team);
+    for (int group = team.team; group < a.task.plan.groups; group += a.task.plan.teams) {
+      team.take(group);
+      run_group(a, team);
+    }
+  }
+}
+
 struct Kernels {
   Kernel<Forward> forward;
   Kernel<Backward> backward;
@@ -29,8 +42,8 @@ void take(const Plan& plan, Kernels& found) {
   using P = Product<T, m, n>;
   using X = std::conditional_t<cluster, Cluster<T>, Grid<T>>;
   if (plan.cluster != cluster || plan.m_tiles != m || plan.n_tiles != n) return;
-  if constexpr (tiles_exist(P::kTensorCore, false, cluster, m, n)) found.forward = forward_kernel<P, X>;
-  if constexpr (tiles_exist(P::kTensorCore, true, cluster, m, n)) found.backward = backward_kernel<P, X>;
+  if constexpr (tiles_exist(P::kTensorCore, false, cluster, m, n)) found.forward = kernel<P, X, Forward>;
+  if constexpr (tiles_exist(P::kTensorCore, true, cluster, m, n)) found.backward = kernel<P, X, Backward>;
 }
 
 template <template <class, int, int> class Product, class T, int... i>

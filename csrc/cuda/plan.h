@@ -69,8 +69,8 @@ constexpr bool tiles_exist(bool tensor_core, bool backward, bool cluster, int m_
 }
 
 // (Unit, sequence) pairs that a thread owns at most. A loop of few instructions is worth more than one that fits any
-// cell: an Elman network of few rows has units for two. Forward, blocks in which some threads owned two waited for ever
-// on an H200 (benchmarks/LOG.md 2026-11-26; not in the emulation, cause not found), so none does.
+// cell: an Elman network of few rows has units for two. Forward none does: blocks in which some threads did waited for
+// ever on an H200 (Grid::put_all says why), and since that is mended they have not run there.
 FASTLM_INLINE constexpr int pairs_of(bool backward, int m_tiles, int n_tiles) {
   return !backward || m_tiles * n_tiles <= 2 ? 1 : 2;
 }

@@ -13,14 +13,16 @@
 
 namespace fastlm::cuda {
 
+constexpr uint32_t kPatience = 1u << 28;  // loads
+
 // Loads groups of kLoad bytes, `row_step` groups apart from row to row and `step` from step to step, of the first
 // `steps` steps; zeros where a row is not wanted. `meanwhile` runs before they are there. Again until all of them are
-// complete: to load all is less code, and takes fewer branches, than to load what was not.
+// complete: to load all is less code, and takes fewer branches, than to load what was not. What does not come at all
+// ends the launch with an error after about two minutes: longer than anything else may hold a part of the GPU.
 template <class X, int kSteps, int kRows, class Wanted, class Meanwhile>
 __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step, int step, int steps,
                      const Wanted& wanted, const Meanwhile& meanwhile) {
-  bool first = true, complete;
-  do {
+  for (uint32_t polls = 0;; ++polls) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (s >= steps) break;
@@ -28,9 +30,8 @@ __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step
       for (int j = 0; j < kRows; ++j)
         to[s][j] = wanted(j) ? X::load(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
     }
-    if (first) meanwhile();
-    first = false;
-    complete = true;
+    if (polls == 0) meanwhile();
+    bool complete = true;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (s < steps) {
@@ -38,7 +39,9 @@ __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step
         for (int j = 0; j < kRows; ++j) complete &= X::complete(to[s][j]);
       }
     }
-  } while (!complete);
+    if (complete) break;
+    if (polls == kPatience) __trap();
+  }
   sync_warp();
 }
 

@@ -2,7 +2,8 @@
 //
 // Cells, T, B, H, N, the layout of rows, of packed sequences and of gates are those of ../rnn.h. Pointers are device
 // memory of the pass's numbers but for RnnPass::batch_sizes, which is read before the call returns. A call only queues
-// work on a stream: nothing is allocated, nothing waits, and a CUDA graph can capture it.
+// work on a stream: nothing is allocated, nothing waits, and a CUDA graph can capture it. Blocks on a grid that wait
+// for each other for minutes end the launch with an error.
 #pragma once
 
 #include <cstddef>

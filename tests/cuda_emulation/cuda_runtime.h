@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -196,6 +197,8 @@ inline bool run(unsigned count) {
 }
 
 }  // namespace emulation
+
+[[noreturn]] inline void __trap() { throw std::runtime_error("trap"); }
 
 inline void __syncthreads() {
   using namespace emulation;

@@ -18,6 +18,7 @@ native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
 sys.modules["fastlm._native"] = native
 
+import fastlm  # noqa: E402
 from fastlm import measure, ops  # noqa: E402
 from fastlm.dispatch import Sample  # noqa: E402
 from fastlm.ops import recurrent, recurrent_cuda  # noqa: E402
@@ -57,6 +58,9 @@ CLUSTERS = {name: SIZES[name] for name in ("T1 B1 H1", "T3 B1 H33", "T2 B17 H33"
     "T5 B9 H75": (dict(steps=5, batch=9, hidden=75), (9, 227 << 10, 4)),
     "T4 B17 H40 both ways": (dict(steps=4, batch=17, hidden=40, bidirectional=True), (3, 227 << 10, 3)),
 }
+
+NOT_NUMBERS = {"NaN of all bits": dict(steps=3, batch=9),
+               "NaN of all bits, packed": dict(lengths=(3, 3, 2, 2, 2, 1), bidirectional=True)}
 
 chip, launched, tiles = None, [], set()
 
@@ -99,11 +103,31 @@ def cases(op):
             args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
             yield exchange, form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
         if exchange == "grid":  # as in places that nothing has been published in
-            args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", steps=3, batch=9, hidden=9)
-            for tensor, place in ((args[0], (1, 0, 2)), (args[2][0], (0, 4, 3))):
-                tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])[place] = -1
-            assert args[0].isnan().sum() == args[2][0].isnan().sum() == 1
-            yield exchange, form, HOPPER[8], Sample("NaN of all bits", (*args, "tanh") if op.name == "rnn" else args)
+            for name, shape in NOT_NUMBERS.items():
+                args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", hidden=9, **shape)
+                for tensor in (args[0], *args[2]):
+                    set_all_bits(tensor)
+                yield exchange, form, HOPPER[8], Sample(name, (*args, "tanh") if op.name == "rnn" else args)
+
+
+def set_all_bits(tensor):
+    """Make a number in the middle of the tensor a NaN of all bits."""
+    bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+    bits.view(-1)[tensor.numel() // 2] = -1
+    assert tensor.isnan().sum() == 1
+
+
+def spreads(op, args):
+    """Tell whether NaN of all bits in the gradients of the results reach the same gradients as in stock."""
+    with fastlm.backend("torch"):
+        _, upstream, _ = measure.differentiate(op, args)
+    for gradient in upstream:
+        set_all_bits(gradient)
+    reached = []
+    for name in ("native", "torch"):
+        with fastlm.backend(name):
+            reached.append([g.isnan() for g in measure.differentiate(op, args, upstream)[2]])
+    return all(ours.equal(stock) for ours, stock in zip(*reached, strict=True))
 
 
 def layers_of(op):
@@ -145,6 +169,10 @@ for op in ops.ALL:
             found = wrong(op, form, sample.args)
             assert set(launched) == ({"rnn_forward", "rnn_backward"} if sample.args[2][0].numel() else set()), launched
             print(f"{op.name} {exchange} {form} {sample.name}:", found or "ok", flush=True)
+            if sample.name in NOT_NUMBERS:
+                numbers = recurrent.make_args(*GATES_AND_STATES[op.name], sample.args[0].dtype, "cpu", hidden=9,
+                                              **NOT_NUMBERS[sample.name])
+                assert spreads(op, (*numbers, "tanh") if op.name == "rnn" else numbers), sample.name
             if op.name == "lstm" and sample.name in SIZES:
                 assert same_as_fake(sample.args), sample.name
 for found in sorted(tiles):
