@@ -12,8 +12,12 @@ constexpr int kPanel = 4;
 
 constexpr int64_t kChunkBytes = 32768;  // of a panel, to stay in the L1 cache
 
+template <int NV>
+constexpr int kMostRows = kAccumulators / NV < 12 ? kAccumulators / NV : 12;  // at most
+
 // out [MR, NV vectors] (+)= x [MR, depth] · panel [depth, NV vectors]; meanwhile `depth` cache lines from `ahead` on
-// are fetched: the hardware cannot know that the panel goes on there once all rows have used this part.
+// are fetched: the hardware cannot know that the panel goes on there once all rows have used this part. Few rows use it
+// once, as fast as it comes, and to fetch more would only take turns from them.
 template <class T, int NV, int MR>
 void tile(const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool add, const T* ahead) {
   using V = Vector<T>;
@@ -21,7 +25,7 @@ void tile(const T* x, int64_t ldx, const T* panel, int64_t depth, T* out, bool a
   const V* b = reinterpret_cast<const V*>(panel);
   const char* line = reinterpret_cast<const char*>(ahead);
   for (int64_t k = 0; k < depth; ++k, b += NV, line += 64) {
-    __builtin_prefetch(line, 0, 2);
+    if constexpr (3 * MR > 2 * kMostRows<NV>) __builtin_prefetch(line, 0, 2);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
       const T a = x[i * ldx + k];
@@ -48,7 +52,7 @@ void tile_of(int rows, const T* x, int64_t ldx, const T* panel, int64_t depth, T
 template <class T, int NV, class Fetch>
 void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* next, int64_t depth, T* out,
               const Fetch& fetch) {
-  constexpr int most = kAccumulators / NV < 12 ? kAccumulators / NV : 12;
+  constexpr int most = kMostRows<NV>;
   constexpr int64_t chunk = kChunkBytes / (NV * kVectorBytes), line = 64 / sizeof(T);
   constexpr int width = NV * kLanes<T>;
   const int64_t groups = (rows + most - 1) / most, tiles = groups * ((depth + chunk - 1) / chunk);
@@ -93,40 +97,6 @@ void pack_columns(const T* w, int64_t units, int64_t depth, int64_t u, int64_t n
     }
 }
 
-// out[i] = w[i] · x for `rows` rows of w, which is read in place
-template <class T>
-void dot_rows(const T* w, int64_t depth, int rows, const T* x, T* out) {
-  constexpr int lanes = kLanes<T>, together = 4;
-  int i = 0;
-  for (; i + together <= rows; i += together) {
-    Vector<T> acc[together][2] = {};
-    const T* p = w + i * depth;
-    int64_t k = 0;
-    for (; k + 2 * lanes <= depth; k += 2 * lanes)
-#pragma GCC unroll 4
-      for (int j = 0; j < together; ++j) {
-        __builtin_prefetch(p + (j + together) * depth + k);  // the next rows: too short a stream for the hardware
-        __builtin_prefetch(p + (j + together) * depth + k + lanes);
-        acc[j][0] += load(p + j * depth + k) * load(x + k);
-        acc[j][1] += load(p + j * depth + k + lanes) * load(x + k + lanes);
-      }
-    for (; k < depth; k += lanes) {
-      const int n = depth - k < lanes ? int(depth - k) : lanes;
-#pragma GCC unroll 4
-      for (int j = 0; j < together; ++j) acc[j][0] += load(p + j * depth + k, n) * load(x + k, n);
-    }
-    for (int j = 0; j < together; ++j) out[i + j] = sum<T>(acc[j][0] + acc[j][1]);
-  }
-  for (; i < rows; ++i) {
-    Vector<T> acc = {};
-    for (int64_t k = 0; k < depth; k += lanes) {
-      const int n = depth - k < lanes ? int(depth - k) : lanes;
-      acc += load(w + i * depth + k, n) * load(x + k, n);
-    }
-    out[i] = sum<T>(acc);
-  }
-}
-
 // out [width] += Σ_i d[i] · w[i] for `rows` rows of w, read in place, from the last on if `back`; eight products are
 // summed before each addition
 template <class T>
@@ -158,8 +128,8 @@ struct VectorProduct {
   using Operand = T;  // of the operand and the panels
   using Gate = T;     // of the gates that the forward pass keeps, as large as a Number
   using Functions = Math<T>;
-  static constexpr bool kInPlace = true;  // gradients of gates are an operand as they are, and one sequence needs
-                                          // no packed matrix: dot_rows and add_rows
+  static constexpr bool kInPlace = true;  // gradients of gates are an operand as they are, and one sequence's need
+                                          // no packed matrix: add_rows
   static constexpr bool kTakesX = false;  // the products with x are the caller's
   static constexpr int units(int gates) { return kPanel / gates; }  // vectors of units in a forward panel
   struct Registers {};                    // what the products of one thread share

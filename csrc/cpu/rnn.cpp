@@ -30,7 +30,7 @@ constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell
 // Columns of dgates, and of gates where they are kept, in units of H.
 constexpr int kept_of(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }
 
-// One sequence needs no packed matrix where vectors multiply.
+// The backward pass of one sequence needs no packed matrix where vectors multiply.
 template <class P>
 bool is_alone(const RnnProblem& p) {
   return P::kInPlace && p.batch == 1 && !p.projection;
@@ -88,7 +88,7 @@ class Workspace {
     const int64_t vectors = backward ? vectors_in(p.out(), lanes) : vectors_in(p.hidden, lanes) * gates;
     const P product(p, backward ? gates * p.hidden : p.out());
     const auto lines = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
-    of_panels = is_alone<P>(p) ? 0 : lines(vectors * product.panel_numbers() * sizeof(Operand));
+    of_panels = backward && is_alone<P>(p) ? 0 : lines(vectors * product.panel_numbers() * sizeof(Operand));
     of_operand = backward && P::kInPlace ? 0 : lines(p.batch * product.ld * sizeof(Operand));
     if (p.projection) {
       const P second(p, backward ? p.projection : p.hidden);
@@ -272,13 +272,6 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
                    State<typename P::Number>* scratch) {
   const bool projects = cell == Cell::lstm && p.projection;
   constexpr int G = gates_of(cell), lanes = kLanes<State<typename P::Number>>, width = G * count * lanes;
-  if constexpr (P::kInPlace) {
-    if (is_alone<P>(p))
-      for (int g = 0; g < G; ++g) {
-        const int64_t left = p.hidden - u, n = left < count * lanes ? left : count * lanes;
-        dot_rows(a.w_hh + (g * p.hidden + u) * p.hidden, p.hidden, int(n), in, scratch + g * lanes);
-      }
-  }
   const auto fetch = [&](int64_t i, int64_t n) {
     const int64_t columns = (G == 3 && a.train ? 4 : G) * p.hidden;
     for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b) {
@@ -291,7 +284,7 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
       if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count * lanes);
     }
   };
-  if (!is_alone<P>(p)) product.template multiply<G * count>(in, product.ld, at.rows(), panel, next, scratch, fetch);
+  product.template multiply<G * count>(in, product.ld, at.rows(), panel, next, scratch, fetch);
   for (int64_t b = 0; b < at.rows(); ++b)
     for (int j = 0; j < count; ++j) {
       const int64_t v = u + j * lanes;
@@ -341,7 +334,7 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
     }
     if (at.begins())
       for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
-        if (!is_alone<P>(p)) product.template pack_gates<G, count>(a.w_hh, H, u, panel_of(u));
+        product.template pack_gates<G, count>(a.w_hh, H, u, panel_of(u));
         inputs.template pack<count>(u);
         const int64_t n = H - u < count * lanes ? H - u : count * lanes;
         for (int64_t b = 0; b < p.batch && cell == Cell::lstm; ++b)
