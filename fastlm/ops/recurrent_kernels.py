@@ -69,12 +69,12 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
             return None
         least = 32 if elman and not trains else 16
         return f"slower than torch below {least} steps: {ROW}" if steps < least else None
+    if native.cpu == "zen5":
+        return _losses_on_zen5(steps, batch, hidden, trains)
     if hidden < 256:
         return f"slower than torch's oneDNN below 256 hidden units: {ROW}"
     if narrow:
         return None if in_place else "no faster than torch's oneDNN: benchmarks/LOG.md 2026-11-26, AVX2"
-    if native.cpu == "zen5":
-        return _losses_on_zen5(steps, batch, hidden, trains)
     if trains or (in_place and hidden >= 512):
         return None
     if dtype is torch.bfloat16:
@@ -86,13 +86,14 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
 
 
 def _losses_on_zen5(steps, batch, hidden, trains):
-    """Return what `losses` does for a dense LSTM in float32, from 256 hidden units on and more than one step."""
-    whole = hidden % 16 == 0  # of vectors: with 650 units and many sequences 0.92 to 1.19 from run to run
-    if trains:
-        wins = batch <= 8 or (whole and (hidden >= 512 or (steps >= 16 and batch >= 32)))
-    else:
-        wins = hidden >= 1024 or batch * steps <= 16 or (batch <= 4 and steps >= (32 if whole else 128))
-    return None if wins else "slower than torch's oneDNN: benchmarks/LOG.md 2026-11-25, products, and 26, one sequence"
+    """Return what `losses` does for a dense LSTM in float32 of more than one step."""
+    row = "benchmarks/LOG.md 2026-11-26, one sequence"
+    if hidden < 256:
+        wins = batch <= 8 and steps >= 128
+        return None if wins else f"slower than torch's oneDNN below 256 hidden units, but for long sequences: {row}"
+    few = batch <= 4 and steps >= (32 if hidden % 16 == 0 else 128)
+    wins = trains or few or hidden >= 896 or batch * steps <= 16
+    return None if wins else f"slower than torch's oneDNN without gradients, but for few sequences: {row}"
 
 
 def _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense):
