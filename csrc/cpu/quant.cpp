@@ -280,8 +280,8 @@ bool in_panels(const QuantizedLinear& p) {
 
 template <class Then>
 auto with_panel(const QuantizedLinear& p, const Then& then) {
-  if (p.kind == QuantizedWeight::int8_dynamic) return then(BytePanel());
-  return p.kind == QuantizedWeight::int8 ? then(PairPanel<8>()) : then(PairPanel<4>());
+  if (p.kind == QuantizedWeight::int8_dynamic) return then(Bytes());
+  return p.kind == QuantizedWeight::int8 ? then(Pairs8()) : then(Pairs4());
 }
 
 }  // namespace

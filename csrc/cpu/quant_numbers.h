@@ -59,13 +59,20 @@ inline void copy_row(const QuantizedLinear& p, int64_t row, int64_t step, float*
       _mm512_storeu_ps(x + k, load_number(p.x, row * p.in + start + k, p.number, first(p.in - start - k)));
 }
 
+// Call f(k, the values of a row of x from k on) for each 16 of `padded`; past the end come zeros.
+template <class F>
+FASTLM_INLINE void for_vectors(const QuantizedLinear& p, int64_t row, int64_t padded, const F& f) {
+  int64_t k = 0;
+  for (; k + 16 <= p.in; k += 16) f(k, load_number(p.x, row * p.in + k, p.number, 0xffff));
+  for (; k < padded; k += 16) f(k, load_number(p.x, row * p.in + k, p.number, first(p.in - k)));
+}
+
 // Round a row to scale·x, laid out as above. A number that is not finite makes the scale, and so the row of y, NaN.
 inline RowOfX round_row(const QuantizedLinear& p, int64_t row, int64_t step, int8_t* x, int64_t stride) {
   __m512i most = _mm512_setzero_si512();
-  for (int64_t k = 0; k < p.in; k += 16) {
-    const __m512 v = load_number(p.x, row * p.in + k, p.number, first(p.in - k));
+  for_vectors(p, row, p.in, [&](int64_t, __m512 v) {
     most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
-  }
+  });
   const uint32_t largest = _mm512_reduce_max_epu32(most);  // magnitudes order as their bits do
   float s = std::numeric_limits<float>::quiet_NaN();
   if (largest < 0x7f800000) {
@@ -73,13 +80,12 @@ inline RowOfX round_row(const QuantizedLinear& p, int64_t row, int64_t step, int
     s = std::max(s / 127.f, std::numeric_limits<float>::min());
   }
   __m512i total = _mm512_setzero_si512();
-  for (int64_t start = 0; start < p.in; start += step, x += stride)
-    for (int64_t k = 0; k < step; k += 16) {
-      const __m512 v = load_number(p.x, row * p.in + start + k, p.number, first(p.in - start - k));
-      const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(v, _mm512_set1_ps(s)));
-      total = _mm512_add_epi32(total, q);
-      _mm_storeu_si128((__m128i*)(x + k), _mm512_cvtepi32_epi8(q));
-    }
+  const __m512 scale = _mm512_set1_ps(s);
+  for_vectors(p, row, (p.in + step - 1) / step * step, [&](int64_t k, __m512 v) {
+    const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(v, scale));
+    total = _mm512_add_epi32(total, q);
+    _mm_storeu_si128((__m128i*)(x + k / step * stride + k % step), _mm512_cvtepi32_epi8(q));
+  });
   return {s, static_cast<int32_t>(128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(total)))};
 }
 

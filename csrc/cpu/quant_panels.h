@@ -1,8 +1,10 @@
-// Many rows of x: 64 rows of the weight at a time are unpacked into a panel in L2, from which tiles of up to 6 rows by
-// 64 outputs are multiplied. A panel holds words of 32 bits, [word][output]: four integers or a pair of bfloat16,
-// as a word of a row of x does; so nothing is added up across lanes. Weights of 8 bits are exact in bfloat16, and take
-// their scale at the end; those of 4 bits, which take theirs here, are rounded as a bfloat16 weight is.
+// Many rows of x: the lanes of a vector are 16 of them, [word][16 rows], and a word of the weight is multiplied with
+// all 16 at once; so nothing is added up across lanes, and the weight is unpacked without being transposed. A word is
+// of 32 bits: four integers or a pair of bfloat16. Weights of 8 bits are exact in bfloat16, and take their scale at the
+// end; those of 4 bits, which take theirs here, are rounded as a bfloat16 weight is.
 #pragma once
+
+#include <type_traits>
 
 #include "quant_numbers.h"
 #include "team.h"
@@ -11,57 +13,63 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kWide = 64, kTall = 6;      // outputs and rows of a tile: 24 vectors of sums
-constexpr int64_t kPanelWords = 256;      // 64 KB; sums of more at a stretch would cost accuracy
-constexpr int64_t kSlice = 512;           // rows of x that are made ready together
+constexpr int64_t kLanes = 16;        // rows of x in a vector
+constexpr int64_t kPanelWords = 256;  // of a weight row at a time; sums of more at a stretch would cost accuracy
+constexpr int64_t kMostBlock = 128;    // rows of the weight
+constexpr int64_t kSlice = 512;       // rows of x that are made ready together
 
-// Each kind says how a vector that holds one word of 16 weight rows becomes kWords vectors of a panel, and how these
-// are multiplied with a word of x.
+// Each kind says how a line of 64 bytes of a weight row becomes kVectors of words, and how these are multiplied.
 
 FASTLM_INLINE __m512i dot_pairs(__m512i acc, __m512i w, __m512i x) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   return acc;
 }
 
-// Two vectors of float32 as pairs of bfloat16.
-FASTLM_INLINE __m512i pairs(__m512 low, __m512 high) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+// Two vectors of float32 as bfloat16, those of `low` first.
+FASTLM_INLINE __m512i narrow(__m512 low, __m512 high) {
   __m512i both;
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
-  return _mm512_permutexvar_epi16(order, both);
+  return both;
 }
 
-// Value i of the 4 or 8 in each word.
-FASTLM_INLINE __m512 value8(__m512i w, int i) {
-  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, 24 - 8 * i), 24));
-}
+FASTLM_INLINE __m128i quarter(const uint8_t* line, int i) { return _mm_loadu_si128((const __m128i*)line + i); }
 
-FASTLM_INLINE __m512 value4(__m512i w, int i) {
-  const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-  return _mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * i), values);
-}
-
-struct BytePanel {
-  static constexpr int kValues = 4, kWords = 1;  // in a word of the weight, and words of a panel that it becomes
+struct Bytes {
+  static constexpr int kValues = 64, kVectors = 1;
   static __m512i multiply(__m512i acc, __m512i w, __m512i x) { return dot(acc, w, x); }
   static __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
-  static void unpack(__m512i w, __m512, uint32_t* to) {
-    _mm512_store_si512(to, _mm512_xor_si512(w, _mm512_set1_epi8(-128)));  // + 128: one factor must be unsigned
+  static void unpack(const uint8_t* line, const float*, int, uint32_t* to) {
+    const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(line), _mm512_set1_epi8(-128));
+    _mm512_store_si512(to, w);  // + 128: one factor must be unsigned
   }
 };
 
-template <int bits>
-struct PairPanel {
-  static constexpr int kValues = 32 / bits, kWords = kValues / 2;
+struct Pairs {
   static __m512i multiply(__m512i acc, __m512i w, __m512i x) { return dot_pairs(acc, w, x); }
   static __m512i add(__m512i a, __m512i b) {
     return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
   }
-  static void unpack(__m512i w, __m512 scale, uint32_t* to) {
-    const auto value = [&](int i) { return bits == 8 ? value8(w, i) : _mm512_mul_ps(value4(w, i), scale); };
-#pragma GCC unroll 4
-    for (int i = 0; i < kWords; ++i) _mm512_store_si512(to + i * kWide, pairs(value(2 * i), value(2 * i + 1)));
+};
+
+struct Pairs8 : Pairs {
+  static constexpr int kValues = 64, kVectors = 2;
+  static void unpack(const uint8_t* line, const float*, int, uint32_t* to) {
+    const auto value = [&](int i) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter(line, i))); };
+    for (int i = 0; i < kVectors; ++i) _mm512_store_si512(to + 16 * i, narrow(value(2 * i), value(2 * i + 1)));
+  }
+};
+
+// Of 32 values those at even places come first, in x too.
+struct Pairs4 : Pairs {
+  static constexpr int kValues = 128, kVectors = 4;
+  static void unpack(const uint8_t* line, const float* scale, int groups, uint32_t* to) {
+    const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+    for (int i = 0; i < kVectors; ++i) {
+      const __m512i q = _mm512_cvtepu8_epi32(quarter(line, i));
+      const __m512 s = _mm512_set1_ps(scale[i * groups / 4]);
+      const auto value = [&](__m512i q) { return _mm512_mul_ps(_mm512_permutexvar_ps(q, values), s); };  // low 4 bits
+      _mm512_store_si512(to + 16 * i, narrow(value(q), value(_mm512_srli_epi32(q, 4))));
+    }
   }
 };
 
@@ -92,124 +100,147 @@ FASTLM_INLINE void transpose(__m512i* v) {
   }
 }
 
-// Unpack lines [begin, end) of weight rows n … n + 15 into 16 columns of a panel. Rows and values past the end count
-// as the last row and as 0.
-template <class Kind>
-void unpack(const QuantizedLinear& p, int64_t n, int64_t begin, int64_t end, uint32_t* to) {
-  const bool int4 = p.kind == QuantizedWeight::int4;
-  const int64_t row_bytes = int4 ? (p.in + 1) / 2 : p.in, groups = int4 ? (p.in + p.group - 1) / p.group : 1;
-  const int64_t in_line = 16 * Kind::kValues, here = int4 ? in_line / p.group : 1;  // values and groups of a line
-  alignas(64) float scale[4][16] = {};
-  for (int64_t line = begin; line < end; ++line) {
-    const __mmask64 present = first_bytes(row_bytes - line * 64);
-    __m512i v[16];
+// Write word w of 16 rows, `stride` words apart, to to[w · to_stride …].
+inline void transpose(const uint32_t* from, int64_t stride, uint32_t* to, int64_t to_stride) {
+  __m512i v[16];
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) {
-      const int64_t row = std::min(n + r, p.out - 1);
-      v[r] = _mm512_maskz_loadu_epi8(present, static_cast<const uint8_t*>(p.weight) + row * row_bytes + line * 64);
-      if (int4)
-        for (int64_t g = 0; g < here; ++g)
-          scale[g][r] = line * here + g < groups ? p.scale[row * groups + line * here + g] : 0.f;
-    }
-    transpose(v);
+  for (int r = 0; r < 16; ++r) v[r] = _mm512_loadu_si512(from + r * stride);
+  transpose(v);
 #pragma GCC unroll 16
-    for (int w = 0; w < 16; ++w, to += Kind::kWords * kWide)
-      Kind::unpack(v[w], _mm512_load_ps(scale[w * here / 16]), to);
-  }
+  for (int w = 0; w < 16; ++w) _mm512_storeu_si512(to + w * to_stride, v[w]);
 }
 
-// Lines of weight rows that a tile brings into L2 meanwhile.
-struct Fetch {
-  const uint8_t* from;
-  int64_t row_bytes, rows;
+// What the workspace holds, in lines of 64 bytes: a slice of x by rows and by lanes, its scales, and for each thread a
+// panel and sums.
+template <class Kind>
+struct PanelPlan {
+  int64_t lines, words, stride, slice, block, x, scales, mine;  // the last three in bytes
+
+  explicit PanelPlan(const QuantizedLinear& p)
+      : lines((p.in + Kind::kValues - 1) / Kind::kValues),
+        words(lines * Kind::kVectors * 16),  // of a row
+        stride(words + 16),                  // one line more keeps rows in other cache sets
+        slice((std::min(p.rows, kSlice) + kLanes - 1) / kLanes * kLanes),
+        block(slice <= 3 * kLanes ? 16 : kMostBlock),  // rows of the weight: in L1, or in L2 for several tiles of x
+        x(slice * stride * 4),
+        scales((slice * int64_t(sizeof(RowOfX)) + 63) / 64 * 64),
+        mine((kPanelWords + slice) * block * 4) {}
+
+  size_t bytes(int threads) const { return 2 * x + scales + mine * threads; }
 };
 
-// sums [MR, kWide] = or, with `more`, += x [MR, lines]·panel.
-template <class Kind, int MR>
-void panel_tile(const uint32_t* x, int64_t stride, const uint32_t* panel, int64_t lines, float* sums, bool more,
-                const Fetch& fetch) {
-  __m512i acc[MR][4];
-#pragma GCC unroll 6
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      acc[m][j] = _mm512_setzero_si512();
-  for (int64_t line = 0; line < lines; ++line) {
-    for (int64_t r = 0; r < fetch.rows; ++r) _mm_prefetch(fetch.from + r * fetch.row_bytes + line * 64, _MM_HINT_T1);
-    for (int w = 0; w < 16 * Kind::kWords; w += 4, x += 4, panel += 4 * kWide)
+// sums [R, V·16] += x·panel, for R rows of the weight and V vectors of x that lie `next` words apart. Meanwhile
+// `fetch_rows` rows of the weight from `fetch` on are brought into the cache, one in 16 words and a line at a time: of
+// a burst the CPU drops some.
+template <class Kind, int R, int V>
+__attribute__((noinline)) void panel_tile(const uint32_t* x, int64_t next, const uint32_t* panel, int64_t words,
+                                          float* sums, int64_t stride, const uint8_t* fetch, int64_t row_bytes,
+                                          int64_t fetch_rows) {
+  __m512i acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_si512();
+  for (int64_t run = 0; run < words; run += 16, fetch += row_bytes) {
+    const uint8_t* const ahead = run < 16 * fetch_rows ? fetch : reinterpret_cast<const uint8_t*>(x + run * 16);
+    for (int64_t w = 0; w < 16; w += 4)
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
-        __m512i b[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) b[j] = _mm512_load_si512(panel + u * kWide + 16 * j);
-#pragma GCC unroll 6
-        for (int m = 0; m < MR; ++m) {
-          const __m512i a = _mm512_set1_epi32(static_cast<int>(x[m * stride + u]));
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) acc[m][j] = Kind::multiply(acc[m][j], b[j], a);
+        if (u % Kind::kVectors == 0) _mm_prefetch(ahead + (w + u) * 64 / Kind::kVectors, _MM_HINT_T0);
+        __m512i a[V];
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) a[v] = _mm512_load_si512(x + v * next + (run + w + u) * 16);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const __m512i b = _mm512_set1_epi32(static_cast<int>(panel[r * kPanelWords + run + w + u]));
+#pragma GCC unroll 3
+          for (int v = 0; v < V; ++v) acc[r][v] = Kind::multiply(acc[r][v], b, a[v]);
         }
       }
   }
-#pragma GCC unroll 6
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      float* const to = sums + m * kWide + 16 * j;
-      if (more) acc[m][j] = Kind::add(acc[m][j], _mm512_loadu_si512(to));
-      _mm512_storeu_si512(to, acc[m][j]);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      float* const to = sums + r * stride + v * 16;
+      _mm512_store_si512(to, Kind::add(acc[r][v], _mm512_load_si512(to)));
     }
 }
 
-// What the workspace holds, in lines of 64 bytes: a slice of x, its scales, and for each thread a panel and sums.
+// Unpack lines [begin, end) of row n of the weight. What is past the end counts as 0.
 template <class Kind>
-struct PanelPlan {
-  int64_t lines, chunk, stride, slice, x, scales, mine;  // the last three in bytes
+void unpack(const QuantizedLinear& p, int64_t n, int64_t begin, int64_t end, uint32_t* to) {
+  const bool int4 = p.kind == QuantizedWeight::int4;
+  const int64_t row_bytes = int4 ? (p.in + 1) / 2 : p.in, whole = std::min(end, row_bytes / 64);
+  const int groups = int4 ? 128 / p.group : 0;  // of a line
+  const int64_t all_groups = int4 ? (p.in + p.group - 1) / p.group : 1;
+  const uint8_t* const from = static_cast<const uint8_t*>(p.weight) + n * row_bytes;
+  const float* const scale = p.scale + n * all_groups;
+  for (int64_t line = begin; line < whole; ++line, to += 16 * Kind::kVectors)
+    Kind::unpack(from + line * 64, scale + line * groups, groups, to);
+  if (whole == end) return;
+  alignas(64) uint8_t last[64];
+  float last_scale[4] = {};
+  _mm512_store_si512(last, _mm512_maskz_loadu_epi8(first_bytes(row_bytes - whole * 64), from + whole * 64));
+  if (int4) std::copy(scale + whole * groups, scale + all_groups, last_scale);
+  Kind::unpack(last, last_scale, groups, to);
+}
 
-  explicit PanelPlan(const QuantizedLinear& p)
-      : lines((p.in + 16 * Kind::kValues - 1) / (16 * Kind::kValues)),
-        chunk(std::min(lines, kPanelWords / (16 * Kind::kWords))),
-        stride((lines * Kind::kWords + 1) * 16),  // words of a row of x; one line more keeps rows in other cache sets
-        slice(std::min(p.rows, kSlice)),
-        x(slice * stride * 4),
-        scales((slice * int64_t(sizeof(RowOfX)) + 63) / 64 * 64),
-        mine((chunk * 16 * Kind::kWords + slice) * kWide * 4) {}
-
-  size_t bytes(int threads) const { return x + scales + mine * threads; }
-};
-
+// A block of outputs, from n0 on, of the rows of a slice, the first of which is row m0 of x.
 template <class Kind>
-void ready(const QuantizedLinear& p, int64_t row, uint32_t* x, int64_t words, RowOfX* of) {
-  if (p.kind == QuantizedWeight::int8_dynamic) {
-    *of = round_row(p, row, 64, reinterpret_cast<int8_t*>(x), 64);
-  } else {
-    std::memset(x + p.in / 2, 0, (words - p.in / 2) * 4);
-    std::memcpy(x, static_cast<const uint16_t*>(p.x) + row * p.in, p.in * 2);
+void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, int64_t n0, int64_t m0, int64_t rows,
+                 const uint32_t* x, const RowOfX* of, uint32_t* panel, float* sums) {
+  constexpr int64_t line_words = 16 * Kind::kVectors, chunk = kPanelWords / line_words;
+  const int64_t row_bytes = p.kind == QuantizedWeight::int4 ? (p.in + 1) / 2 : p.in, next = plan.words * kLanes;
+  const int64_t vectors = (rows + kLanes - 1) / kLanes, tiles = vectors <= 3 ? 1 : (vectors + 1) / 2;
+  const uint8_t* const weight = static_cast<const uint8_t*>(p.weight);
+  std::fill_n(sums, plan.block * plan.slice, 0.f);
+  for (int64_t line = 0; line < plan.lines; line += chunk) {
+    const int64_t end = std::min(line + chunk, plan.lines), words = (end - line) * line_words;
+    for (int64_t r = 0; r < plan.block; ++r)  // what is missing is taken again
+      unpack<Kind>(p, std::min(n0 + r, p.out - 1), line, end, panel + r * kPanelWords);
+    const bool ends = end == plan.lines;
+    const int64_t next_row = ends ? n0 + plan.block : n0, next_byte = ends ? 0 : end * 64;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t v = vectors * i / tiles, across = vectors * (i + 1) / tiles - v;
+      const auto tile = [&](auto height, auto width) {
+        for (int64_t r = 0; r < plan.block; r += height)
+          panel_tile<Kind, height, width>(x + v * next + line * line_words * kLanes, next, panel + r * kPanelWords,
+                                          words, sums + r * plan.slice + v * kLanes, plan.slice,
+                                          weight + (next_row + r) * row_bytes + next_byte, row_bytes,
+                                          i > 0 ? 0 : std::min<int64_t>(height, p.out - next_row - r));
+      };
+      if (across == 1) tile(std::integral_constant<int, 16>(), std::integral_constant<int, 1>());
+      if (across == 2) tile(std::integral_constant<int, 8>(), std::integral_constant<int, 2>());
+      if (across == 3) tile(std::integral_constant<int, 8>(), std::integral_constant<int, 3>());
+    }
+  }
+  alignas(64) float y[kLanes * kMostBlock];
+  const int64_t width = std::min(plan.block, p.out - n0);
+  for (int64_t m = 0; m < rows; ++m) {
+    if (m % kLanes == 0)
+      for (int64_t r = 0; r < plan.block; r += 16)
+        transpose(reinterpret_cast<const uint32_t*>(sums) + r * plan.slice + m, plan.slice,
+                  reinterpret_cast<uint32_t*>(y) + r, kMostBlock);
+    finish(p, m0 + m, n0, width, y + m % kLanes * kMostBlock, of + m);
   }
 }
 
-// Outputs n … n + width of the rows of a slice, the first of which is row m0 of x.
+// Row m of x as words, zeros past the end; an m past the last row: zeros.
 template <class Kind>
-void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, int64_t n, int64_t m0, int64_t rows,
-                 const uint32_t* x, const RowOfX* of, uint32_t* panel, float* sums) {
-  using Tile = decltype(&panel_tile<Kind, 1>);
-  static constexpr Tile tile[kTall] = {panel_tile<Kind, 1>, panel_tile<Kind, 2>, panel_tile<Kind, 3>,
-                                       panel_tile<Kind, 4>, panel_tile<Kind, 5>, panel_tile<Kind, 6>};
-  const int64_t row_bytes = p.kind == QuantizedWeight::int4 ? (p.in + 1) / 2 : p.in;
-  const int64_t tiles = (rows + kTall - 1) / kTall;
-  for (int64_t line = 0; line < plan.lines; line += plan.chunk) {
-    const int64_t end = std::min(line + plan.chunk, plan.lines);
-    for (int j = 0; j < kWide; j += 16) unpack<Kind>(p, n + j, line, end, panel + j);
-    const int64_t next = end < plan.lines ? n : n + kWide, there = std::min<int64_t>(kWide, p.out - next);
-    const uint8_t* from = static_cast<const uint8_t*>(p.weight) + next * row_bytes + (end < plan.lines ? end * 64 : 0);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t m = rows * t / tiles, height = rows * (t + 1) / tiles - m;
-      const int64_t begin = there * t / tiles, share = there <= 0 ? 0 : there * (t + 1) / tiles - begin;
-      tile[height - 1](x + m * plan.stride + line * 16 * Kind::kWords, plan.stride, panel, end - line,
-                       sums + m * kWide, line > 0, {from + begin * row_bytes, row_bytes, share});
-      if (end == plan.lines)
-        for (int64_t i = m; i < m + height; ++i)
-          finish(p, m0 + i, n, std::min<int64_t>(kWide, p.out - n), sums + i * kWide, of + i);
-    }
+void ready(const QuantizedLinear& p, int64_t m, int64_t words, uint32_t* x, RowOfX* of) {
+  if (m >= p.rows) {
+    std::memset(x, 0, words * 4);
+  } else if (p.kind == QuantizedWeight::int8_dynamic) {
+    *of = round_row(p, m, 64, reinterpret_cast<int8_t*>(x), 64);
+  } else {
+    std::memset(x + p.in / 2, 0, (words - p.in / 2) * 4);
+    std::memcpy(x, static_cast<const uint16_t*>(p.x) + m * p.in, p.in * 2);
+    const __m512i even_first = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26,
+                                                24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    if (p.kind == QuantizedWeight::int4)
+      for (uint32_t* v = x; v < x + words; v += 16)
+        _mm512_storeu_si512(v, _mm512_permutexvar_epi16(even_first, _mm512_loadu_si512(v)));
   }
 }
 
@@ -217,20 +248,27 @@ template <class Kind>
 void panels(const QuantizedLinear& p) {
   const PanelPlan<Kind> plan(p);
   char* const workspace = static_cast<char*>(p.workspace);
-  uint32_t* const x = reinterpret_cast<uint32_t*>(workspace);
-  RowOfX* const of = reinterpret_cast<RowOfX*>(workspace + plan.x);
-  const int64_t blocks = (p.out + kWide - 1) / kWide;
+  uint32_t* const by_rows = reinterpret_cast<uint32_t*>(workspace);
+  uint32_t* const x = reinterpret_cast<uint32_t*>(workspace + plan.x);
+  RowOfX* const of = reinterpret_cast<RowOfX*>(workspace + 2 * plan.x);
+  const int64_t blocks = (p.out + plan.block - 1) / plan.block;
   parallel(p.threads, [&](Member& member) {
-    uint32_t* const panel = reinterpret_cast<uint32_t*>(workspace + plan.x + plan.scales + member.index * plan.mine);
-    float* const sums = reinterpret_cast<float*>(panel + plan.chunk * 16 * Kind::kWords * kWide);
+    char* const mine = workspace + 2 * plan.x + plan.scales + member.index * plan.mine;
+    uint32_t* const panel = reinterpret_cast<uint32_t*>(mine);
+    float* const sums = reinterpret_cast<float*>(panel + kPanelWords * plan.block);
     for (int64_t m0 = 0; m0 < p.rows; m0 += plan.slice) {
-      const int64_t rows = std::min(plan.slice, p.rows - m0);
+      const int64_t rows = std::min(plan.slice, p.rows - m0), vectors = (rows + kLanes - 1) / kLanes;
       if (m0 > 0) member.meet();  // all are through with the slice before
-      for (int64_t m = member.begin(rows); m < member.end(rows); ++m)
-        ready<Kind>(p, m0 + m, x + m * plan.stride, plan.stride, of + m);
+      for (int64_t m = member.begin(vectors * kLanes); m < member.end(vectors * kLanes); ++m)
+        ready<Kind>(p, m0 + m, plan.words, by_rows + m * plan.stride, of + m);
+      member.meet();
+      const int64_t squares = plan.words / 16;  // of 16 words by 16 rows
+      for (int64_t i = member.begin(vectors * squares); i < member.end(vectors * squares); ++i)
+        transpose(by_rows + i / squares * kLanes * plan.stride + i % squares * 16, plan.stride, x + i * 16 * kLanes,
+                  kLanes);
       member.meet();
       for (int64_t block = member.begin(blocks); block < member.end(blocks); ++block)
-        panel_block<Kind>(p, plan, block * kWide, m0, rows, x, of, panel, sums);
+        panel_block<Kind>(p, plan, block * plan.block, m0, rows, x, of, panel, sums);
     }
   });
 }

@@ -14,6 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 FEW = {torch.float32: 16, torch.bfloat16: 2}  # rows, for which the weight is not packed: benchmarks/LOG.md 2026-11-26
 LEAST_WEIGHT = 1 << 18  # numbers, for few rows
+FOUR_ROWS = 1 << 24  # numbers of a bfloat16 weight, from which four rows are few too
 LEAST = 1 << 23  # multiplications, for more
 ROW = "benchmarks/LOG.md 2026-11-25"
 
@@ -35,10 +36,11 @@ def loses(x, weight, bias):
     if x.dtype is torch.float32 and _precision() != "highest":
         return "float32 may be lowered: torch's products do that"
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not trains and weight.numel() >= LEAST_WEIGHT and x.numel() <= FEW[x.dtype] * x.size(-1):
+    few = 4 if x.dtype is torch.bfloat16 and weight.numel() >= FOUR_ROWS else FEW[x.dtype]
+    if not trains and weight.numel() >= LEAST_WEIGHT and x.numel() <= few * x.size(-1):
         return None
     if x.dtype is torch.bfloat16:
-        return f"slower than torch in training, from {FEW[x.dtype] + 1} rows on, or with a small weight: {ROW[:-2]}26"
+        return f"slower than torch in training, from {few + 1} rows on, or with a small weight: {ROW[:-2]}26"
     return f"slower than torch below {LEAST} multiplications: {ROW}" if x.numel() * weight.size(0) < LEAST else None
 
 

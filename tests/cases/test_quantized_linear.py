@@ -32,7 +32,7 @@ def layer(mode, inputs=48, outputs=10, **options):
 def test_error_stays_within_the_documented_bound(mode, group_size, dtype, outlier, implementation, device):
     if implementation == "triton":
         skip_misinterpreted(dtype)
-    sizes = ((1, 512, 64), (7, 333, 31), (16, 64, 5), (17, 1101, 71), (515, 70, 9))
+    sizes = ((1, 512, 64), (7, 333, 31), (16, 64, 5), (17, 1101, 71), (40, 300, 20), (60, 131, 140), (515, 70, 9))
     for rows, inputs, outputs in sizes[:3] if implementation == "triton" else sizes:  # which is for few rows
         weight, x = torch.randn(outputs, inputs, device=device), torch.randn(rows, inputs, device=device)
         weight[0, 3] *= outlier
