@@ -15,10 +15,22 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
 from fastlm.autograd import autocasts
+from fastlm.dispatch import at_once
 from fastlm.ops import recurrent
 from fastlm.ops.gru import op as gru_op
 from fastlm.ops.lstm import op as lstm_op
+from fastlm.ops.recurrent import IN_PLACE
 from fastlm.ops.rnn import op as rnn_op
+
+
+def _stream(module, input, hx=None):
+    """Run one step without gradients in one call of C++, see `Op.at_once`."""
+    if torch.is_grad_enabled() or input.size(1 if module.batch_first else 0) != 1:
+        return None
+    if hx is None:
+        hx = module._join(module._zeros(input, input.size(0 if module.batch_first else 1)))
+    found = module.op.at_once(input, hx, *module._settings, module.batch_first, *module._cell)
+    return None if found is None else (found[0], module._join(found[1:]))
 
 
 class _Recurrent(nn.Module):
@@ -104,6 +116,7 @@ class _Recurrent(nn.Module):
         options = [f"{name}={getattr(self, name)}" for name, default in shown.items() if getattr(self, name) != default]
         return ", ".join([str(self.input_size), str(self.hidden_size), *options])
 
+    @at_once(_stream)
     def forward(self, input: Tensor | PackedSequence, hx=None):
         """Run the layers over a sequence.
 
@@ -122,9 +135,6 @@ class _Recurrent(nn.Module):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        found = self.op.at_once(input, hx, *self._settings, self.batch_first, *self._cell)
-        if found is not None:
-            return found[0], self._join(found[1:])
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._name}: input has {input.dim()} dimensions, expected 2 or 3")
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
@@ -296,9 +306,19 @@ class _Cell:
         return [state.view(shape) for state in states]
 
 
+def _few(stock):
+    """Return the shortcut of a cell to torch.nn's, which is the faster one in training and for few hidden units."""
+    def shortcut(self, input, hx=None):
+        weight = self.weight_ih
+        few = self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weight.requires_grad)
+        return stock.forward(self, input, hx) if few and weight.dtype is torch.float32 else None
+    return at_once(shortcut)
+
+
 class RNNCell(_Cell, nn.RNNCell):
     """Apply one step of an Elman network, with the arguments of `torch.nn.RNNCell`."""
 
+    @_few(nn.RNNCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if self.nonlinearity not in ("tanh", "relu"):
@@ -312,6 +332,7 @@ class RNNCell(_Cell, nn.RNNCell):
 class GRUCell(_Cell, nn.GRUCell):
     """Apply one step of a gated recurrent unit, with the arguments of `torch.nn.GRUCell`."""
 
+    @_few(nn.GRUCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if autocasts(input.device.type):
@@ -324,6 +345,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
 
     _pair = True
 
+    @_few(nn.LSTMCell)
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return (h, c), [B, H] each, after `input` [B, input_size]; without B for unbatched input."""
         if autocasts(input.device.type):

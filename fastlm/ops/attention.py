@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.autograd import Differentiable, autocast, mapped, transformed
-from fastlm.dispatch import Op, Sample
+from fastlm.autograd import ABSENT, FROZEN, NEEDED, Differentiable, autocast, mapped, transformed
+from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.attention_common import (
     Options,
     accumulator,
@@ -35,6 +35,27 @@ from fastlm.ops.attention_common import (
 )
 
 
+LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python: benchmarks/LOG.md 2026-11-25
+
+
+def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Call SDPA where it can take the call as it is; see `stock`."""
+    if not (query.is_cpu and query.dim() == key.dim() == 4 and key.shape == value.shape) or (
+            2 * query.numel() * key.size(2) >= LEAST) or (scale is not None and scale <= 0) or (
+            attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype)):
+        return None
+    if torch.is_grad_enabled() and (transformed() or torch._C._autograd._top_saved_tensors_default_hooks(True)):
+        return None
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                           enable_gqa=enable_gqa)
+    if found.shape != query.shape:  # which a mask or a batch of keys has widened
+        return None
+    if found.requires_grad and found.grad_fn.name() == FLASH:
+        found.grad_fn.register_hook(_flash_twice)
+    return found
+
+
+@at_once(_few)
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                                  dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                                  enable_gqa: bool = False, *, window_size: tuple[int, int] = (-1, -1),
@@ -327,6 +348,19 @@ def _flash_reference(tensors, is_causal, scale):
 # SDPA's CPU kernel with a second derivative.
 _flash = Differentiable("sdpa_flash", statics="bool is_causal, float scale", outputs=1, forward=_flash_forward,
                         fake=_flash_fake, backward=_flash_backward, reference=_flash_reference, reads_results=True)
+FLASH = "ScaledDotProductFlashAttentionForCpuBackward0"
+
+
+def _flash_twice(grads, upstream):
+    """Take the place of a node of SDPA's own where its gradients are to have a derivative (create_graph)."""
+    if not torch.is_grad_enabled():
+        return None
+    node = torch._C._current_autograd_node()
+    tensors = [node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask]
+    slots = [FROZEN if g is None else NEEDED for g in grads] + [ABSENT if tensors[3] is None else FROZEN]
+    scale = node._saved_scale if node._saved_scale is not None else tensors[0].size(-1) ** -0.5
+    return tuple(_flash.pull(upstream[:1], (node._saved_output, node._saved_logsumexp),
+                             [t for t in tensors if t is not None], slots, (node._saved_is_causal, scale))[:3])
 
 
 # --- samples ---------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
         calls = explain(_no_grad(ours) if mode == "forward" else ours, *leaves)
         ran = "+".join(sorted({c.ran for c in calls})) or "torch"
         candidates, failed = _baselines(subject, mode)
-        if ran != "torch" or subject.modules:  # a module is ours even where each of its ops runs stock
+        if ran != "torch" or subject.modules or subject.whole:  # a module is ours even where its ops run stock
             candidates["fastlm"] = step(ours, subject, mode)
         times = measure.timings(candidates, device, seconds)
         found = times.get("fastlm", times["torch"])
@@ -123,7 +123,7 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
             row.at_peak = row.ratio / row.peak_share
         if subject.reads is not None:
             row.bytes_per_s = subject.reads / found.median
-        if mode == "training" and ran != "torch":
+        if mode == "training" and ran != "torch" and not subject.whole:
             add_memory(row, case, device)
         if goal := case.goals.get(mode):
             hold(row, goal)
@@ -190,6 +190,7 @@ def step(fn, subject: Subject, mode: str):
         run = _no_grad(fn)
         return lambda: run(*args)
     args, leaves = measure.leaves(subject.args, subject.constants)
+    leaves += getattr(fn, "parameters", ())  # of a module that is called as it is
 
     def train():
         results = [r for r in measure.floating(fn(*args)) if r.requires_grad]

@@ -17,7 +17,7 @@ from fastlm.dispatch import Op
 from fastlm.tools.suites import liger
 
 EVERYTHING = ("ops", "modules", "models")
-FAMILIES = ("rnn-cpu", "rnn-cuda", "norms", "attention", "head")
+FAMILIES = ("rnn-cpu", "rnn-cuda", "norms", "attention", "head", "small")
 SUITES = EVERYTHING + FAMILIES
 
 
@@ -55,6 +55,7 @@ class Subject:
         reads: bytes that one call must read, where reading is what takes the time.
         modules: put into training mode or out of it before each measurement.
         compiled: whether stock under torch.compile is worth a comparison.
+        whole: ours is a public function with all that it does around stock's, and timed where stock runs in it too.
         warm: touches the code and the thread pools of "ours" or "torch" on inputs too small to count, before memory
             is measured.
     """
@@ -69,6 +70,7 @@ class Subject:
     reads: int | None = None
     modules: tuple[torch.nn.Module, ...] = ()
     compiled: bool = False
+    whole: bool = False
     warm: Callable[[str], object] = lambda which: None
 
 
