@@ -19,6 +19,8 @@ import torch
 
 NAMES = ("reference", "torch", "triton", "native", "blocked")
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
+
 # Plain module globals: a ContextVar breaks graph capture and a thread-local would be lost in autograd's threads.
 _order: tuple[str, ...] = ()
 _calls: list["Call"] | None = None
@@ -256,7 +258,7 @@ def _foreign(args) -> str | None:
             first = arg if first is None else first
             if arg.layout is not torch.strided or arg.is_nested:
                 return f"nested, or of layout {arg.layout}: kernels read dense tensors"
-            if not compiling and hasattr(type(arg), "__tensor_flatten__"):
+            if not compiling and type(arg) not in PLAIN and hasattr(type(arg), "__tensor_flatten__"):
                 return f"{type(arg).__name__} is made of other tensors (sharded, quantized): it knows torch's ops"
     if first is None:
         return None

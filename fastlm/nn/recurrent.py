@@ -195,7 +195,7 @@ class _Recurrent(nn.Module):
 
     def _zeros(self, like, batch):
         layers = self.num_layers * self._directions
-        return [torch.zeros(layers, batch, width, dtype=like.dtype, device=like.device) for width in self._widths]
+        return [like.new_zeros(layers, batch, width) for width in self._widths]
 
     def _check_input(self, input):
         dtype = getattr(self, self._all_weights[0][0]).dtype
@@ -277,6 +277,19 @@ class _Cell:
 
     _pair = False  # whether the state is (h, c)
 
+    def _stream(self, input, hx):
+        """Run one call of C++, as a layer's `_stream` does."""
+        states = (input.new_zeros(1, input.size(0), self.hidden_size),) * (2 if self._pair else 1) if hx is None else [
+            h[None] for h in (hx if self._pair else (hx,))]
+        biases = [self.bias_ih, self.bias_hh] if self.bias else []
+        found = self.op.at_once(input[None], states if self._pair else states[0],
+                                [self.weight_ih, self.weight_hh, *biases], self.bias, 1, 0.0, self.training, False,
+                                False, *((self.nonlinearity,) if self.op is rnn_op else ()))
+        if found is None:
+            return None
+        found = [state[0] for state in found[1:]]
+        return tuple(found) if self._pair else found[0]
+
     def _advance(self, run, input, states):
         """Return the states after `input`; `states` is None for zeros.
 
@@ -310,13 +323,18 @@ def _few(stock):
     """Return the shortcut of a cell to torch.nn's, which is the faster one in training and for few hidden units."""
     def shortcut(self, input, hx=None):
         weight = self.weight_ih
-        few = self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weight.requires_grad)
-        return stock.forward(self, input, hx) if few and weight.dtype is torch.float32 else None
+        if weight.dtype is not torch.float32:
+            return None
+        if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weight.requires_grad):
+            return stock.forward(self, input, hx)
+        return self._stream(input, hx) if input.dim() == 2 else None
     return at_once(shortcut)
 
 
 class RNNCell(_Cell, nn.RNNCell):
     """Apply one step of an Elman network, with the arguments of `torch.nn.RNNCell`."""
+
+    op = rnn_op
 
     @_few(nn.RNNCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -332,6 +350,8 @@ class RNNCell(_Cell, nn.RNNCell):
 class GRUCell(_Cell, nn.GRUCell):
     """Apply one step of a gated recurrent unit, with the arguments of `torch.nn.GRUCell`."""
 
+    op = gru_op
+
     @_few(nn.GRUCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
@@ -343,7 +363,7 @@ class GRUCell(_Cell, nn.GRUCell):
 class LSTMCell(_Cell, nn.LSTMCell):
     """Apply one step of long short-term memory, with the arguments of `torch.nn.LSTMCell`."""
 
-    _pair = True
+    op, _pair = lstm_op, True
 
     @_few(nn.LSTMCell)
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

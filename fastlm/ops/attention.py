@@ -44,15 +44,8 @@ def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
             2 * query.numel() * key.size(2) >= LEAST) or (scale is not None and scale <= 0) or (
             attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype)):
         return None
-    if torch.is_grad_enabled() and (transformed() or torch._C._autograd._top_saved_tensors_default_hooks(True)):
-        return None
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                                           enable_gqa=enable_gqa)
-    if found.shape != query.shape:  # which a mask or a batch of keys has widened
-        return None
-    if found.requires_grad and found.grad_fn.name() == FLASH:
-        found.grad_fn.register_hook(_flash_twice)
-    return found
+    found = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return found if found.shape == query.shape else None  # else a mask or a batch of keys has widened it
 
 
 @at_once(_few)
@@ -293,10 +286,7 @@ def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
         attn_mask = attn_mask if attn_mask.stride(-1) == 1 else attn_mask.contiguous()
     if query.device.type == "cpu":
         query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-        if _through_flash(query, key, value, attn_mask, options.dropout_p, is_causal):
-            return _flash((query, key, value, additive(attn_mask, query.dtype)), is_causal, options.scale)[0]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, options.dropout_p, is_causal,
-                                          scale=options.scale, enable_gqa=_grouped(query, key))
+    return _sdpa(query, key, value, attn_mask, options.dropout_p, is_causal, options.scale, _grouped(query, key))
 
 
 def additive(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -306,14 +296,23 @@ def additive(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros((), dtype=dtype, device=attn_mask.device).where(attn_mask, -torch.inf)
 
 
-def _through_flash(query, key, value, attn_mask, dropout_p, is_causal) -> bool:
-    """Tell whether autograd would pass through SDPA's CPU kernel, whose backward cannot be differentiated."""
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if torch.compiler.is_compiling() or not (needed or transformed()) or mapped():  # vmap can't ask for the choice
-        return False
-    choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal,
-                                     enable_gqa=_grouped(query, key))
-    return choice == int(torch._C._SDPBackend.FLASH_ATTENTION)
+def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    """Call SDPA, and where that is its CPU kernel, whose backward has no derivative, see to it that there is one."""
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                              enable_gqa=enable_gqa)
+    # A checkpoint lets a node read what it saved once only.
+    hooked = torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if (hooked or transformed()) and query.is_cpu and not mapped():  # vmap can't ask for the choice
+        choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
+        if choice == int(torch._C._SDPBackend.FLASH_ATTENTION):
+            scale = check_scale(scale, query.size(-1), "attention")
+            return _flash((query, key, value, additive(attn_mask, query.dtype)), is_causal, scale)[0]
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                           enable_gqa=enable_gqa)
+    if found.requires_grad and found.grad_fn.name() == FLASH:
+        found.grad_fn.register_hook(_flash_twice)
+    return found
 
 
 def _grouped(query, key) -> bool:
@@ -358,7 +357,7 @@ def _flash_twice(grads, upstream):
     node = torch._C._current_autograd_node()
     tensors = [node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask]
     slots = [FROZEN if g is None else NEEDED for g in grads] + [ABSENT if tensors[3] is None else FROZEN]
-    scale = node._saved_scale if node._saved_scale is not None else tensors[0].size(-1) ** -0.5
+    scale = check_scale(node._saved_scale, tensors[0].size(-1), "attention")
     return tuple(_flash.pull(upstream[:1], (node._saved_output, node._saved_logsumexp),
                              [t for t in tensors if t is not None], slots, (node._saved_is_causal, scale))[:3])
 
