@@ -19,6 +19,7 @@ import torch
 
 NAMES = ("reference", "torch", "triton", "native", "blocked")
 
+STATIC = frozenset({bool, int, float, str, type(None)})
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
 
 # Plain module globals: a ContextVar breaks graph capture and a thread-local would be lost in autograd's threads.
@@ -252,7 +253,9 @@ def _foreign(args) -> str | None:
     """Return the reason why no kernel of ours can read the tensors in `args`, which are on one device."""
     first, compiling = None, torch.compiler.is_compiling()
     for arg in args:
-        if isinstance(arg, (list, tuple)) and arg:  # noqa: UP038 (a union of types would be made at each call)
+        if type(arg) in STATIC:
+            continue
+        if isinstance(arg, list | tuple) and arg:
             arg = arg[0]
         if isinstance(arg, torch.Tensor):
             first = arg if first is None else first

@@ -23,14 +23,17 @@ from fastlm.ops.recurrent import IN_PLACE
 from fastlm.ops.rnn import op as rnn_op
 
 
-def _stream(module, input, hx=None):
-    """Run one step without gradients in one call of C++, see `Op.at_once`."""
-    if torch.is_grad_enabled() or input.size(1 if module.batch_first else 0) != 1:
+def _unchecked(module, input, hx=None):
+    """Run the layers over a dense batch: one step in one call of C++ where it can be, else by the op, which checks."""
+    if input.dim() != 3:
         return None
-    if hx is None:
-        hx = module._join(module._zeros(input, input.size(0 if module.batch_first else 1)))
-    found = module.op.at_once(input, hx, *module._settings, module.batch_first, *module._cell)
-    return None if found is None else (found[0], module._join(found[1:]))
+    batch_dim = 0 if module.batch_first else 1
+    state = module._zeros(input, input.size(batch_dim)) if hx is None else module._split(hx)
+    args, found = (input, module._join(state), *module._settings, module.batch_first), None
+    if input.size(1 - batch_dim) == 1:
+        found = module.op.at_once(*args, *module._cell)
+    output, *state = module._run(*args) if found is None else found
+    return output, module._join(state)
 
 
 class _Recurrent(nn.Module):
@@ -116,7 +119,7 @@ class _Recurrent(nn.Module):
         options = [f"{name}={getattr(self, name)}" for name, default in shown.items() if getattr(self, name) != default]
         return ", ".join([str(self.input_size), str(self.hidden_size), *options])
 
-    @at_once(_stream)
+    @at_once(_unchecked)
     def forward(self, input: Tensor | PackedSequence, hx=None):
         """Run the layers over a sequence.
 
@@ -278,16 +281,16 @@ class _Cell:
     _pair = False  # whether the state is (h, c)
 
     def _stream(self, input, hx):
-        """Run one call of C++, as a layer's `_stream` does."""
+        """Run one step without gradients in one call of C++, as `_unchecked` does."""
         states = (input.new_zeros(1, input.size(0), self.hidden_size),) * (2 if self._pair else 1) if hx is None else [
-            h[None] for h in (hx if self._pair else (hx,))]
+            h.unsqueeze(0) for h in (hx if self._pair else (hx,))]
         biases = [self.bias_ih, self.bias_hh] if self.bias else []
-        found = self.op.at_once(input[None], states if self._pair else states[0],
+        found = self.op.at_once(input.unsqueeze(0), states if self._pair else states[0],
                                 [self.weight_ih, self.weight_hh, *biases], self.bias, 1, 0.0, self.training, False,
                                 False, *((self.nonlinearity,) if self.op is rnn_op else ()))
         if found is None:
             return None
-        found = [state[0] for state in found[1:]]
+        found = [state.squeeze(0) for state in found[1:]]
         return tuple(found) if self._pair else found[0]
 
     def _advance(self, run, input, states):

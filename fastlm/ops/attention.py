@@ -34,18 +34,18 @@ from fastlm.ops.attention_common import (
     visible,
 )
 
-
 LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python: benchmarks/LOG.md 2026-11-25
 
 
 def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Call SDPA where it can take the call as it is; see `stock`."""
-    if not (query.is_cpu and query.dim() == key.dim() == 4 and key.shape == value.shape) or (
-            2 * query.numel() * key.size(2) >= LEAST) or (scale is not None and scale <= 0) or (
+    shape, shape_of_keys = query.shape, key.shape
+    if not (query.is_cpu and len(shape) == len(shape_of_keys) == 4 and shape_of_keys == value.shape) or (
+            2 * query.numel() * shape_of_keys[2] >= LEAST) or (scale is not None and scale <= 0) or (
             attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype)):
         return None
     found = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return found if found.shape == query.shape else None  # else a mask or a batch of keys has widened it
+    return found if found.shape == shape else None  # else a mask or a batch of keys has widened it
 
 
 @at_once(_few)
@@ -337,7 +337,8 @@ def _flash_backward(grads, saved, tensors, needs, is_causal, scale):
     query, key, value, attn_mask = tensors
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grads[0], query, key, value, *saved, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
-    return [g if need else None for g, need in zip((*found, None), needs, strict=True)]
+    of_mask = torch.zeros_like(attn_mask) if needs[3] else None  # only functorch asks for it: SDPA takes another way
+    return [*(g if need else None for g, need in zip(found, needs[:3], strict=True)), of_mask]
 
 
 def _flash_reference(tensors, is_causal, scale):

@@ -28,12 +28,14 @@ class Goal:
     Attributes:
         ratio: the best stock baseline's time over ours, at least.
         memory: our peak memory over eager stock's, at most.
+        slack: seconds that we may take longer than stock whatever the ratio.
         share: of what the machine can do (`Subject.floor` over our time), at least.
         allowance: bytes that do not count as ours (a float32 gradient of a bfloat16 weight).
         means: name of a group of rows -> geometric mean of their ratios to reach.
     """
 
     ratio: float | None = None
+    slack: float = 0.0
     memory: float | None = None
     share: float | None = None
     allowance: int = 0
