@@ -104,6 +104,12 @@ class Differentiable:
         found = self.keep(_unpack(tensors, slots), outputs, [s == NEEDED for s in slots], *statics)
         return [t for t in found if t is not None]
 
+    def pull(self, grads, saved, tensors, slots, statics):
+        """Return the gradients of the tensors that are present, themselves differentiable where that is wanted."""
+        args = self, self.asked(slots), statics, len(grads), len(saved), *grads, *saved, *tensors
+        once = not torch.is_grad_enabled() and not transformed()
+        return self.lend(grads, _Backward.forward(*args) if once else _apply(_Backward, *args), slots)
+
     def lend(self, grads, found, slots):
         """Return the gradients of all tensors that need one, None for the others that are present."""
         places = [i for i, slot in enumerate(slots) if slot != ABSENT]
@@ -157,9 +163,7 @@ class _Forward(torch.autograd.Function):
         tensors, saved = kept[: ctx.count], kept[ctx.count:]
         grads = [torch.zeros(shape, dtype=dtype, device=device) if g is None else g
                  for g, (shape, dtype, device) in zip(grads, ctx.results, strict=False)]
-        found = _apply(_Backward, ctx.kernels, ctx.kernels.asked(ctx.slots), ctx.statics, len(grads), len(saved),
-                       *grads, *saved, *tensors)
-        return None, None, None, *ctx.kernels.lend(grads, found, ctx.slots)
+        return None, None, None, *ctx.kernels.pull(grads, saved, tensors, ctx.slots, ctx.statics)
 
     @staticmethod
     def vmap(info, in_dims, kernels, slots, statics, *tensors):

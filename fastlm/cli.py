@@ -153,7 +153,7 @@ def doctor(device: Device = None):
 @clear_errors
 def bench(
     suite: Annotated[str, typer.Option(help="all (ops, modules, models), one of these, or a family held to its goals: "
-                                           "rnn-cpu, rnn-cuda, head, norms, attention.")] = "all",
+                                           "rnn-cpu, rnn-cuda, head, norms, attention, small.")] = "all",
     device: Device = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")] = None,
     only: Annotated[str, typer.Option(help="Measure only rows whose name and case contain this.")] = "",
@@ -170,6 +170,7 @@ def bench(
     name = "-".join(filter(None, (suite, only, "every" * every, "full" * full)))
     percentage, what = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
     columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
+    bench.check_suites(suites)  # before anything is drawn
     with Progress(*columns, console=_console()) as progress:
         task = progress.add_task("", total=1.0)
         result = bench.run(suites, _device(device), dtype, 2.0 if full else None, only=only, full=full, every=every,

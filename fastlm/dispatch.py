@@ -6,6 +6,7 @@ and the fast ones, `triton`, `native` and `blocked`. The fast ones are tried in 
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -17,6 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 NAMES = ("reference", "torch", "triton", "native", "blocked")
+
+STATIC = frozenset({bool, int, float, str, type(None)})
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
 
 # Plain module globals: a ContextVar breaks graph capture and a thread-local would be lost in autograd's threads.
 _order: tuple[str, ...] = ()
@@ -48,8 +52,7 @@ class Sample(NamedTuple):
 class Implementation(NamedTuple):
     """One way to compute an op. `cannot` and `loses` read metadata only and return a reason or None.
 
-    `at_once` takes a call as the caller made it: it returns the result where all checks and choices would end in `run`,
-    else None; where these take longer than the kernel.
+    `at_once` is for what is to be tried before all checks and choices, see `at_once` below.
     """
 
     run: Callable[..., Any]
@@ -83,7 +86,7 @@ class Op:
         self.implementations["torch"] = Implementation(torch)
         self.implementations["reference"] = Implementation(reference)
         self.default = (*fast, "torch")
-        self._at_once = self.implementations[self.default[0]].at_once
+        self.at_once = self.implementations[self.default[0]].at_once
 
     def __repr__(self):
         return f"Op({self.name!r}: {', '.join(self.implementations)})"
@@ -93,10 +96,6 @@ class Op:
         if _calls is not None:
             _calls.append(Call(self.name, ran, declined))
         return self.implementations[ran].run(*args)
-
-    def at_once(self, *args):
-        """Return the result of a call as it came, unchecked, where an implementation is sure of it, else None."""
-        return None if _order or _calls is not None else self._at_once(*args)
 
     def choose(self, args) -> tuple[str, dict[str, str]]:
         """Return the implementation that takes this call, and the reasons of those that were asked before it."""
@@ -114,6 +113,31 @@ class Op:
             declined[name] = reason
         reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
         raise CannotRun(f"{self.name}: backend{tuple(wanted)} was asked for and cannot run: {reasons}")
+
+
+def at_once(shortcut: Callable) -> Callable:
+    """Let a function try `shortcut` first, for calls so small that to check them and to choose would cost more.
+
+    `shortcut` takes the call as it came and returns the result where checks and choice could end nowhere else, else
+    None. What it raises is not shown: the function finds the same, and says it in its own words. `explain`, `backend`
+    and the compiler see the choice itself.
+
+    >>> @at_once(lambda x: torch.relu(x) if x.numel() < FEW else None)
+    ... def relu(x): ...
+    """
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if not _order and _calls is None and not torch.compiler.is_compiling():
+                try:
+                    found = shortcut(*args, **kwargs)
+                except Exception:
+                    found = None
+                if found is not None:
+                    return found
+            return function(*args, **kwargs)
+        return call
+    return decorate
 
 
 class backend:
@@ -227,15 +251,17 @@ def _forward_mode() -> str | None:
 
 def _foreign(args) -> str | None:
     """Return the reason why no kernel of ours can read the tensors in `args`, which are on one device."""
-    first = None
+    first, compiling = None, torch.compiler.is_compiling()
     for arg in args:
+        if type(arg) in STATIC:
+            continue
         if isinstance(arg, list | tuple) and arg:
             arg = arg[0]
         if isinstance(arg, torch.Tensor):
             first = arg if first is None else first
             if arg.layout is not torch.strided or arg.is_nested:
                 return f"nested, or of layout {arg.layout}: kernels read dense tensors"
-            if not torch.compiler.is_compiling() and hasattr(type(arg), "__tensor_flatten__"):
+            if not compiling and type(arg) not in PLAIN and hasattr(type(arg), "__tensor_flatten__"):
                 return f"{type(arg).__name__} is made of other tensors (sharded, quantized): it knows torch's ops"
     if first is None:
         return None

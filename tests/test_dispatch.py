@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm.dispatch import NAMES, Call, CannotRun, Implementation, Op
+from fastlm.tools.suites import load
 
 
 def toy(name="toy", **fast):
@@ -364,3 +365,62 @@ def test_tensors_made_of_others_run_stock():
     torch.testing.assert_close(fastlm.ops.linear(x, Wrapper(weight)), torch.nn.functional.linear(x, weight))
     with fastlm.backend("native"), pytest.raises(fastlm.dispatch.CannotRun, match=r"Wrapper|extension"):
         fastlm.ops.linear(x, Wrapper(weight))
+
+
+# --- small calls -----------------------------------------------------------------------------------------------
+
+
+def test_at_once_comes_before_checks_but_not_before_explain_backend_and_compiler():
+    op = toy(triton=TRITON)
+
+    @fastlm.dispatch.at_once(lambda x, *, sure=True: x + 9 if sure and x.shape[0] > 3 else None)
+    def call(x, *, sure=True):
+        """Add something."""
+        if not isinstance(x, torch.Tensor):
+            raise TypeError("toy: x must be a Tensor")
+        return op(x)
+
+    assert call.__doc__ == "Add something."
+    assert value(call) == 9
+    assert value(call, X[:3]) == 3, "the shortcut returned None"
+    assert call(X, sure=False)[0] == 3
+    with pytest.raises(TypeError, match="toy: x must be") as caught:
+        call([1])
+    assert caught.value.__context__ is None, "what the shortcut raised is nobody's concern"
+    assert [c.ran for c in fastlm.explain(call, X)] == ["triton"]
+    for name, expected in (("torch", 2), ("reference", 1)):
+        with fastlm.backend(name):
+            assert value(call) == expected
+    torch._dynamo.reset()
+    assert torch.compile(call, backend="eager", fullgraph=True)(X)[0] == 3
+
+
+def small_cases():
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in load("small", "cpu", [dtype]):
+            yield pytest.param(case, id=f"{case.name} {case.case} {str(dtype)[6:]}".replace(" ", "_"))
+
+
+@pytest.mark.parametrize("case", list(small_cases()))
+def test_what_is_done_at_once_is_what_would_have_been_chosen(case, monkeypatch):
+    subject, chosen, call = case.build(), [], Op.__call__
+
+    def note(op, *args):
+        chosen.append(op.name)
+        return call(op, *args)
+
+    def again(expected):
+        torch.testing.assert_close(subject.ours(*subject.args), expected)
+
+    monkeypatch.setattr(Op, "__call__", note)
+    for mode in case.modes:
+        for module in subject.modules:
+            module.train(mode == "training")
+        with torch.set_grad_enabled(mode == "training"):
+            chosen.clear()
+            found = subject.ours(*subject.args)
+            at_once = not chosen
+            calls = fastlm.explain(again, found)
+        streams = all(c.op in ("lstm", "gru", "rnn") for c in calls)  # of which one step is a kernel's
+        if at_once and not streams:
+            assert {c.ran for c in calls} == {"torch"}, calls

@@ -15,10 +15,25 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
 from fastlm.autograd import autocasts
+from fastlm.dispatch import at_once
 from fastlm.ops import recurrent
 from fastlm.ops.gru import op as gru_op
 from fastlm.ops.lstm import op as lstm_op
+from fastlm.ops.recurrent import IN_PLACE
 from fastlm.ops.rnn import op as rnn_op
+
+
+def _unchecked(module, input, hx=None):
+    """Run the layers over a dense batch: one step in one call of C++ where it can be, else by the op, which checks."""
+    if input.dim() != 3:
+        return None
+    batch_dim = 0 if module.batch_first else 1
+    state = module._zeros(input, input.size(batch_dim)) if hx is None else module._split(hx)
+    args, found = (input, module._join(state), *module._settings, module.batch_first), None
+    if input.size(1 - batch_dim) == 1:
+        found = module.op.at_once(*args, *module._cell)
+    output, *state = module._run(*args) if found is None else found
+    return output, module._join(state)
 
 
 class _Recurrent(nn.Module):
@@ -104,6 +119,7 @@ class _Recurrent(nn.Module):
         options = [f"{name}={getattr(self, name)}" for name, default in shown.items() if getattr(self, name) != default]
         return ", ".join([str(self.input_size), str(self.hidden_size), *options])
 
+    @at_once(_unchecked)
     def forward(self, input: Tensor | PackedSequence, hx=None):
         """Run the layers over a sequence.
 
@@ -122,9 +138,6 @@ class _Recurrent(nn.Module):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        found = self.op.at_once(input, hx, *self._settings, self.batch_first, *self._cell)
-        if found is not None:
-            return found[0], self._join(found[1:])
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._name}: input has {input.dim()} dimensions, expected 2 or 3")
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
@@ -185,7 +198,7 @@ class _Recurrent(nn.Module):
 
     def _zeros(self, like, batch):
         layers = self.num_layers * self._directions
-        return [torch.zeros(layers, batch, width, dtype=like.dtype, device=like.device) for width in self._widths]
+        return [like.new_zeros(layers, batch, width) for width in self._widths]
 
     def _check_input(self, input):
         dtype = getattr(self, self._all_weights[0][0]).dtype
@@ -267,6 +280,19 @@ class _Cell:
 
     _pair = False  # whether the state is (h, c)
 
+    def _stream(self, input, hx):
+        """Run one step without gradients in one call of C++, as `_unchecked` does."""
+        states = (input.new_zeros(1, input.size(0), self.hidden_size),) * (2 if self._pair else 1) if hx is None else [
+            h.unsqueeze(0) for h in (hx if self._pair else (hx,))]
+        biases = [self.bias_ih, self.bias_hh] if self.bias else []
+        found = self.op.at_once(input.unsqueeze(0), states if self._pair else states[0],
+                                [self.weight_ih, self.weight_hh, *biases], self.bias, 1, 0.0, self.training, False,
+                                False, *((self.nonlinearity,) if self.op is rnn_op else ()))
+        if found is None:
+            return None
+        found = [state.squeeze(0) for state in found[1:]]
+        return tuple(found) if self._pair else found[0]
+
     def _advance(self, run, input, states):
         """Return the states after `input`; `states` is None for zeros.
 
@@ -296,9 +322,24 @@ class _Cell:
         return [state.view(shape) for state in states]
 
 
+def _few(stock):
+    """Return the shortcut of a cell to torch.nn's, which is the faster one in training and for few hidden units."""
+    def shortcut(self, input, hx=None):
+        weight = self.weight_ih
+        if weight.dtype is not torch.float32:
+            return None
+        if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weight.requires_grad):
+            return stock.forward(self, input, hx)
+        return self._stream(input, hx) if input.dim() == 2 else None
+    return at_once(shortcut)
+
+
 class RNNCell(_Cell, nn.RNNCell):
     """Apply one step of an Elman network, with the arguments of `torch.nn.RNNCell`."""
 
+    op = rnn_op
+
+    @_few(nn.RNNCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if self.nonlinearity not in ("tanh", "relu"):
@@ -312,6 +353,9 @@ class RNNCell(_Cell, nn.RNNCell):
 class GRUCell(_Cell, nn.GRUCell):
     """Apply one step of a gated recurrent unit, with the arguments of `torch.nn.GRUCell`."""
 
+    op = gru_op
+
+    @_few(nn.GRUCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if autocasts(input.device.type):
@@ -322,8 +366,9 @@ class GRUCell(_Cell, nn.GRUCell):
 class LSTMCell(_Cell, nn.LSTMCell):
     """Apply one step of long short-term memory, with the arguments of `torch.nn.LSTMCell`."""
 
-    _pair = True
+    op, _pair = lstm_op, True
 
+    @_few(nn.LSTMCell)
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return (h, c), [B, H] each, after `input` [B, input_size]; without B for unbatched input."""
         if autocasts(input.device.type):

@@ -11,9 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Op, Sample, at_once
+
+FEW = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-25
 
 
+def _few(input, approximate="none"):
+    return F.gelu(input, approximate=approximate) if input.numel() < FEW else None
+
+
+def _few_gated(kind, gate, up, approximate="none"):
+    if gate.numel() < FEW and gate.shape == up.shape and up.is_floating_point():
+        return kind(gate) * up if approximate == "none" else None
+    return None
+
+
+@at_once(_few)
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """Return input ⊙ Φ(input), element by element.
 
@@ -29,6 +42,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return gelu_op(input, None, _gelu("gelu", approximate))
 
 
+@at_once(lambda gate, up: _few_gated(F.silu, gate, up))
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) ⊙ up.
 
@@ -44,6 +58,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return swiglu_op(gate, up, "silu")
 
 
+@at_once(partial(_few_gated, F.gelu))
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """Return gelu(gate) ⊙ up.
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.autograd import Differentiable, autocast, mapped, transformed
-from fastlm.dispatch import Op, Sample
+from fastlm.autograd import ABSENT, FROZEN, NEEDED, Differentiable, autocast, mapped, transformed
+from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.attention_common import (
     Options,
     accumulator,
@@ -34,7 +34,21 @@ from fastlm.ops.attention_common import (
     visible,
 )
 
+LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python: benchmarks/LOG.md 2026-11-25
 
+
+def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Call SDPA where it can take the call as it is; see `stock`."""
+    shape, shape_of_keys = query.shape, key.shape
+    if not (query.is_cpu and len(shape) == len(shape_of_keys) == 4 and shape_of_keys == value.shape) or (
+            2 * query.numel() * shape_of_keys[2] >= LEAST) or (scale is not None and scale <= 0) or (
+            attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype)):
+        return None
+    found = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return found if found.shape == shape else None  # else a mask or a batch of keys has widened it
+
+
+@at_once(_few)
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                                  dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                                  enable_gqa: bool = False, *, window_size: tuple[int, int] = (-1, -1),
@@ -272,10 +286,7 @@ def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
         attn_mask = attn_mask if attn_mask.stride(-1) == 1 else attn_mask.contiguous()
     if query.device.type == "cpu":
         query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-        if _through_flash(query, key, value, attn_mask, options.dropout_p, is_causal):
-            return _flash((query, key, value, additive(attn_mask, query.dtype)), is_causal, options.scale)[0]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, options.dropout_p, is_causal,
-                                          scale=options.scale, enable_gqa=_grouped(query, key))
+    return _sdpa(query, key, value, attn_mask, options.dropout_p, is_causal, options.scale, _grouped(query, key))
 
 
 def additive(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -285,14 +296,23 @@ def additive(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros((), dtype=dtype, device=attn_mask.device).where(attn_mask, -torch.inf)
 
 
-def _through_flash(query, key, value, attn_mask, dropout_p, is_causal) -> bool:
-    """Tell whether autograd would pass through SDPA's CPU kernel, whose backward cannot be differentiated."""
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if torch.compiler.is_compiling() or not (needed or transformed()) or mapped():  # vmap can't ask for the choice
-        return False
-    choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal,
-                                     enable_gqa=_grouped(query, key))
-    return choice == int(torch._C._SDPBackend.FLASH_ATTENTION)
+def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    """Call SDPA, and where that is its CPU kernel, whose backward has no derivative, see to it that there is one."""
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                              enable_gqa=enable_gqa)
+    # A checkpoint lets a node read what it saved once only.
+    hooked = torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if (hooked or transformed()) and query.is_cpu and not mapped():  # vmap can't ask for the choice
+        choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
+        if choice == int(torch._C._SDPBackend.FLASH_ATTENTION):
+            scale = check_scale(scale, query.size(-1), "attention")
+            return _flash((query, key, value, additive(attn_mask, query.dtype)), is_causal, scale)[0]
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                           enable_gqa=enable_gqa)
+    if found.requires_grad and found.grad_fn.name() == FLASH:
+        found.grad_fn.register_hook(_flash_twice)
+    return found
 
 
 def _grouped(query, key) -> bool:
@@ -317,7 +337,8 @@ def _flash_backward(grads, saved, tensors, needs, is_causal, scale):
     query, key, value, attn_mask = tensors
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grads[0], query, key, value, *saved, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
-    return [g if need else None for g, need in zip((*found, None), needs, strict=True)]
+    of_mask = torch.zeros_like(attn_mask) if needs[3] else None  # only functorch asks for it: SDPA takes another way
+    return [*(g if need else None for g, need in zip(found, needs[:3], strict=True)), of_mask]
 
 
 def _flash_reference(tensors, is_causal, scale):
@@ -327,6 +348,19 @@ def _flash_reference(tensors, is_causal, scale):
 # SDPA's CPU kernel with a second derivative.
 _flash = Differentiable("sdpa_flash", statics="bool is_causal, float scale", outputs=1, forward=_flash_forward,
                         fake=_flash_fake, backward=_flash_backward, reference=_flash_reference, reads_results=True)
+FLASH = "ScaledDotProductFlashAttentionForCpuBackward0"
+
+
+def _flash_twice(grads, upstream):
+    """Take the place of a node of SDPA's own where its gradients are to have a derivative (create_graph)."""
+    if not torch.is_grad_enabled():
+        return None
+    node = torch._C._current_autograd_node()
+    tensors = [node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask]
+    slots = [FROZEN if g is None else NEEDED for g in grads] + [ABSENT if tensors[3] is None else FROZEN]
+    scale = check_scale(node._saved_scale, tensors[0].size(-1), "attention")
+    return tuple(_flash.pull(upstream[:1], (node._saved_output, node._saved_logsumexp),
+                             [t for t in tensors if t is not None], slots, (node._saved_is_causal, scale))[:3])
 
 
 # --- samples ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops import attention_common
-from fastlm.ops.attention import reference
+from fastlm.ops.attention import LEAST, reference
 from fastlm.ops.attention_cpu import differentiable
 from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
 from fastlm.ops.cpu import unmeasured
@@ -12,7 +12,6 @@ from fastlm.ops.cpu import unmeasured
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 ACCEPTS = attention_common.ACCEPTS - {"everything dropped"}
-LEAST = 1 << 22  # multiplications, below which SDPA needs less time than Python does: benchmarks/LOG.md 2026-11-25
 LEAST_ON_AVX2 = {torch.float32: 1 << 26}  # where SDPA's products are as fast, other numbers 1 << 24: 2026-11-26
 
 

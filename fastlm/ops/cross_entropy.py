@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.nn import _reduction as legacy
 
 from fastlm.autograd import autocasts, plain
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Op, Sample, at_once
+
+LEAST_LOGITS = 4_000_000  # on the CPU: benchmarks/LOG.md 2026-11-24
 
 
+def _few(input, *rest, **options):
+    return F.cross_entropy(input, *rest, **options) if input.numel() < LEAST_LOGITS and input.is_cpu else None
+
+
+@at_once(_few)
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None,
                   size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None,
                   reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:

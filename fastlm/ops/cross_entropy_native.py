@@ -5,7 +5,7 @@ import torch
 import fastlm._native as _native
 from fastlm.autograd import Differentiable
 from fastlm.ops.cpu import unmeasured
-from fastlm.ops.cross_entropy import reference
+from fastlm.ops.cross_entropy import LEAST_LOGITS, reference
 from fastlm.ops.loss_kernels import Logits, LossKernels, Targets, new_sums
 
 ACCEPTS = {"1 classes", "127 classes", "128 classes", "129 classes", "many classes", "none", "sum", "ignored",
@@ -14,7 +14,7 @@ ACCEPTS = {"1 classes", "127 classes", "128 classes", "129 classes", "many class
            "classes last in memory", "every other column", "probabilities"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
-LEAST_CLASSES, LEAST_LOGITS = 1000, 4_000_000
+LEAST_CLASSES = 1000
 
 _kernels = LossKernels(_native)
 

@@ -164,8 +164,8 @@ def reference(student, weight, bias, teacher, teacher_weight, teacher_bias, teac
         teacher_logits = F.linear(teacher, teacher_weight, teacher_bias)
     elif topk is not None:
         teacher_logits = scatter_topk(topk, indices, topk.new_empty(logits.shape))
-    log_p = torch.log_softmax(logits / temperature, -1)
-    log_q = torch.log_softmax(teacher_logits.detach().to(logits.dtype) / temperature, -1)
+    teacher_logits = teacher_logits.detach().to(logits.dtype)
+    log_p, log_q = ((a if temperature == 1 else a / temperature).log_softmax(-1) for a in (logits, teacher_logits))
     if divergence == "forward_kl":
         soft = _kl(log_q, log_p)
     elif divergence == "reverse_kl":
@@ -178,10 +178,13 @@ def reference(student, weight, bias, teacher, teacher_weight, teacher_bias, teac
         less = (-gap.abs()).exp()
         log_m = torch.where(gap > 0, log_q + (beta + (1 - beta) * less).log(), log_p + (1 - beta + beta * less).log())
         soft = beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
-    loss = (1 - hard_weight) * temperature**2 * soft
+    factor = (1 - hard_weight) * temperature**2
+    loss = soft if factor == 1 else factor * soft
     if hard_weight:
         loss = loss + hard_weight * F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
-    kept = target != ignore_index if target is not None else torch.ones_like(loss, dtype=torch.bool)
+    if target is None:
+        return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    kept = target != ignore_index
     loss = loss.where(kept, 0)
     if reduction == "none":
         return loss

@@ -9,6 +9,7 @@ from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
 from fastlm.ops.head import few_on_avx2
 from fastlm.ops.loss_kernels import LossKernels
 
+ROW = "benchmarks/LOG.md 2026-11-26, small calls"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 
@@ -26,7 +27,13 @@ def loses(student, weight, *rest):
         return unknown
     if student.dtype is torch.float16 or (student.dtype is torch.bfloat16 and _native.cpu != "zen5"):
         return "not yet measured in 16 bits"
-    return few_on_avx2(_native, student, weight)
+    rows, inputs = student.shape
+    logits = rows * weight.size(0)
+    if student.dtype is torch.bfloat16:
+        few = rows <= 16 or logits < 1 << 17
+    else:
+        few = logits < 1 << 16 and logits * inputs < 1 << 23
+    return f"slower than torch for so few logits: {ROW}" if few else few_on_avx2(_native, student, weight)
 
 
 def _products(x):

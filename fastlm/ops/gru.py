@@ -12,7 +12,7 @@ from typing import overload
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastlm.dispatch import Op
+from fastlm.dispatch import Op, at_once
 from fastlm.ops import recurrent
 
 
@@ -26,6 +26,7 @@ def gru(data: Tensor, batch_sizes: Tensor, hx: Tensor, params: list[Tensor], has
         dropout: float, train: bool, bidirectional: bool) -> tuple[Tensor, Tensor]: ...
 
 
+@at_once(lambda *args: op.at_once(*args))
 def gru(*args, **kwargs):
     """Run a network of GRU layers; the arguments and results are those of `torch.gru`.
 

@@ -4,9 +4,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Op, Sample, at_once
+
+LEAST_WEIGHT = 1 << 18  # numbers, from which few rows are multiplied by a kernel: benchmarks/LOG.md 2026-11-26
+LEAST = 1 << 23  # multiplications, from which more are: 2026-11-25
 
 
+def _few(input, weight, bias=None):
+    outputs = weight.size(0)
+    if weight.numel() < LEAST_WEIGHT and input.numel() * outputs < LEAST and weight.device == input.device and (
+            bias is None or (bias.numel() == outputs and bias.dim() == 1)):
+        return F.linear(input, weight, bias)
+    return None
+
+
+@at_once(_few)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return input · weightᵀ + bias, with the arguments of `torch.nn.functional.linear`.
 

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.loss_kernels import accumulator
 
 REDUCTIONS = ("none", "mean", "sum")
+LEAST = 1 << 23  # multiplications, below which stock is never the slower one in float32
+ROW = "benchmarks/LOG.md 2026-11-26, small calls"
 
 
 class Auxiliary(NamedTuple):
@@ -31,6 +33,18 @@ class Auxiliary(NamedTuple):
     correct: Tensor
 
 
+def _few(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+         label_smoothing=0.0, **rest):
+    if any(rest.values()) or not input.is_cpu or input.dtype is not torch.float32 or input.dim() != 2 or (
+            linear_weight.dim() != 2 or input.numel() * linear_weight.size(0) >= LEAST or (
+            linear_bias is not None and linear_bias.shape != linear_weight.shape[:1])):
+        return None
+    options = {} if ignore_index is None else {"ignore_index": ignore_index}
+    return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight, reduction=reduction,
+                           label_smoothing=label_smoothing, **options)
+
+
+@at_once(_few)
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                          weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None,
                          label_smoothing: float = 0.0, options=None, z_loss: float = 0.0,
@@ -208,6 +222,13 @@ def counts_of(target, weight, ignore_index, dtype):
     if weight is None:
         return kept.to(dtype)
     return weight.to(dtype)[target.long().where(kept, 0)] * kept
+
+
+def few(input: Tensor, linear_weight: Tensor) -> str | None:
+    """Return that there is too little to multiply for Python to be worth while, None where there is not."""
+    least = LEAST if input.size(0) <= 16 else 2 * LEAST
+    few = input.numel() * linear_weight.size(0) < least
+    return f"slower than torch below {least} multiplications: {ROW}" if few else None
 
 
 def reference(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,

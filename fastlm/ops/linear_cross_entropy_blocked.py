@@ -2,6 +2,7 @@
 
 import torch
 
+from fastlm.ops.linear_cross_entropy import few
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep
 from fastlm.ops.linear_cross_entropy_kernels import refuses as cannot
 from fastlm.ops.loss_kernels import PlainKernels
@@ -17,7 +18,7 @@ def loses(input, *rest):
         return "on a GPU the Triton kernels are for this"
     if input.dtype in (torch.bfloat16, torch.float16):
         return "slower than torch in 16 bits, though smaller: benchmarks/LOG.md 2026-11-23"
-    return None
+    return few(input, rest[0])
 
 
 def _products(x):

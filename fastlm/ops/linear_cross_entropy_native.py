@@ -6,9 +6,11 @@ import torch
 import fastlm._native as _native
 from fastlm.ops.cpu import unmeasured
 from fastlm.ops.head import few_on_avx2
+from fastlm.ops.linear_cross_entropy import ROW, few
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
 from fastlm.ops.loss_kernels import LossKernels
 
+LEAST_LOGITS = 4_000_000  # in bfloat16, where the CPU computes in it
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 
@@ -29,7 +31,10 @@ def loses(input, linear_weight, *rest):
         return "not yet measured with bfloat16 arithmetic on this CPU"
     if input.dtype is torch.float16:
         return "not yet measured in float16"
-    return few_on_avx2(_native, input, linear_weight)
+    if input.dtype is torch.bfloat16 and _native.bf16_arithmetic:
+        few_logits = input.size(0) * linear_weight.size(0) < LEAST_LOGITS
+        return f"slower than torch below {LEAST_LOGITS} logits: {ROW}" if few_logits else None
+    return few(input, linear_weight) or few_on_avx2(_native, input, linear_weight)
 
 
 def _products(x):

@@ -6,16 +6,14 @@ import fastlm._native as _native
 from fastlm.autograd import Differentiable, autocasts
 from fastlm.ops import products
 from fastlm.ops.cpu import unmeasured
-from fastlm.ops.linear import reference
+from fastlm.ops.linear import LEAST, LEAST_WEIGHT, reference
 
 ACCEPTS = {"3x4x5", "1x1x1", "127x33x65", "128x129x128", "13x300x49", "no bias", "outliers", "no rows", "no features",
            "not contiguous", "one vector"}
 DTYPES = (torch.float32, torch.bfloat16)
 
 FEW = {torch.float32: 16, torch.bfloat16: 2}  # rows, for which the weight is not packed: benchmarks/LOG.md 2026-11-26
-LEAST_WEIGHT = 1 << 18  # numbers, for few rows
 FOUR_ROWS = 1 << 24  # numbers of a bfloat16 weight, from which four rows are few too
-LEAST = 1 << 23  # multiplications, for more
 ROW = "benchmarks/LOG.md 2026-11-25"
 
 

@@ -12,7 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fastlm.dispatch import Op
+from fastlm.dispatch import Op, at_once
 from fastlm.ops import recurrent
 
 
@@ -28,6 +28,7 @@ def lstm(data: Tensor, batch_sizes: Tensor, hx: list[Tensor] | tuple[Tensor, Ten
          ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+@at_once(lambda *args: op.at_once(*args))
 def lstm(*args, **kwargs):
     """Run a network of LSTM layers; the arguments and results are those of `torch.lstm`.
 

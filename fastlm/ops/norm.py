@@ -16,9 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import autocasts
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Op, Sample, at_once
+
+FEW = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
 
 
+def _few(norm, input, *rest):
+    return norm(input, *rest) if input.numel() < FEW else None
+
+
+def _few_added(norm, input, residual, *rest):
+    if input.numel() < FEW and input.shape == residual.shape:
+        total = input + residual
+        return norm(total, *rest), total
+    return None
+
+
+@at_once(partial(_few, F.rms_norm))
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
              eps: float | None = None) -> Tensor:
     """Divide by the root of the mean square over the last dimensions.
@@ -40,6 +54,7 @@ def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | No
     return rms_op(*args, False)
 
 
+@at_once(partial(_few, F.layer_norm))
 def layer_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Subtract the mean over the last dimensions and divide by the standard deviation.
@@ -61,6 +76,7 @@ def layer_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | 
     return layer_op(*args, True)
 
 
+@at_once(partial(_few_added, F.rms_norm))
 def add_rms_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                  eps: float | None = None) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(input + residual), input + residual), neither argument changed.
@@ -75,6 +91,7 @@ def add_rms_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int
     return add_rms_op(*args, False)
 
 
+@at_once(partial(_few_added, F.layer_norm))
 def add_layer_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                    bias: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Return (layer_norm(input + residual), input + residual), neither argument changed.

@@ -3,6 +3,7 @@
 import torch
 
 import fastlm._native as _native
+from fastlm.ops.norm import FEW
 from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
 from fastlm.ops.row_kernels import address, adjacent, cannot_here, loses_below
 
@@ -17,7 +18,7 @@ def cannot(input, residual, weight, bias, shape, eps, centred):
 
 def loses(input, residual, weight, bias, shape, eps, centred):
     """RMS norm is a chain of calls in torch; layer norm one good kernel, to which only the addition leaves a gain."""
-    least, half = (1 << 17, 1 << 17), input.dtype is torch.bfloat16
+    least, half = (FEW, FEW), input.dtype is torch.bfloat16
     if centred and _native.cpu == "avx2":
         least = (0, 0)
     elif centred and _native.cpu == "zen5":

@@ -16,6 +16,7 @@ from fastlm.autograd import Differentiable, autocast, autocasts
 from fastlm.dispatch import Op, Sample
 
 DENSE = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+IN_PLACE = 64  # hidden units from which on kernels multiply few rows by weights where they lie
 PACKED = ("data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
 
 
@@ -57,8 +58,7 @@ def canonical(name: str, gates: int, states: int, args: tuple, kwargs: dict) -> 
 
 def call(op: Op, gates: int, states: int, args: tuple, kwargs: dict, *cell: str) -> tuple[Tensor, ...]:
     """Run an op on the arguments of either overload of `torch.lstm`, checked; `cell` is RNN's nonlinearity."""
-    found = None if kwargs else op.at_once(*args, *cell)
-    return op(*canonical(op.name, gates, states, args, kwargs), *cell) if found is None else found
+    return op(*canonical(op.name, gates, states, args, kwargs), *cell)
 
 
 def _check_tensors(name, data, hx, params):

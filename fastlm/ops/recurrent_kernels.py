@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, transformed
+from fastlm.dispatch import PLAIN
 from fastlm.ops import gpu, recurrent, recurrent_cuda
 from fastlm.ops.cpu import unmeasured
 from fastlm.ops.products import mm
+from fastlm.ops.recurrent import IN_PLACE
 from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
@@ -22,8 +24,6 @@ NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
-PLAIN = (Tensor, torch.nn.Parameter)  # types whose memory a kernel may read
-IN_PLACE = 64  # hidden units from which on few rows are multiplied by weights where they lie
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-24"

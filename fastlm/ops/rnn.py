@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops import recurrent
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
@@ -24,6 +24,7 @@ def rnn(data: Tensor, batch_sizes: Tensor, hx: Tensor, params: list[Tensor], has
         ) -> tuple[Tensor, Tensor]: ...
 
 
+@at_once(lambda *args, nonlinearity="tanh": op.at_once(*args, nonlinearity))
 def rnn(*args, nonlinearity="tanh", **kwargs):
     """Run a network of Elman layers; arguments and results are those of `torch.rnn_tanh` and `torch.rnn_relu`.
 

@@ -3,6 +3,7 @@
 import torch
 
 import fastlm._native as _native
+from fastlm.ops.rotary import FEW
 from fastlm.ops.rotary_kernels import ACCEPTS, differentiable
 from fastlm.ops.row_kernels import address, adjacent, cannot_here, loses_below
 
@@ -16,7 +17,7 @@ def cannot(x, cos, sin, interleaved):
 
 
 def loses(x, cos, sin, interleaved):
-    return loses_below(_native, (1 << 16, 1 << 16), x, cos, sin)
+    return loses_below(_native, (FEW, FEW), x, cos, sin)
 
 
 def turn(x, cos, sin, y, interleaved, inverse):

@@ -5,7 +5,7 @@ import torch
 import fastlm._native as _native
 from fastlm.autograd import Differentiable, blank
 from fastlm.ops.row_kernels import address, adjacent, cannot_here, loses_below
-from fastlm.ops.softmax import collapse, gradient
+from fastlm.ops.softmax import FEW, collapse, gradient
 
 ACCEPTS = {"row of 1", "row of 127", "row of 129", "row of 1000", "no mask", "by key", "by head", "by query and key",
            "by query", "few kept", "nothing kept", "negative scale", "row in pieces", "no rows", "empty rows"}
@@ -19,7 +19,7 @@ def cannot(x, dim, mask, scale, log):
 
 
 def loses(x, dim, mask, scale, log):
-    least = 1 << 14 if _native.cpu == "intel" else 1 << 17
+    least = FEW if _native.cpu == "intel" else 1 << 17
     return loses_below(_native, (least, least), x)
 
 

@@ -6,6 +6,7 @@ are instead the first seqused_k[n] tokens of the pages block_table[n, 0], block_
 """
 
 import inspect
+import itertools
 
 import torch
 from torch import Tensor
@@ -136,13 +137,14 @@ def _check_values(query, key, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, block
     for name, offsets, tokens, longest in (("q", cu_seq_q, query.size(0), max_q), ("k", cu_seq_k, key.size(0), max_k)):
         if offsets is None:
             continue
-        lengths = offsets.diff()
-        if offsets[0] != 0 or offsets[-1] > tokens or (lengths < 0).any():
+        places = offsets.tolist()
+        lengths = [end - start for start, end in itertools.pairwise(places)]
+        if places[0] != 0 or places[-1] > tokens or min(lengths, default=0) < 0:
             raise ValueError(f"varlen_attn: cu_seq_{name} is {_short(offsets)}, expected to rise from 0 to at most "
                              f"{tokens}, the number of tokens")
-        if lengths.numel() and lengths.max() > longest:
+        if max(lengths, default=0) > longest:
             raise ValueError(f"varlen_attn: max_{name} is {longest}, but a sequence of cu_seq_{name} has "
-                             f"{lengths.max()} tokens")
+                             f"{max(lengths)} tokens")
     if seqused_k is not None and seqused_k.numel():
         room = cu_seq_k.diff() if block_table is None else torch.full_like(seqused_k, block_table.size(1) * key.size(1))
         if (seqused_k < 0).any() or (seqused_k > room).any():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm import measure
@@ -190,6 +191,35 @@ def test_double_backward(implementation, device):
     expected = torch.autograd.grad(sum(g.square().sum() for g in expected), (q, k, v))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
+@pytest.mark.parametrize("options", [
+    {}, dict(is_causal=True, scale=0.3), dict(attn_mask=torch.ones(5, 5).tril().bool()),
+    dict(attn_mask=torch.linspace(-1, 1, 25).view(5, 5))], ids=["dense", "causal", "boolean mask", "additive mask"])
+@pytest.mark.parametrize("way", ["plain", "after a first backward", "checkpoint", "functorch"])
+def test_double_backward_of_a_small_call(options, frozen, way):
+    """SDPA's own node computes the gradients, and gives way where they are to be differentiated."""
+    inputs = [x.requires_grad_(i not in frozen) for i, x in enumerate(leaves(*[(2, 2, 5, 4)] * 3))]
+    places = [i for i in range(3) if i not in frozen]
+    wanted = [inputs[i] for i in places]
+
+    def attend(*inputs):
+        return attention(*inputs, **options).square().sum()
+
+    def second(first):
+        return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    if way == "functorch":
+        found = second(torch.func.grad(attend, tuple(places))(*inputs))
+    else:
+        out = checkpoint(attend, *inputs, use_reentrant=False) if way == "checkpoint" else attend(*inputs)
+        if way == "after a first backward":
+            torch.autograd.grad(out, wanted, retain_graph=True)
+        found = second(torch.autograd.grad(out, wanted, create_graph=True))
+    with fastlm.backend("reference"):
+        expected = second(torch.autograd.grad(attend(*inputs), wanted, create_graph=True))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter runs inside opaque operators only")

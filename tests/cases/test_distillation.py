@@ -11,6 +11,13 @@ from fastlm.ops.distillation import op
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 
+@pytest.fixture(autouse=True)
+def blocks():
+    """Small problems run stock by default; what is tested here are the kernels, where they can take the call."""
+    with fastlm.backend("triton", "native", "torch"):
+        yield
+
+
 def problem(n=12, h=6, v=31, width=9, dtype=torch.float32, device="cpu"):
     x, weight, bias, teacher, teacher_weight = (
         torch.randn(shape, dtype=dtype, device=device, requires_grad=True)

@@ -17,7 +17,7 @@ from fastlm.dispatch import Op
 from fastlm.tools.suites import liger
 
 EVERYTHING = ("ops", "modules", "models")
-FAMILIES = ("rnn-cpu", "rnn-cuda", "norms", "attention", "head")
+FAMILIES = ("rnn-cpu", "rnn-cuda", "norms", "attention", "head", "small")
 SUITES = EVERYTHING + FAMILIES
 
 
@@ -28,12 +28,14 @@ class Goal:
     Attributes:
         ratio: the best stock baseline's time over ours, at least.
         memory: our peak memory over eager stock's, at most.
+        slack: seconds that we may take longer than stock whatever the ratio.
         share: of what the machine can do (`Subject.floor` over our time), at least.
         allowance: bytes that do not count as ours (a float32 gradient of a bfloat16 weight).
         means: name of a group of rows -> geometric mean of their ratios to reach.
     """
 
     ratio: float | None = None
+    slack: float = 0.0
     memory: float | None = None
     share: float | None = None
     allowance: int = 0
@@ -55,6 +57,7 @@ class Subject:
         reads: bytes that one call must read, where reading is what takes the time.
         modules: put into training mode or out of it before each measurement.
         compiled: whether stock under torch.compile is worth a comparison.
+        whole: ours is a public function with all that it does around stock's, and timed where stock runs in it too.
         warm: touches the code and the thread pools of "ours" or "torch" on inputs too small to count, before memory
             is measured.
     """
@@ -69,6 +72,7 @@ class Subject:
     reads: int | None = None
     modules: tuple[torch.nn.Module, ...] = ()
     compiled: bool = False
+    whole: bool = False
     warm: Callable[[str], object] = lambda which: None
 
 
