@@ -19,14 +19,11 @@ namespace {
 
 // A gate lies between -1 and 1, where float16 has three bits more than bfloat16: near 1 the gradient lives on them.
 FASTLM_INLINE Vector<float> load(const F16* p, int n) {
-  __m256i v = {};
-  std::memcpy(&v, p, __builtin_expect(n == kLanes<float>, 1) ? sizeof v : n * sizeof *p);
-  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, v);
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_halves(p, n));
 }
 
 FASTLM_INLINE void store(F16* p, const Vector<float>& x, int n) {
-  const __m256i v = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
-  std::memcpy(p, &v, __builtin_expect(n == kLanes<float>, 1) ? sizeof v : n * sizeof *p);
+  store_halves(p, (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT), n);
 }
 
 constexpr int kTileRows = 16, kTileDepth = 32, kTileNumbers = 512;
