@@ -67,6 +67,7 @@ struct RnnForward {
                          // when `train`: LSTM i f g o, GRU r z n and U_n h + b_hn, after activation. S = 4 for LSTM, 1
                          // for Elman, 3 for GRU, 4 for GRU when `train`. Elman: may be the block's part of y. Null
                          // where nothing goes in or out.
+  int64_t ld;            // numbers from one row of gates to the next, at least its columns
   const State<T>* h0;    // [B, P]
   const State<T>* c0;    // [B, H] LSTM only
   T* y;                  // [N, P] out: h at each step
@@ -82,6 +83,7 @@ struct RnnBackward {
   const T* w_hh;        // [G·H, P]
   const T* w_hr;        // [P, H] of a projection, else null
   const T* gates;       // [R, 4·H] of this block as the forward pass left them; Elman: null
+  int64_t ld_gates;     // numbers from one row of gates to the next
   const T* y;           // [N, P]
   const State<T>* c;    // [N, H] LSTM only
   const State<T>* h0;   // [B, P]
@@ -93,6 +95,7 @@ struct RnnBackward {
                         // GRU S = 4: n r z and U_n h + b_hn: columns 0..3H are of W_ih x (n r z),
                         // columns H..4H are of U h (r z n).
                         // A projection adds P columns, the whole gradient of h, and H, what was projected.
+                        // Without one it may be `gates`.
   int64_t ld;           // numbers from one row of dgates to the next, at least its columns
   State<T>* dh0;        // [B, P] out; between the calls of a pass, the gradient of the state before the block
   State<T>* dc0;        // [B, H] out, likewise, LSTM only
@@ -114,6 +117,7 @@ struct RnnDirect {
   const T *h0, *c0;        // [B, H]; c0, c and cn are LSTM's
   T* gates;                // [N, 4·H] out, as RnnForward leaves them when `train`, else undefined; not used by Elman, nor
                            // for one step unless `train`
+  int64_t ld;              // numbers from one row of gates to the next
   T* y;                    // [N, H] out
   T* c;                    // [N, H] out when `train`, else not used
   T *hn, *cn;              // [B, H] out

@@ -212,9 +212,9 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
   using S = State<T>;
   using V = Vector<S>;
   using Gate = typename P::Gate;
-  constexpr int G = gates_of(cell), lanes = kLanes<S>;
+  constexpr int lanes = kLanes<S>;
   const int64_t H = p.hidden, block_row = at.row_in_block + b;
-  T* const row = a.gates ? a.gates + block_row * (G == 3 && !a.train ? 3 : kept_of(cell)) * H + u : nullptr;
+  T* const row = a.gates ? a.gates + block_row * a.ld + u : nullptr;
   Gate* const kept = reinterpret_cast<Gate*>(row);
   const auto of_x = [&](int g) {
     if constexpr (!P::kTakesX) return load(row + g * H, n);
@@ -276,7 +276,7 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
     const int64_t columns = (G == 3 && a.train ? 4 : G) * p.hidden;
     for (int64_t b = at.rows() * i / n; b < at.rows() * (i + 1) / n; ++b) {
       for (int64_t g = 0; a.gates && g < columns; g += p.hidden) {
-        auto* const gate = a.gates + (at.row_in_block + b) * columns + g + u;
+        auto* const gate = a.gates + (at.row_in_block + b) * a.ld + g + u;
         P::kTakesX ? prefetch_to_write(gate, count * lanes) : prefetch(gate, count * lanes);
       }
       prefetch_to_write(out + b * (projects ? second : product).ld + u, count * lanes);
@@ -384,7 +384,7 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
   using V = Vector<S>;
   const int64_t H = p.hidden, row = at.row + b, block_row = at.row_in_block + b;
   T* const d = a.dgates + block_row * a.ld + u;
-  const T* const x = a.gates + block_row * 4 * H + u;
+  const T* const x = a.gates + block_row * a.ld_gates + u;
   const auto* const kept = reinterpret_cast<const typename P::Gate*>(x);
   // Gate k of those that U h goes into.
   const auto hand_back = [&](int k, const V& dx) {
@@ -432,7 +432,7 @@ void fetch_backward(const RnnProblem& p, const RnnBackward<typename P::Number>& 
   const int64_t H = p.hidden, row = at.row + b, block_row = at.row_in_block + b;
   prefetch(a.dy + row * H + u, n);
   for (int k = 0; k < kept; ++k) {
-    if (kept > 1) prefetch(a.gates + (block_row * kept + k) * H + u, n);
+    if (kept > 1 && a.gates != a.dgates) prefetch(a.gates + block_row * a.ld_gates + k * H + u, n);
     prefetch_to_write(a.dgates + block_row * a.ld + k * H + u, n);
   }
   for (int k = 0; k < G; ++k) prefetch_to_write(operand + b * product.ld + k * H + u, n);
@@ -479,7 +479,7 @@ void backward_projection(const RnnProblem& p, const RnnBackward<typename P::Numb
     for (int j = 0; j < count; ++j) {
       const int64_t v = u + j * lanes, block_row = at.row_in_block + b;
       const int n = lanes_left<lanes>(H, v);
-      const auto* const kept = reinterpret_cast<const typename P::Gate*>(a.gates + block_row * 4 * H + v);
+      const auto* const kept = reinterpret_cast<const typename P::Gate*>(a.gates + block_row * a.ld_gates + v);
       store(a.dgates + block_row * a.ld + 4 * H + p.projection + v,
             load(kept + 3 * H, n) * P::Functions::tanh(load(a.c + (at.row + b) * H + v, n)), n);
       Vector<S> dm = load(scratch + (b * count + j) * lanes);

@@ -147,7 +147,7 @@ void gates(const RnnProblem& p, const RnnDirect<T>& a, int64_t row, int64_t b, i
   const auto both = [&](int g) { return load(x + g * spread, n) + (of_h(g) + bias(a.b_ih, g)); };
   const auto keep = [&](const V& first, const V& second, const V& third, const V& fourth) {
     if (!a.train) return;
-    T* const kept = a.gates + row * 4 * H + u;
+    T* const kept = a.gates + row * a.ld + u;
     store(kept, first, n);
     store(kept + H, second, n);
     store(kept + 2 * H, third, n);
@@ -204,7 +204,7 @@ void direct(const RnnProblem& p, const RnnDirect<T>& a) {
       const Units<W> units{static_cast<const W*>(a.w_ih), H, I, u, G, n};
       multiply<T, W, kMostRows>(count, units, next, a.x + row * I, out, stride, spread);
     };
-    const int64_t stride = elman ? H : 4 * H;
+    const int64_t stride = elman ? H : a.ld;
     T* const products_of_x = elman ? a.y : a.gates;
     if (p.steps > 1)
       for_units(a.back, [&](int64_t u, int n, int64_t next) {

@@ -33,32 +33,32 @@ RnnProblem problem(const py::tuple& p) {
 }
 
 template <class T, class Kernel>
-void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, bool train) {
+void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld, bool train) {
   if (a.size() != 14) throw std::invalid_argument("rnn_forward: expected 14 addresses");
   const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
-  const RnnForward<T> call{at(0), at(1), at(2), at(3),  at(4),  at(5),  at(6), at(7),
-                           at(8), at(9), at(10), at(11), at(12), train, at(13)};
+  const RnnForward<T> call{at(0), at(1), at(2), at(3),  at(4),  at(5),  at(6),  ld,
+                           at(7), at(8), at(9), at(10), at(11), at(12), train, at(13)};
   py::gil_scoped_release release;
   kernel(p, call);
 }
 
 template <class T, class Kernel>
-void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld) {
+void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld_gates, int64_t ld) {
   if (a.size() != 14) throw std::invalid_argument("rnn_backward: expected 14 addresses");
   const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
-  const RnnBackward<T> call{at(0), at(1), at(2), at(3),  at(4), at(5),  at(6), at(7),
-                            at(8), at(9), at(10), ld,    at(11), at(12), at(13)};
+  const RnnBackward<T> call{at(0), at(1), at(2), ld_gates, at(3), at(4),  at(5),  at(6),
+                            at(7), at(8), at(9), at(10),   ld,    at(11), at(12), at(13)};
   py::gil_scoped_release release;
   kernel(p, call);
 }
 
 template <class T, class Kernel>
-void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, const py::tuple& a, bool train) {
+void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, const py::tuple& a, int64_t ld, bool train) {
   if (a.size() != 12) throw std::invalid_argument("rnn_direct: expected 12 addresses");
   if (weights < 0 || weights > 3 || inputs < 1) throw std::invalid_argument("rnn_direct: sizes out of range");
   const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
   const RnnDirect<T> call{static_cast<Stored>(weights), inputs, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
-                          at(8), at(9), at(10), at(11), train, false};
+                          ld, at(8), at(9), at(10), at(11), train, false};
   py::gil_scoped_release release;
   kernel(p, call);
 }
@@ -185,7 +185,7 @@ class RnnStep {
     const auto call = [&, against = back](const auto& kernel, auto zero, Stored stored) {
       using T = decltype(zero);
       const RnnDirect<T> a{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
-                           from[6], nullptr, to[0],   nullptr, to[1],   to[2],   false,   against};
+                           from[6], nullptr, 0, to[0],   nullptr, to[1],   to[2],   false,   against};
       py::gil_scoped_release release;
       kernel.direct(p, a);
     };
@@ -214,28 +214,29 @@ void define_rnn(py::module_& m) {
         },
         "Return the bytes of workspace that a call needs.");
   m.def("rnn_forward",
-        [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses) {
+        [](const py::tuple& sizes, size_t number, int64_t ld, bool train, const py::tuple& addresses) {
           const RnnProblem p = problem(sizes);
           with_kernels(p, number, [&](const auto& k) {
-            forward<typename std::decay_t<decltype(k)>::Number>(k.forward, p, addresses, train);
+            forward<typename std::decay_t<decltype(k)>::Number>(k.forward, p, addresses, ld, train);
           });
         },
-        "Run RnnForward: addresses of w_hh, w_hr, b_hn, gates, h0, c0, y, c, hn, cn, workspace.");
+        "Run RnnForward: addresses of w_hh, w_hr, w_ih, x, bias, b_hn, gates, h0, c0, y, c, hn, cn, workspace.");
   m.def("rnn_backward",
-        [](const py::tuple& sizes, size_t number, int64_t ld, const py::tuple& addresses) {
+        [](const py::tuple& sizes, size_t number, int64_t ld_gates, int64_t ld, const py::tuple& addresses) {
           const RnnProblem p = problem(sizes);
           with_kernels(p, number, [&](const auto& k) {
-            backward<typename std::decay_t<decltype(k)>::Number>(k.backward, p, addresses, ld);
+            backward<typename std::decay_t<decltype(k)>::Number>(k.backward, p, addresses, ld_gates, ld);
           });
         },
         "Run RnnBackward: addresses of w_hh, w_hr, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
   m.def("rnn_direct",
-        [](const py::tuple& sizes, size_t number, bool train, const py::tuple& addresses, int weights, int64_t inputs) {
+        [](const py::tuple& sizes, size_t number, int64_t ld, bool train, const py::tuple& addresses, int weights,
+           int64_t inputs) {
           const RnnProblem p = problem(sizes);
           if (number == 4)
-            direct<float>(kernels.rnn_f32.direct, p, weights, inputs, addresses, train);
+            direct<float>(kernels.rnn_f32.direct, p, weights, inputs, addresses, ld, train);
           else
-            direct<double>(kernels.rnn_f64.direct, p, weights, inputs, addresses, train);
+            direct<double>(kernels.rnn_f64.direct, p, weights, inputs, addresses, ld, train);
         },
         "Run RnnDirect: addresses of x, w_ih, w_hh, b_ih, b_hh, h0, c0, gates, y, c, hn, cn.");
 }

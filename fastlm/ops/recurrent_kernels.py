@@ -136,7 +136,7 @@ class Layers:
         self.cuda = CudaLayers(native, cell, step)
         self.kernels = Differentiable(
             f"{cell}_layer", statics="bool reverse", outputs=1 + self.states, forward=self.forward, fake=self.fake,
-            backward=self.backward, reference=self.reference, reads_results=True)
+            backward=self.backward, reference=self.reference, reads_results=True, spends=True)
 
     def cannot(self, data, batch_sizes, hx, params, *options) -> str | None:
         if data.is_cuda:
@@ -230,7 +230,7 @@ class Layers:
         w_hh, w_hr = as_weights(w_hh, w_hr)
         y = rows.new_empty(rows.shape[0], w_hh.shape[1])
         bias, b_hn = split_biases(self.cell, *cast((b_ih, b_hh), state_dtype(y)))
-        kept = self.columns(hidden) if train else wide
+        kept = padded(self.columns(hidden), y.element_size()) if train else wide
         c = y.new_empty(y.shape[0], hidden, dtype=state_dtype(y)) if train and self.cell == "lstm" else None
         last = [torch.empty_like(s) for s in states]
         fused = x.dtype is torch.bfloat16  # The kernel multiplies x itself: a product rounded to 16 bits costs digits.
@@ -249,7 +249,9 @@ class Layers:
             if not fused:
                 mm(self.native, rows[part], w_ih.t(), now[:, :wide], bias=bias)
             buffers = w_hh, w_hr, *inputs, b_hn, now, *pair(states), y, c, *pair(last), workspace
-            self.call("rnn_forward", y, problem, steps, train, self.addresses(buffers, "nnnnssnssnsssn", like=y))
+            ld = 0 if now is None else now.shape[1]
+            self.call("rnn_forward", y, problem, steps, ld, train,
+                      self.addresses(buffers, "nnnnssnssnsssn", like=y))
         saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
         return [y.view(*x.shape[:-1], y.shape[1]), *(s.to(x.dtype) for s in last), *saved]
 
@@ -259,10 +261,11 @@ class Layers:
         problem, hidden, rows = self.problem(x, batch_sizes, states, None, reverse), w_hh.shape[1], x.shape[:-1].numel()
         last, once = [torch.empty_like(s) for s in states], batch_sizes is None and x.shape[0] == 1
         y = torch.empty_like(states[0]) if once else x.new_empty(*x.shape[:-1], hidden)
-        gates = None if self.gates == 1 or (once and not train) else x.new_empty(rows, 4 * hidden)
+        columns = padded(4 * hidden, x.element_size())
+        gates = None if self.gates == 1 or (once and not train) else x.new_empty(rows, columns)
         c = x.new_empty(rows, hidden) if train and self.cell == "lstm" else None
         buffers = x, w_ih, w_hh, b_ih, b_hh, *pair(states), gates, y, c, *pair(last)
-        self.call("rnn_direct", y, problem, (0, problem[2]), train,
+        self.call("rnn_direct", y, problem, (0, problem[2]), columns, train,
                   self.addresses(buffers, "nwwnnnnnnnnn", like=x, weight=w_hh), NUMBERS[w_hh.dtype], x.shape[-1])
         return [y, *last, *(t for t in (gates, c) if train and t is not None)]
 
@@ -273,9 +276,9 @@ class Layers:
         if not any(needs) or self.gates == 1:
             return results
         c = [x.new_empty(rows, hidden, dtype=state_dtype(x))] if self.cell == "lstm" else []
-        return [*results, x.new_empty(rows, 4 * hidden), *c]
+        return [*results, x.new_empty(rows, padded(4 * hidden, x.element_size())), *c]
 
-    def backward(self, grads, saved, tensors, needs, reverse):
+    def backward(self, grads, saved, tensors, needs, reverse, spent):
         x, batch_sizes, *states, w_ih, w_hh, _, _, w_hr = tensors
         y, *saved = saved[:1] + saved[1 + self.states:]
         gates, c = [*saved, None, None][:2]
@@ -291,7 +294,10 @@ class Layers:
         blocks, most = self.blocks(y, batch_sizes, problem, not reverse)
         before = states_before(y, h0[0], batch_sizes, reverse) if need_u else None
         columns = self.columns(hidden)
-        d_all = y.new_empty(most, padded(columns if w_hr is None else columns + out + hidden, y.element_size()))
+        # The gradients of gates take the place of the gates where nobody will read those again.
+        in_place = spent and gates is not None and w_hr is None
+        d_all = gates if in_place else \
+            y.new_empty(most, padded(columns if w_hr is None else columns + out + hidden, y.element_size()))
         d_states = [torch.empty_like(s) for s in states]
         workspace = self.workspace(y, problem, True)
         dx = rows.new_empty(rows.shape) if need_x else None
@@ -299,10 +305,10 @@ class Layers:
                        for w, need in ((w_ih, need_w), (w_hh, need_u), (w_hr, need_hr)))
         total = None
         for steps, part in blocks:
-            d = d_all[: part.stop - part.start]
+            d = d_all[part] if in_place else d_all[: part.stop - part.start]
             buffers = (w_hh, w_hr, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
                        *pair(d_states), workspace)
-            self.call("rnn_backward", y, problem, steps, d.shape[1],
+            self.call("rnn_backward", y, problem, steps, 0 if gates is None else gates.shape[1], d.shape[1],
                       self.addresses(buffers, "nnnnsssnssnssn", like=y))
             d_in, d_hidden, later = d[:, :wide], d[:, turn: turn + wide], steps != blocks[0][0]
             if need_x:
