@@ -93,10 +93,12 @@ struct RnnBackward {
   const State<T>* dcn;  // [B, H] gradient of cn, LSTM only
   T* dgates;            // [R, S·H] out: gradients before activation. LSTM S = 4: i f g o. Elman S = 1.
                         // GRU S = 4: n r z and U_n h + b_hn: columns 0..3H are of W_ih x (n r z),
-                        // columns H..4H are of U h (r z n).
+                        // columns H..4H are of U h (r z n). In 16 bits r z n and U_n h + b_hn: columns 0..3H are of
+                        // W_ih x, the others and the last of U h.
                         // A projection adds P columns, the whole gradient of h, and H, what was projected.
                         // Without one it may be `gates`.
   int64_t ld;           // numbers from one row of dgates to the next, at least its columns
+  State<T>* db;         // [S·H] out: sums of the rows of dgates are added, without a projection's columns
   State<T>* dh0;        // [B, P] out; between the calls of a pass, the gradient of the state before the block
   State<T>* dc0;        // [B, H] out, likewise, LSTM only
   void* workspace;

@@ -92,11 +92,15 @@ void pack_rows(const T* w, int64_t rows, int64_t depth, TilePlace to, int parts)
       for (int i = 0; i < 16; ++i) {
         const T* from = w + i * depth + k;
         const int64_t n = i < rows ? depth - k : 0;
-        Vector<float> a = load_some(from, n), b = load_some(from + 16, n - 16);
-        if (part) a -= rounded(a), b -= rounded(b);
-        Bf16 row[kTileDepth];
-        store(row, a);
-        store(row + 16, b);
+        Halves row[2] = {};
+        if constexpr (sizeof(T) == 2) {
+          if (n > 0) row[0] = load_halves(from, n < 16 ? int(n) : 16);
+          if (n > 16) row[1] = load_halves(from + 16, n < 32 ? int(n) - 16 : 16);
+        } else {
+          Vector<float> a = load_some(from, n), b = load_some(from + 16, n - 16);
+          if (part) a -= rounded(a), b -= rounded(b);
+          row[0] = narrow(a), row[1] = narrow(b);
+        }
         std::memcpy(&all[i], row, sizeof row);
       }
       transpose(all);
@@ -113,7 +117,7 @@ void pack_columns(const T* w, int64_t n, int64_t width, int64_t depth, TilePlace
       Vector<float> even = load_some(w + row * width, row < depth ? n : 0);
       Vector<float> odd = load_some(w + (row + 1) * width, row + 1 < depth ? n : 0);
       for (int part = 0; part < parts; ++part) {
-        const Vector<float> a = rounded(even), b = rounded(odd);
+        const Vector<float> a = sizeof(T) == 2 ? even : rounded(even), b = sizeof(T) == 2 ? odd : rounded(odd);
         const Pairs both = (Pairs)a >> 16 | (Pairs)b;
         std::memcpy(to.first + part * to.part + i * 32, &both, sizeof both);
         even -= a;

@@ -374,11 +374,11 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
 // --- backward -----------------------------------------------------------------------------------------------------
 
 // Turn the gradient of one sequence's state before projection, one vector of units, into those of its gates, and dh
-// into what passes them by.
+// into what passes them by; add those of the gates to sums.
 template <class P, Cell cell>
 void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
                     int64_t b, int64_t u, int n, typename P::Operand* operand,
-                    Vector<State<typename P::Number>>& dh) {
+                    Vector<State<typename P::Number>>& dh, Vector<State<typename P::Number>>* sums) {
   using T = typename P::Number;
   using S = State<T>;
   using V = Vector<S>;
@@ -401,19 +401,27 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
     for (int k = 0; k < 4; ++k) {
       store(d + k * H, all[k], n);
       hand_back(k, all[k]);
+      sums[k] += all[k];
     }
   } else if constexpr (cell == Cell::gru) {
     V r = load(kept, n), z = load(kept + H, n), g = load(kept + 2 * H, n), hn = load(x + 3 * H, n);
     gru_backward<typename P::Functions>(r, z, g, hn, at.before(a.y, a.h0, b, u, n), dh);
-    const V all[] = {g, r, z, hn};
-    for (int k = 0; k < 4; ++k) store(d + k * H, all[k], n);
-    for (int k = 0; k < 3; ++k) hand_back(k, all[k + 1]);
+    constexpr bool as_w = sizeof(T) == 2;  // in the order of W_ih's rows
+    const V all[] = {as_w ? r : g, as_w ? z : r, as_w ? g : z, hn};
+    for (int k = 0; k < 4; ++k) {
+      store(d + k * H, all[k], n);
+      sums[k] += all[k];
+    }
+    hand_back(0, r);
+    hand_back(1, z);
+    hand_back(2, hn);
   } else {
     const V h = load(a.y + row * H + u, n);
     const V dx = cell == Cell::tanh ? dh * (1 - h * h) : h <= 0 ? V{} : dh;
     dh = V{};
     store(d, dx, n);
     hand_back(0, dx);
+    sums[0] += dx;
   }
 }
 
@@ -440,11 +448,21 @@ void fetch_backward(const RnnProblem& p, const RnnBackward<typename P::Number>& 
   prefetch(a.c + row * H + u, n);
 }
 
+// db, n units from u on of each column of dgates, += sums of one step
+template <Cell cell, class T>
+void add_sums(const RnnProblem& p, const RnnBackward<T>& a, int64_t u, int n, const Vector<State<T>>* sums) {
+  for (int k = 0; k < kept_of(cell); ++k) {
+    State<T>* const to = a.db + k * p.hidden + u;
+    store(to, load(to, n) + sums[k], n);
+  }
+}
+
 template <class P, Cell cell>
 void backward_state(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
-                    int64_t b, int64_t u, int n, typename P::Operand* operand) {
+                    int64_t b, int64_t u, int n, typename P::Operand* operand,
+                    Vector<State<typename P::Number>>* sums) {
   auto dh = gradient_of_state<P>(p, a, at, b, u, n);
-  backward_gates<P, cell>(p, a, product, at, b, u, n, operand, dh);
+  backward_gates<P, cell>(p, a, product, at, b, u, n, operand, dh, sums);
   store(a.dh0 + b * p.hidden + u, dh, n);
 }
 
@@ -475,16 +493,20 @@ void backward_projection(const RnnProblem& p, const RnnBackward<typename P::Numb
   const int64_t H = p.hidden;
   second.template multiply<count>(dh, P::kInPlace ? a.ld : second.ld, at.rows(), panel, next, scratch,
                                   [](int64_t, int64_t) {});
-  for (int64_t b = 0; b < at.rows(); ++b)
-    for (int j = 0; j < count; ++j) {
-      const int64_t v = u + j * lanes, block_row = at.row_in_block + b;
-      const int n = lanes_left<lanes>(H, v);
+  for (int j = 0; j < count; ++j) {
+    const int64_t v = u + j * lanes;
+    const int n = lanes_left<lanes>(H, v);
+    Vector<S> sums[4] = {};
+    for (int64_t b = 0; b < at.rows(); ++b) {
+      const int64_t block_row = at.row_in_block + b;
       const auto* const kept = reinterpret_cast<const typename P::Gate*>(a.gates + block_row * a.ld_gates + v);
       store(a.dgates + block_row * a.ld + 4 * H + p.projection + v,
             load(kept + 3 * H, n) * P::Functions::tanh(load(a.c + (at.row + b) * H + v, n)), n);
       Vector<S> dm = load(scratch + (b * count + j) * lanes);
-      backward_gates<P, Cell::lstm>(p, a, product, at, b, v, n, operand, dm);
+      backward_gates<P, Cell::lstm>(p, a, product, at, b, v, n, operand, dm, sums);
     }
+    add_sums<Cell::lstm>(p, a, v, n, sums);
+  }
 }
 
 // The columns of dgates that belong to U h: all, but for GRU's first.
@@ -541,11 +563,12 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
       auto* const dh_rows = a.dgates + at.row_in_block * a.ld + G * H;  // of a projection
       for_units<lanes, most>(me, out, back, [&](int64_t u, auto count, int64_t next) {
         add_product(u, count, next);
-        for (int64_t b = 0; b < at.rows(); ++b)
-          for (int64_t v = u; v < u + count * lanes && v < out; v += lanes) {
-            const int n = lanes_left<lanes>(out, v);
+        for (int64_t v = u; v < u + count * lanes && v < out; v += lanes) {
+          const int n = lanes_left<lanes>(out, v);
+          Vector<S> sums[kept_of(cell)] = {};
+          for (int64_t b = 0; b < at.rows(); ++b) {
             if (!projects) {
-              backward_state<P, cell>(p, a, product, at, b, v, n, space.operand(turn));
+              backward_state<P, cell>(p, a, product, at, b, v, n, space.operand(turn), sums);
               continue;
             }
             const auto dh = gradient_of_state<P>(p, a, at, b, v, n);
@@ -553,6 +576,8 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
             if constexpr (!P::kInPlace) second.put(space.projected() + b * second.ld, v, dh, n);
             store(a.dh0 + b * out + v, Vector<S>{}, n);
           }
+          if (!projects) add_sums<cell>(p, a, v, n, sums);
+        }
       });
       me.meet();
       if (projects) {
@@ -602,8 +627,12 @@ void backward_alone(const RnnProblem& p, const RnnBackward<typename P::Number>& 
       }
     };
     for (Walk at(p, true); !at.done(); at.next(), turn ^= 1) {
-      for (int64_t u = u0; u < u1; u += lanes)
-        backward_state<P, cell>(p, a, product, at, 0, u, lanes_left<lanes>(H, u), nullptr);
+      for (int64_t u = u0; u < u1; u += lanes) {
+        Vector<T> sums[kept_of(cell)] = {};
+        const int n = lanes_left<lanes>(H, u);
+        backward_state<P, cell>(p, a, product, at, 0, u, n, nullptr, sums);
+        add_sums<cell>(p, a, u, n, sums);
+      }
       T* const mine = space.partial(turn, me.index);
       std::memset(mine, 0, H * sizeof(T));
       const T* const d = hidden_part<T, cell>(p, a, at);

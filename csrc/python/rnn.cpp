@@ -44,10 +44,10 @@ void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld,
 
 template <class T, class Kernel>
 void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld_gates, int64_t ld) {
-  if (a.size() != 14) throw std::invalid_argument("rnn_backward: expected 14 addresses");
+  if (a.size() != 15) throw std::invalid_argument("rnn_backward: expected 15 addresses");
   const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
   const RnnBackward<T> call{at(0), at(1), at(2), ld_gates, at(3), at(4),  at(5),  at(6),
-                            at(7), at(8), at(9), at(10),   ld,    at(11), at(12), at(13)};
+                            at(7), at(8), at(9), at(10),   ld,    at(11), at(12), at(13), at(14)};
   py::gil_scoped_release release;
   kernel(p, call);
 }
@@ -228,7 +228,7 @@ void define_rnn(py::module_& m) {
             backward<typename std::decay_t<decltype(k)>::Number>(k.backward, p, addresses, ld_gates, ld);
           });
         },
-        "Run RnnBackward: addresses of w_hh, w_hr, gates, y, c, h0, c0, dy, dhn, dcn, dgates, dh0, dc0, workspace.");
+        "Run RnnBackward: addresses of w_hh, w_hr, gates, y, c, h0, c0, dy, dhn, dcn, dgates, db, dh0, dc0, workspace.");
   m.def("rnn_direct",
         [](const py::tuple& sizes, size_t number, int64_t ld, bool train, const py::tuple& addresses, int weights,
            int64_t inputs) {

@@ -287,8 +287,13 @@ class Layers:
         w_hh, w_hr = as_weights(w_hh, w_hr)
         dy, d_last = grads[0].contiguous(), as_states(grads[1:])
         rows, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, out)
-        # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side.
-        turn = hidden if self.cell == "gru" else 0
+        # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side; in 16
+        # bits in that of W_ih, because dX as a sum of two products would be rounded twice.
+        turn, of_u = 0, [(slice(0, wide), slice(0, wide))]  # rows of W_hh and their columns of dgates
+        if self.cell == "gru" and y.element_size() == 2:
+            of_u = [(slice(0, 2 * hidden), slice(0, 2 * hidden)), (slice(2 * hidden, wide), slice(wide, wide + hidden))]
+        elif self.cell == "gru":
+            turn, of_u = hidden, [(slice(0, wide), slice(hidden, hidden + wide))]
         need_x, _, *_, need_w, need_u, need_b, need_bu, need_hr = needs
         problem = self.problem(x, batch_sizes, states, w_hr, reverse)
         blocks, most = self.blocks(y, batch_sizes, problem, not reverse)
@@ -303,39 +308,36 @@ class Layers:
         dx = rows.new_empty(rows.shape) if need_x else None
         dw, du, dhr = (w.new_empty(w.shape) if need else None
                        for w, need in ((w_ih, need_w), (w_hh, need_u), (w_hr, need_hr)))
-        total = None
+        total = y.new_zeros(columns, dtype=state_dtype(y))
         for steps, part in blocks:
             d = d_all[part] if in_place else d_all[: part.stop - part.start]
             buffers = (w_hh, w_hr, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
-                       *pair(d_states), workspace)
+                       total, *pair(d_states), workspace)
             self.call("rnn_backward", y, problem, steps, 0 if gates is None else gates.shape[1], d.shape[1],
-                      self.addresses(buffers, "nnnnsssnssnssn", like=y))
-            d_in, d_hidden, later = d[:, :wide], d[:, turn: turn + wide], steps != blocks[0][0]
+                      self.addresses(buffers, "nnnnsssnssnsssn", like=y))
+            d_in, later = d[:, :wide], steps != blocks[0][0]
             if need_x:
                 self.pull(d_in, w_ih, turn, dx[part])
             if need_w:
                 for of_w, of_d in halves(wide, turn):
                     mm(self.native, d_in[:, of_d].t(), rows[part], dw[of_w], add=later)
             for i, (piece, h) in enumerate(before(part) if need_u else ()):
-                mm(self.native, d_hidden[piece].t(), h, du, add=later or i > 0)
+                for of_du, of_d in of_u:
+                    mm(self.native, d[piece, of_d].t(), h, du[of_du], add=later or i > 0)
             if need_hr:
                 d_out, unprojected = d[:, columns: columns + out], d[:, columns + out: columns + out + hidden]
                 mm(self.native, d_out.t(), unprojected, dhr, add=later)
-            if need_b or need_bu:
-                sums = d[:, :columns].sum(0)
-                total = sums if total is None else total.add_(sums)
+        total = total.to(x.dtype)
         db = total[:wide].roll(-turn) if need_b else None
-        dbu = total[turn: turn + wide].clone() if need_bu else None
+        dbu = torch.cat([total[of_d] for _, of_d in of_u]) if need_bu else None
         d_states = [s.to(x.dtype) for s in d_states]
         return [dx.view(x.shape) if need_x else None, None, *d_states, dw, du, db, dbu, dhr]
 
     def pull(self, d_in, w_ih, turn, out):
         """Write d_in · W_ih into `out`, where d_in has the gates of GRU in another order.
 
-        Two products spare a copy of W_ih; their sum would be rounded twice in 16 bits.
+        Two products spare a copy of W_ih.
         """
-        if turn and d_in.element_size() == 2:
-            w_ih, turn = w_ih.roll(turn, 0), 0
         for i, (of_w, of_d) in enumerate(halves(d_in.shape[1], turn)):
             mm(self.native, d_in[:, of_d], w_ih[of_w], out, add=i > 0)
 
