@@ -98,7 +98,8 @@ struct RnnBackward {
                         // A projection adds P columns, the whole gradient of h, and H, what was projected.
                         // Without one it may be `gates`.
   int64_t ld;           // numbers from one row of dgates to the next, at least its columns
-  State<T>* db;         // [S·H] out: sums of the rows of dgates are added, without a projection's columns
+  State<T>* db;         // [2, S·H] out: sums of the rows of dgates, the latest and all others, are added, without
+                        // a projection's columns
   State<T>* dh0;        // [B, P] out; between the calls of a pass, the gradient of the state before the block
   State<T>* dc0;        // [B, H] out, likewise, LSTM only
   void* workspace;

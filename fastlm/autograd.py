@@ -108,7 +108,7 @@ class Differentiable:
         """Return the gradients of the tensors that are present, themselves differentiable where that is wanted."""
         args = self, self.asked(slots), statics, len(grads), len(saved), *grads, *saved, *tensors
         once = not torch.is_grad_enabled() and not transformed()
-        return self.lend(grads, _Backward.forward(*args) if once else _apply(_Backward, *args), slots)
+        return self.lend(grads, _Backward.run(*args, spends=True) if once else _apply(_Backward, *args), slots)
 
     def lend(self, grads, found, slots):
         """Return the gradients of all tensors that need one, None for the others that are present."""
@@ -172,11 +172,15 @@ class _Forward(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(kernels, slots, statics, n_grads, n_saved, *tensors):
+    def forward(*args):
+        return _Backward.run(*args, spends=False)  # vmap maps over it with what was saved once
+
+    @staticmethod
+    def run(kernels, slots, statics, n_grads, n_saved, *tensors, spends):
         grads, saved, inputs = tensors[:n_grads], tensors[n_grads: n_grads + n_saved], tensors[n_grads + n_saved:]
         if not plain(tensors):  # the compiler's operators must not return what they are given
             return tuple(kernels.backward_op(grads, saved, inputs, slots, *statics))
-        spent = not torch._C._autograd._get_current_graph_task_keep_graph()
+        spent = spends and not torch._C._autograd._get_current_graph_task_keep_graph()
         return tuple(kernels.run_backward(grads, saved, inputs, slots, *statics, spent=spent))
 
     @staticmethod

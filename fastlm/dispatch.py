@@ -128,7 +128,9 @@ def at_once(shortcut: Callable) -> Callable:
     def decorate(function):
         @functools.wraps(function)
         def call(*args, **kwargs):
-            if not _order and _calls is None and not torch.compiler.is_compiling():
+            # A hook on what is saved may raise, as a checkpoint's does when it has seen enough.
+            if not _order and _calls is None and not torch.compiler.is_compiling() and (
+                    torch._C._autograd._top_saved_tensors_default_hooks(True) is None):
                 try:
                     found = shortcut(*args, **kwargs)
                 except Exception:

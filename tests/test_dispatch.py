@@ -395,6 +395,46 @@ def test_at_once_comes_before_checks_but_not_before_explain_backend_and_compiler
     assert torch.compile(call, backend="eager", fullgraph=True)(X)[0] == 3
 
 
+SMALL = {
+    "gelu": fastlm.ops.gelu, "swiglu": lambda x: fastlm.ops.swiglu(x, x),
+    "softmax": lambda x: fastlm.ops.softmax(x, -1),
+    "rms_norm": lambda x: fastlm.ops.rms_norm(x, (8,)), "linear": lambda x: fastlm.ops.linear(x, torch.ones(8, 8)),
+    "attention": lambda x: fastlm.ops.scaled_dot_product_attention(*[x.view(1, 2, 2, 8)] * 3),
+    "cross_entropy": lambda x: fastlm.ops.cross_entropy(x, torch.arange(4)),
+    "dropout_add": lambda x: fastlm.ops.dropout_add(x, x, 0.5),
+    "cell": fastlm.nn.LSTMCell(8, 4), "layer": lambda x: SMALL_LAYER(x.view(2, 2, 8))[0],
+}
+SMALL_LAYER = fastlm.nn.LSTM(8, 4)
+
+
+@pytest.mark.parametrize("call", SMALL.values(), ids=SMALL)
+def test_small_calls_end_a_checkpoint(call):
+    """Nothing follows the call: a checkpoint's hook raises within it once all that is needed is there."""
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def gradient(call):
+        torch.manual_seed(0)
+        out = call(x)
+        return torch.autograd.grad((out[0] if isinstance(out, tuple) else out).sum(), x)[0]
+
+    assert torch.equal(gradient(lambda x: checkpoint(call, x, use_reentrant=False)), gradient(call))
+
+
+@pytest.mark.parametrize(("call", "error"), [
+    (lambda x: fastlm.ops.linear_cross_entropy(x, x, torch.arange(4), labelsmoothing=0), TypeError),
+    (lambda x: fastlm.ops.linear_cross_entropy(x, x, torch.arange(4), softcap=0.0), ValueError),
+    (lambda x: fastlm.ops.linear_cross_entropy(x, x, torch.arange(4), label_smoothing=-0.1), RuntimeError),
+    (lambda x: fastlm.ops.cross_entropy(x, torch.arange(4), label_smoothing=torch.nan), RuntimeError),
+    (lambda x: fastlm.ops.dropout_add(x, x, 2, False), ValueError),
+    (lambda x: fastlm.ops.rms_norm(x, (8,), torch.ones(8, dtype=torch.int64)), TypeError),
+    (lambda x: fastlm.ops.add_rms_norm(x, x.long(), (8,)), TypeError),
+    (lambda x: fastlm.nn.LSTMCell(8, 4)(x, (torch.zeros(4, 4), torch.zeros(4, 4).double())), RuntimeError),
+])
+def test_small_calls_are_refused_like_others(call, error):
+    with pytest.raises(error):
+        call(torch.randn(4, 8))
+
+
 def small_cases():
     for dtype in (torch.float32, torch.bfloat16):
         for case in load("small", "cpu", [dtype]):

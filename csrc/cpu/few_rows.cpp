@@ -1,6 +1,7 @@
 // Products with few rows: W is read once, where it lies, because to pack it would take longer than to use it. What bounds
 // them is bandwidth.
 
+#include "../isa.h"
 #include "../product.h"
 
 #include <algorithm>
@@ -102,7 +103,7 @@ void run(const FewRows& p) {
 void few_rows(const FewRows& p, size_t number) {
   if (number == sizeof(float)) return run<Widened<float>, 8>(p);
 #if defined(__AVX512F__)
-  if (p.rows > 3 && __builtin_cpu_supports("avx512bf16")) return run<Pairs, 4>(p);  // fewer are bound by bandwidth
+  if (p.rows > 3 && kernels.pairs) return run<Pairs, 4>(p);  // fewer are bound by bandwidth
 #endif
   run<Widened<Bf16>, 8>(p);
 }

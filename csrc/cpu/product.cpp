@@ -108,7 +108,7 @@ void tile(const T* strip, const T* panel, int64_t depth, Start<T> start, T* c, i
   const char* line = reinterpret_cast<const char*>(ahead);
   int64_t k = 0;
   for (int row = 0; row <= kRows; ++row) {
-    if (row < rows) prefetch_to_write(c + row * c_row, kVectors);
+    if (row < rows) prefetch_to_write(c + row * c_row, kWidth<T>);
     const int64_t end = row < kRows ? depth * (row + 1) / (kRows + 2) : depth;
     for (; k < end; ++k, b += kVectors, strip += kRows, line += 64) {
       __builtin_prefetch(line, 0, 2);

@@ -1,6 +1,7 @@
 // Tiles of up to 6 rows of x by 4 or 8 rows of the weight, both read along K as they lie in memory: up to 24 vectors of
 // partial sums, added up across their lanes at the end. The weight is widened in registers, once for all rows of x.
 // Many rows go through quant_panels.h where that wins.
+#include "../isa.h"
 #include "../quant.h"
 
 #if defined(__AVX512F__)
@@ -275,7 +276,7 @@ void run(const QuantizedLinear& p) {
 // before there were panels (benchmarks/LOG.md 2026-11-26).
 bool in_panels(const QuantizedLinear& p) {
   return p.rows >= 16 && (p.kind == QuantizedWeight::int8_dynamic || p.number == Number::bf16) &&
-         __builtin_cpu_supports("avx512bf16");
+         kernels.pairs;
 }
 
 template <class Then>

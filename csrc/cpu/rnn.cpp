@@ -448,12 +448,22 @@ void fetch_backward(const RnnProblem& p, const RnnBackward<typename P::Number>& 
   prefetch(a.c + row * H + u, n);
 }
 
-// db, n units from u on of each column of dgates, += sums of one step
+constexpr int64_t kSumSteps = 32;  // that are summed before they are added to all before: one long sum loses digits
+
+// The sums in db, n units from u on of each column of dgates, += sums of one step
 template <Cell cell, class T>
-void add_sums(const RnnProblem& p, const RnnBackward<T>& a, int64_t u, int n, const Vector<State<T>>* sums) {
-  for (int k = 0; k < kept_of(cell); ++k) {
-    State<T>* const to = a.db + k * p.hidden + u;
-    store(to, load(to, n) + sums[k], n);
+void add_sums(const RnnProblem& p, const RnnBackward<T>& a, const Walk& at, int64_t u, int n,
+              const Vector<State<T>>* sums) {
+  constexpr int columns = kept_of(cell);
+  for (int k = 0; k < columns; ++k) {
+    State<T>* const recent = a.db + k * p.hidden + u;
+    State<T>* const earlier = recent + columns * p.hidden;
+    Vector<State<T>> sum = load(recent, n) + sums[k];
+    if (at.t % kSumSteps == 0) {
+      store(earlier, load(earlier, n) + sum, n);
+      sum = Vector<State<T>>{};
+    }
+    store(recent, sum, n);
   }
 }
 
@@ -505,7 +515,7 @@ void backward_projection(const RnnProblem& p, const RnnBackward<typename P::Numb
       Vector<S> dm = load(scratch + (b * count + j) * lanes);
       backward_gates<P, Cell::lstm>(p, a, product, at, b, v, n, operand, dm, sums);
     }
-    add_sums<Cell::lstm>(p, a, v, n, sums);
+    add_sums<Cell::lstm>(p, a, at, v, n, sums);
   }
 }
 
@@ -576,7 +586,7 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
             if constexpr (!P::kInPlace) second.put(space.projected() + b * second.ld, v, dh, n);
             store(a.dh0 + b * out + v, Vector<S>{}, n);
           }
-          if (!projects) add_sums<cell>(p, a, v, n, sums);
+          if (!projects) add_sums<cell>(p, a, at, v, n, sums);
         }
       });
       me.meet();
@@ -631,7 +641,7 @@ void backward_alone(const RnnProblem& p, const RnnBackward<typename P::Number>& 
         Vector<T> sums[kept_of(cell)] = {};
         const int n = lanes_left<lanes>(H, u);
         backward_state<P, cell>(p, a, product, at, 0, u, n, nullptr, sums);
-        add_sums<cell>(p, a, u, n, sums);
+        add_sums<cell>(p, a, at, u, n, sums);
       }
       T* const mine = space.partial(turn, me.index);
       std::memset(mine, 0, H * sizeof(T));

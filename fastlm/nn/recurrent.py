@@ -326,6 +326,9 @@ def _few(stock):
     """Return the shortcut of a cell to torch.nn's, which is the faster one in training and for few hidden units."""
     def shortcut(self, input, hx=None):
         weight = self.weight_ih
+        for t in (input, *((hx if self._pair else (hx,)) if hx is not None else ())):
+            if t.dtype is not torch.float32 or t.device != weight.device:
+                return None
         if weight.dtype is not torch.float32:
             return None
         if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weight.requires_grad):

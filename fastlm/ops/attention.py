@@ -41,11 +41,12 @@ def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
     """Call SDPA where it can take the call as it is; see `stock`."""
     shape, shape_of_keys = query.shape, key.shape
     if not (query.is_cpu and len(shape) == len(shape_of_keys) == 4 and shape_of_keys == value.shape) or (
+            shape[0] != shape_of_keys[0] or (dropout_p and attn_mask is not None)) or (  # nothing is drawn in vain
             2 * query.numel() * shape_of_keys[2] >= LEAST) or (scale is not None and scale <= 0) or (
             attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype)):
         return None
     found = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return found if found.shape == shape else None  # else a mask or a batch of keys has widened it
+    return found if found.shape == shape else None  # else a mask has widened it
 
 
 @at_once(_few)
@@ -337,7 +338,12 @@ def _flash_backward(grads, saved, tensors, needs, is_causal, scale):
     query, key, value, attn_mask = tensors
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grads[0], query, key, value, *saved, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
-    of_mask = torch.zeros_like(attn_mask) if needs[3] else None  # only functorch asks for it: SDPA takes another way
+    of_mask = None
+    if needs[3]:  # under functorch, which hides from SDPA's choice that a mask needs a gradient
+        with torch.enable_grad():
+            mask = attn_mask.detach().requires_grad_()
+            out = _flash_reference((query, key, value, mask), is_causal, scale)[0]
+            of_mask, = torch.autograd.grad(out, mask, grads[0])
     return [*(g if need else None for g, need in zip(found, needs[:3], strict=True)), of_mask]
 
 
@@ -353,7 +359,7 @@ FLASH = "ScaledDotProductFlashAttentionForCpuBackward0"
 
 def _flash_twice(grads, upstream):
     """Take the place of a node of SDPA's own where its gradients are to have a derivative (create_graph)."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or upstream[0] is None:
         return None
     node = torch._C._current_autograd_node()
     tensors = [node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask]

@@ -21,14 +21,17 @@ from fastlm.dispatch import Op, Sample, at_once
 FEW = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
 
 
-def _few(norm, input, *rest):
-    return norm(input, *rest) if input.numel() < FEW else None
+def _few(norm, input, normalized_shape, weight=None, *rest):
+    if input.numel() < FEW and (weight is None or weight.is_floating_point()):
+        return norm(input, normalized_shape, weight, *rest)
+    return None
 
 
 def _few_added(norm, input, residual, *rest):
-    if input.numel() < FEW and input.shape == residual.shape:
+    if input.shape == residual.shape and input.is_floating_point() and residual.is_floating_point():
         total = input + residual
-        return norm(total, *rest), total
+        found = _few(norm, total, *rest)
+        return None if found is None else (found, total)
     return None
 
 

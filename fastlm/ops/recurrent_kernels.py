@@ -287,8 +287,8 @@ class Layers:
         w_hh, w_hr = as_weights(w_hh, w_hr)
         dy, d_last = grads[0].contiguous(), as_states(grads[1:])
         rows, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, out)
-        # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side; in 16
-        # bits in that of W_ih, because dX as a sum of two products would be rounded twice.
+        # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side; in
+        # 16 bits in that of W_ih, because dX as a sum of two products would be rounded twice.
         turn, of_u = 0, [(slice(0, wide), slice(0, wide))]  # rows of W_hh and their columns of dgates
         if self.cell == "gru" and y.element_size() == 2:
             of_u = [(slice(0, 2 * hidden), slice(0, 2 * hidden)), (slice(2 * hidden, wide), slice(wide, wide + hidden))]
@@ -308,7 +308,7 @@ class Layers:
         dx = rows.new_empty(rows.shape) if need_x else None
         dw, du, dhr = (w.new_empty(w.shape) if need else None
                        for w, need in ((w_ih, need_w), (w_hh, need_u), (w_hr, need_hr)))
-        total = y.new_zeros(columns, dtype=state_dtype(y))
+        total = y.new_zeros(2, columns, dtype=state_dtype(y))
         for steps, part in blocks:
             d = d_all[part] if in_place else d_all[: part.stop - part.start]
             buffers = (w_hh, w_hr, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
@@ -327,7 +327,7 @@ class Layers:
             if need_hr:
                 d_out, unprojected = d[:, columns: columns + out], d[:, columns + out: columns + out + hidden]
                 mm(self.native, d_out.t(), unprojected, dhr, add=later)
-        total = total.to(x.dtype)
+        total = total.sum(0).to(x.dtype)
         db = total[:wide].roll(-turn) if need_b else None
         dbu = torch.cat([total[of_d] for _, of_d in of_u]) if need_bu else None
         d_states = [s.to(x.dtype) for s in d_states]

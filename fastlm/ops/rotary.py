@@ -18,7 +18,7 @@ def _few(x, cos, sin):
     """Rotate whole heads by angles `[S, D/2]`."""
     half = x.size(3) // 2
     if x.numel() < FEW and cos.shape == sin.shape == (x.size(2), half) and x.size(3) == 2 * half and x.dim() == 4 and (
-            x.dtype is cos.dtype is sin.dtype):
+            x.dtype is cos.dtype is sin.dtype and x.is_floating_point()):
         a, b = x.chunk(2, 3)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], 3)
     return None

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
@@ -517,3 +518,36 @@ def test_functional_transforms():
     step = 1e-6
     numeric = (attention(q[0] + step, k[0], v[0]) - attention(q[0] - step, k[0], v[0])) / (2 * step)
     torch.testing.assert_close(tangent, numeric, rtol=1e-5, atol=1e-7)
+
+
+def test_functional_gradient_of_a_mask():
+    """Functorch hides from SDPA that a mask needs a gradient."""
+    q, k, v, mask = (t.detach() for t in leaves(*[(2, 2, 5, 8)] * 3, (5, 5)))
+
+    def loss(function):
+        return lambda q, mask: function(q, k, v, mask).sin().sum()
+
+    found, expected = (torch.func.grad(loss(f), (0, 1))(q, mask) for f in (attention, F.scaled_dot_product_attention))
+    torch.testing.assert_close(found, expected)
+
+
+def test_third_order_of_a_linear_loss():
+    q, k, v = leaves(*[(1, 1, 3, 4)] * 3, dtype=torch.float64)
+
+    def hessian(function):
+        return torch.autograd.functional.hessian(lambda q: function(q, k, v).sum(), q, create_graph=True)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = hessian(F.scaled_dot_product_attention)
+    found = hessian(attention)
+    torch.testing.assert_close(found, expected)
+    assert torch.isfinite(torch.autograd.grad(found.square().sum(), q)[0]).all()
+
+
+def test_dropout_is_drawn_once():
+    q, k, v = (t.detach() for t in leaves((1, 2, 4, 8), *[(2, 2, 4, 8)] * 2))
+    with fastlm.backend("torch"):
+        torch.manual_seed(0)
+        expected = attention(q, k, v, None, 0.5), torch.rand(1)
+    torch.manual_seed(0)
+    torch.testing.assert_close((attention(q, k, v, None, 0.5), torch.rand(1)), expected)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlm
 from fastlm import measure, ops
 from fastlm.ops import ALL, recurrent, recurrent_kernels
+from tests.parity import keep_error_rule
 
 CELLS = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
 OPS = {op.name: op for op in ALL}
@@ -194,6 +195,29 @@ def test_two_graphs_and_retained_ones(name):
     run(*second)[0].sum().backward()
     for _ in range(2):
         assert torch.equal(torch.autograd.grad(out, x, retain_graph=True)[0], again)
+
+
+@native
+@each_cell
+def test_backward_mapped_over_upstream_gradients(name):
+    """All maps read what was saved once: none may write its gradients there."""
+    args = make(name, hidden=20, batch=3)
+    x = args[0].requires_grad_()
+    run = OPS[name].implementations["native"].run
+    y = run(*args)[0]
+    upstream = torch.randn(3, *y.shape)
+    found = torch.func.vmap(lambda g: torch.autograd.grad(y, x, g)[0])(upstream)
+    torch.testing.assert_close(found, torch.stack([torch.autograd.grad(run(*args)[0], x, g)[0] for g in upstream]))
+
+
+@native
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_gradients_summed_over_many_steps(name):
+    """A bias's gradient is a sum over all steps, in which float32 must not lose more digits than stock does."""
+    def errors(draw):
+        torch.manual_seed(draw)
+        return measure.errors(OPS[name], "native", make(name, steps=1500, batch=2, hidden=16))
+    keep_error_rule(errors)
 
 
 @native
