@@ -216,7 +216,7 @@ def test_gradients_summed_over_many_steps(name):
     """A bias's gradient is a sum over all steps, in which float32 must not lose more digits than stock does."""
     def errors(draw):
         torch.manual_seed(draw)
-        return measure.errors(OPS[name], "native", make(name, steps=1500, batch=2, hidden=16))
+        return measure.errors(OPS[name], "native", make(name, steps=1500, batch=2, hidden=16))[-2:]
     keep_error_rule(errors)
 
 
