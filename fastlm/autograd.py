@@ -107,7 +107,8 @@ class Differentiable:
     def pull(self, grads, saved, tensors, slots, statics):
         """Return the gradients of the tensors that are present, themselves differentiable where that is wanted."""
         args = self, self.asked(slots), statics, len(grads), len(saved), *grads, *saved, *tensors
-        wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, args[5:]))  # also after a transform has ended
+        # A transform that has ended leaves its wrappers.
+        wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, args[5:]))
         once = not (wrapped or torch.is_grad_enabled() or transformed())
         return self.lend(grads, _Backward.run(*args, spends=True) if once else _apply(_Backward, *args), slots)
 

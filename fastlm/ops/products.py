@@ -10,6 +10,7 @@ from torch import Tensor
 
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
 LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
+NARROW, CHAIN = 16, 512  # columns, below which MKL adds up in one chain, and how long that may be
 
 
 def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False,
@@ -27,6 +28,10 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     """
     if native is not None and is_ours(native, a, b):
         return multiply(native, a, b, out, add=add, bias=bias)
+    if a.dtype is torch.float32 and a.is_cpu and b.shape[1] < NARROW and a.shape[1] > CHAIN and bias is None:
+        parts = zip(a.split(CHAIN, 1), b.split(CHAIN), strict=True)
+        total = torch.stack([torch.mm(*part) for part in parts]).sum(0)
+        return total if out is None else out.add_(total) if add else out.copy_(total)
     if add:
         return out.addmm_(a, b)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
