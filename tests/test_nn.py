@@ -17,7 +17,8 @@ def test_autocast(name, device):
     """Under autocast each result has stock's dtype and a gradient in float32 reaches the parameters."""
     args = (8, 8) if name in CELLS else (8, 2)
     theirs, ours = pair(name, *args, device=device)
-    theirs.eval(), ours.eval()
+    if name not in CELLS:  # which drop nothing here, and cuDNN's backward wants training mode
+        theirs.eval(), ours.eval()
     x = torch.randn(5, 3, 8, device=device)
     for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,):
         with torch.autocast(device, dtype=dtype):

@@ -73,9 +73,10 @@ def _gate(a, KIND: tl.constexpr):
         value = a * cdf
         slope = cdf + a * 0.3989422804014327 * e
     else:
-        t = 2 * sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a)) - 1
-        value = 0.5 * a * (1 + t)
-        slope = 0.5 * (1 + t) + 0.3989422804014327 * a * (1 - t * t) * (1 + 0.134145 * a * a)
+        z = 1.5957691216057308 * (a + 0.044715 * a * a * a)
+        s = sigmoid(z)
+        value = a * s
+        slope = s + 1.5957691216057308 * value * sigmoid(-z) * (1 + 0.134145 * a * a)  # 1 - s would lose digits
     return value, slope
 
 

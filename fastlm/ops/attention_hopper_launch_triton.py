@@ -12,9 +12,6 @@ from fastlm.ops.triton_kernels import INTERPRETED, multiprocessors
 
 LOG2_E = 1.4426950408889634
 KNOWN = triton.__version__.startswith("3.6.")
-# Whether this form has run on a GPU: a standalone one has, right and fast (benchmarks/LOG.md 2026-11-26). Until
-# tests/cases/test_attention_hopper.py has passed on one, the plain kernel takes all calls.
-HAS_RUN = False
 LEAST = 128  # fewer queries or keys leave most of a tile empty
 ROWS = 64  # of a warp group
 COLUMNS = 128  # keys in a block
@@ -33,7 +30,7 @@ def takes(call) -> bool:
 
 def fits(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
     """Tell whether the kernel can take such tensors, by what is known of them without looking at their memory."""
-    return (HAS_RUN and KNOWN and not INTERPRETED and query.is_cuda and query.element_size() == 2
+    return (KNOWN and not INTERPRETED and query.is_cuda and query.element_size() == 2
             and query.size(3) in TILES and query.size(3) == value.size(3)
             and query.size(2) >= LEAST and key.size(2) >= LEAST
             and options.scale > 0 and not options.softcap and not options.dropout_p

@@ -17,7 +17,7 @@ from fastlm.ops import recurrent
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 NUMBERS = {torch.float32: 0, torch.float64: 1, "tf32": 2, torch.bfloat16: 3, torch.float16: 4}
-MEASURED = {"lstm": (1024, 256), "gru": (512, 256)}  # units, up to 16 sequences and up to 64: in tiles that ran
+MEASURED = dict(units=1024, sequences=64, steps=64)  # at most, at most and at least
 EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2}  # how the blocks of a kernel hand their results to each other
 
 
@@ -49,7 +49,9 @@ class CudaLayers:
             return f"dtype {data.dtype}"
         if recurrent.projects(params, has_biases, (num_layers, dropout, train, bidirectional, batch_first)):
             return "proj_size: not yet in the kernel"
-        if batch_sizes is not None and hx[0].shape[1] > self.most_packed:
+        # A compiler cannot compare what is data of a packed batch; the launch refuses more all the same.
+        compiles = torch.compiler.is_compiling()
+        if batch_sizes is not None and not compiles and hx[0].shape[1] > self.most_packed:
             return f"more than {self.most_packed} packed sequences"
         number = number_of(self.compute_dtype(self.result_dtype(data)))
         return _misfit(self.native, CELLS[self.cell], number, hx[0].shape[2], bidirectional, str(data.device))
@@ -224,11 +226,9 @@ def losses(cell, data, batch_sizes, hx, params, has_biases, num_layers, dropout,
     if cell not in ("lstm", "gru") or dtype.itemsize != 2:
         return "against cuDNN only LSTM and GRU in 16 bits were measured"
     if bidirectional:
-        return "both directions take tiles that have not run on a GPU"
-    few, many = MEASURED[cell]
-    most = few if batch <= 16 else many
-    if hidden > most or batch > 64 or steps < 64:
-        return f"not measured above {most} units with so many sequences, above 64 sequences, nor below 64 steps"
+        return "both directions were not measured on a GPU"
+    if hidden > MEASURED["units"] or batch > MEASURED["sequences"] or steps < MEASURED["steps"]:
+        return "not measured above {units} units or {sequences} sequences, nor below {steps} steps".format(**MEASURED)
     # What torch asks of cuDNN's own persistent kernel (ATen, cudnn/RNN.cpp).
     persists = cell == "lstm" and dtype is torch.float16 and num_layers == 1 and (
         batch_sizes is None and hidden % 128 == 0 and data.shape[-1] % 128 == 0 and batch % 8 == 0)

@@ -78,7 +78,6 @@ def kind(name):
 @pytest.fixture
 def drawn(device, poisoned, monkeypatch):
     """Draw arguments that the kernel for Hopper takes, or skip."""
-    monkeypatch.setattr(hopper, "HAS_RUN", True)
     monkeypatch.setattr(launch, "_splits", lambda call: 1)  # the plain kernel would have more of so few queries
 
     def draw(name, dim, seed=0):
@@ -127,7 +126,6 @@ def test_emulated(name, dim, monkeypatch):
 @pytest.fixture
 def on_hopper(monkeypatch):
     """Take tensors on meta for those of a Hopper GPU."""
-    monkeypatch.setattr(hopper, "HAS_RUN", True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(hopper, "capability", lambda device: (9, 0))
     monkeypatch.setattr(attention_triton, "loses_here", lambda query: None)
@@ -150,16 +148,6 @@ def test_what_it_takes(on_hopper, monkeypatch):
     assert not hopper.takes(call._replace(value=call.value[..., :64]))
     monkeypatch.setattr(hopper, "capability", lambda device: (10, 0))
     assert not hopper.takes(call)
-
-
-def test_it_takes_nothing_before_it_has_run(on_hopper, monkeypatch):
-    monkeypatch.undo()
-    assert not hopper.HAS_RUN
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    monkeypatch.setattr(hopper, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention_triton, "loses_here", lambda query: None)
-    assert not hopper.takes(call_of(meta()))
-    assert attention_triton.loses(*meta()) == "dense attention is SDPA's"
 
 
 def test_what_the_copy_engine_reads():
