@@ -215,32 +215,34 @@ def _markdown_table(headings, rows):
 
 
 def summary(results: list[dict]) -> str:
-    """Return one table for several machines: each group's geometric mean ratio, the least and the most of its rows.
-
-    A line below names the groups of which stock ran every row on every machine.
+    """Return one table of one machine's results: for each layer, type and mode the geometric mean ratio of the rows in
+    which ours ran, their least and their most, and a star where stock ran other rows.
     """
     groups = {}
-    for i, result in enumerate(results):
-        for row in result["rows"]:
-            key = row["name"], f"{SHORT.get(row['dtype'], row['dtype'])} {row['mode']}"
-            groups.setdefault(key, [[] for _ in results])[i].append(row)
-    names = [f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in results]
-    ours = {key: found for key, found in groups.items() if any(r["ran"] != "stock" for rows in found for r in rows)}
-    lines = _markdown_table(("what", "type, mode", *names),
-                            ((*key, *map(_summary_cell, found)) for key, found in ours.items()))
-    if stock := sorted(groups.keys() - ours.keys()):
-        some = {name for name, _ in ours}
-        found = dict.fromkeys(f"{name} ({mode})" if name in some else name for name, mode in stock)
-        lines += ["", f"Stock PyTorch runs, nothing of ours being faster or measured there, for: {', '.join(found)}."]
-    return "\n".join(lines[1:]) + "\n"
+    for row in (row for result in results for row in result["rows"]):
+        column = f"{SHORT.get(row['dtype'], row['dtype'])} {row['mode']}"
+        groups.setdefault(row["name"], {}).setdefault(column, []).append(row)
+    columns = sorted({column for found in groups.values() for column in found}, key=_widest_type_first)
+    lines = [(name, *(_summary_cell(found.get(column, [])) for column in columns)) for name, found in groups.items()]
+    table = _markdown_table(("what", *columns), (line for line in lines if set(line[1:]) - {"stock", "-"}))
+    names = ", ".join(line[0] for line in lines if not set(line[1:]) - {"stock", "-"})
+    if names:
+        table += ["", f"Stock PyTorch runs, nothing of ours being faster or measured there, for: {names}."]
+    return "\n".join(table[1:]) + "\n"
+
+
+def _widest_type_first(column):
+    dtype, mode = column.split()
+    return list(SHORT.values()).index(dtype), mode
 
 
 def _summary_cell(rows):
     ratios = [row["ratio"] for row in rows if row["ran"] != "stock"]
     if not ratios:
-        return "stock" if rows else "not measured"
-    mean, share = statistics.geometric_mean(ratios), "" if len(ratios) == len(rows) else ", else stock"
-    return f"{mean:.2f}×" + (f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else "") + share
+        return "stock" if rows else "-"
+    star = "" if len(ratios) == len(rows) else " \\*"
+    spread = f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.geometric_mean(ratios):.2f}×{spread}{star}"
 
 
 def update_readme(readme: str | Path, results: str | Path) -> None:
