@@ -144,6 +144,7 @@ def test_curves_agree_between_layers():
     for curve in bench.curves(2, "cpu"):
         assert len(curve.stock_losses) == 2
         assert curve.difference < 1e-4, curve
+        assert min(curve.stock_generated_per_s, curve.fastlm_generated_per_s) > 0
 
 
 def test_a_capped_machine_is_named_so_and_caps_both_sides(monkeypatch):
@@ -171,12 +172,14 @@ def test_bad_options_are_named(options, message):
 
 def test_report_is_self_contained(result, tmp_path):
     curve = {"model": "m", "stock_losses": [2.0, 1.0], "fastlm_losses": [2.0, 1.0], "difference": 0.0,
-             "stock_tokens_per_s": 1.0, "fastlm_tokens_per_s": 2.0, "ran": {"lstm": "native"}}
+             "stock_tokens_per_s": 1.0, "fastlm_tokens_per_s": 2.0, "stock_generated_per_s": 4.0,
+             "fastlm_generated_per_s": 12.0, "ran": {"lstm": "native"}}
     data, page = report.save(result | {"curves": [curve]}, tmp_path, "test")
     assert json.loads(data.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     text = page.read_text()
     assert text.count("<svg") == 2
     assert "linear_cross_entropy" in text
+    assert all(f"<td>{cell}</td>" in text for cell in ("1 → 2", "2.00×", "4 → 12", "3.00×"))
     assert not re.search(r'(src|href)="http', text)
 
 

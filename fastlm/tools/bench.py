@@ -27,6 +27,7 @@ from fastlm.tools.suites import EVERYTHING, SUITES, Case, Goal, Subject, load
 CAPS = {isa: dict(zip(("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"), caps, strict=True))
         for isa, caps in {"generic": ("default", "SSE41", "SSE4_2"), "avx2": ("avx2", "AVX2", "AVX2"),
                           "avx512": ("avx512", "AVX512_CORE", "AVX512")}.items()}
+MODELS = "unigram", "gru", "lstm", "transformer"  # what `curves` trains
 SAME_LOSSES = 1e-4  # the largest relative difference between two loss curves that counts as agreement
 
 
@@ -65,13 +66,18 @@ class Row:
 
 @dataclass
 class Curve:
-    """Losses of one model trained with stock and with fastlm layers from the same weights on the same batches."""
+    """Losses of one model trained with stock and with fastlm layers from the same weights on the same batches.
+
+    Tokens a second are of training, medians of steps, and of one text that each then generates.
+    """
 
     model: str
     stock_losses: list[float]
     fastlm_losses: list[float]
     stock_tokens_per_s: float
     fastlm_tokens_per_s: float
+    stock_generated_per_s: float
+    fastlm_generated_per_s: float
     ran: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -237,21 +243,34 @@ def _data(seq_len):
 
 
 def curves(steps: int, device: str) -> Iterator[Curve]:
-    """Train the three language models for `steps` steps with stock and with fastlm layers, step by step in turn."""
-    for model in ("unigram", "lstm", "transformer"):
+    """Train the language models for `steps` steps with stock and with fastlm layers, step by step in turn."""
+    for model in MODELS:
         trainers = {layers: trainer(model, layers, device) for layers in ("stock", "fastlm")}
         calls = trainers["fastlm"].explain()
-        seconds = {layers: [] for layers in trainers}
-        for _ in range(steps):
-            for layers, run in trainers.items():
-                start = time.perf_counter()
-                run.step().item()  # waits for the device
-                seconds[layers].append(time.perf_counter() - start)
+        trained = _medians([lambda run=run: run.step().item() for run in trainers.values()], steps)
         tokens = trainers["stock"].config.batch_size * trainers["stock"].config.seq_len
         losses = {layers: [loss.item() for loss in run.losses] for layers, run in trainers.items()}
-        rates = {layers: tokens / statistics.median(s) for layers, s in seconds.items()}
-        yield Curve(model, losses["stock"], losses["fastlm"], rates["stock"], rates["fastlm"],
+        yield Curve(model, losses["stock"], losses["fastlm"], *(tokens / seconds for seconds in trained),
+                    *_generation([run.model for run in trainers.values()], device),
                     {c.op: "stock" if c.ran == "torch" else c.ran for c in calls})
+
+
+def _generation(models, device, tokens=64, rounds=5):
+    """Return how many tokens of one text each model generates a second, in turn."""
+    start = torch.zeros(1, 1, dtype=torch.long, device=device)
+    runs = [lambda model=model: model.eval().generate(start, tokens, temperature=0)[0, -1].item() for model in models]
+    return [tokens / seconds for seconds in _medians(runs, rounds)]
+
+
+def _medians(runs, rounds):
+    """Return the median seconds of each function, which waits for the device itself, called in turn."""
+    seconds = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, found in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in seconds]
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------
@@ -332,7 +351,7 @@ def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float | No
     progress("this machine's peaks", 0)
     result = {"machine": machine(device), "rows": [], "means": [], "curves": []}
     with_models = "models" in suites and not only
-    jobs, done = len(cases) + 12 * with_models, 0
+    jobs, done = len(cases) + 4 * len(MODELS) * with_models, 0
     if with_models:
         progress("training models with stock and with fastlm layers", 0)
         for curve in curves(steps, device):

@@ -84,14 +84,18 @@ HEADINGS = ("what", "case", "type, mode", "ran", "ms", "stock", "ratio", "to rea
 
 def curve_cells(curve: dict) -> tuple[str, ...]:
     """Format one model's comparison of training with stock and with fastlm layers."""
-    return (curve["model"], f"{curve['stock_losses'][0]:.4f} → {curve['stock_losses'][-1]:.4f}",
-            f"{curve['fastlm_losses'][-1]:.4f}", f"{curve['difference']:.1e}",
-            f"{curve['stock_tokens_per_s']:,.0f}", f"{curve['fastlm_tokens_per_s']:,.0f}",
-            f"{curve['fastlm_tokens_per_s'] / curve['stock_tokens_per_s']:.2f}×",
+    return (curve["model"], f"{curve['stock_losses'][-1]:.4f}, {curve['fastlm_losses'][-1]:.4f}",
+            f"{curve['difference']:.1e}",
+            *_rates(curve, "tokens"), *_rates(curve, "generated"),
             ", ".join(f"{op}: {ran}" for op, ran in curve["ran"].items()))
 
 
-CURVE_HEADINGS = ("model", "stock loss", "fastlm loss", "difference", "stock tok/s", "fastlm tok/s", "ratio", "ran")
+def _rates(curve, what):
+    stock, ours = (curve[f"{layers}_{what}_per_s"] for layers in ("stock", "fastlm"))
+    return f"{stock:,.0f} → {ours:,.0f}", f"{ours / stock:.2f}×"
+
+
+CURVE_HEADINGS = ("model", "last losses", "difference", "training tok/s", "ratio", "generation tok/s", "ratio", "ran")
 
 
 def mean_cells(mean: dict) -> tuple[str, ...]:
@@ -180,12 +184,13 @@ def _svg(figure):
 
 
 def markdown(result: dict) -> str:
-    """Return the README's tables: means with a figure to reach, rows with one of their own, the rest op by op."""
+    """Return the README's tables: models, means with a figure to reach, rows with one of their own, the rest by op."""
     ran = [r for r in result["rows"] if r["ran"] != "stock"]
     alone = [r for r in ran if _stands_alone(r)]
     rest = [r for r in ran if not _stands_alone(r) and not r["goal"].get("means")]
     lines = [f"{result['machine']['device']}, {result['machine']['threads']} threads, torch "
              f"{result['machine']['torch']}, {result['machine']['date'][:10]}:",
+             *_markdown_table(CURVE_HEADINGS, map(curve_cells, result["curves"])),
              *_markdown_table(MEAN_HEADINGS, map(mean_cells, result["means"])),
              *_markdown_table(HEADINGS[:-1], (cells(row)[:-1] for row in alone)),
              *_markdown_table(SUMMARY_HEADINGS, _summary(rest))]
