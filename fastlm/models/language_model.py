@@ -124,14 +124,15 @@ class LanguageModel(torch.nn.Module):
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module):
     """Run a block in eval mode without gradients, then give every submodule its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    trained = [module for module in model.modules() if module.training]
+    for module in trained:
+        module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in trained:
+            module.training = True
 
 
 def check_sizes(model: str, **sizes: int) -> None:
