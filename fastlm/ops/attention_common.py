@@ -137,13 +137,13 @@ def check_number(name: str, x, op: str, kind: type = float) -> float | int:
 
 
 def check_floats(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor | None:
-    """Return `x` in float32 (float64 stays) if it fits one of the shapes, or raise; None passes."""
+    """Return `x` in float32, or float64 where it or `query` is that, if it fits one of the shapes, or raise."""
     if x is None:
         return None
     _check_tensor(name, x, query, shapes, op)
     if not x.is_floating_point():
         raise RuntimeError(f"{op}: {name} is {x.dtype}, expected floating point")
-    return x if x.dtype is torch.float64 else x.float()
+    return x if x.dtype is torch.float64 else x.to(accumulator(query))
 
 
 def check_integers(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor | None:

@@ -405,8 +405,8 @@ class _Products:
         words.random_(-(2**63), None, generator=self.random)
         # 16 random bits for each weight
         draws = words.view(torch.int16)[: piece.shape.numel()].view(piece.shape)
-        threshold = min(round(self.call.options.dropout_p * 2**16) - 2**15, 2**15 - 1)
-        return torch.ge(draws, threshold, out=self.buffer(-1, piece))
+        highest = max(round(self.call.options.dropout_p * 2**16) - 2**15 - 1, -2**15)  # that is dropped: all, at p = 1
+        return torch.gt(draws, highest, out=self.buffer(-1, piece))
 
 
 def _give_product(total: Tensor, piece: Piece, a: Tensor, b: Tensor) -> None:

@@ -148,7 +148,7 @@ def _check_values(query, key, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, block
     if seqused_k is not None and seqused_k.numel():
         room = cu_seq_k.diff() if block_table is None else torch.full_like(seqused_k, block_table.size(1) * key.size(1))
         if (seqused_k < 0).any() or (seqused_k > room).any():
-            raise ValueError(f"varlen_attn: seqused_k is {_short(seqused_k)}, expected at most {_short(room)}")
+            raise ValueError(f"varlen_attn: seqused_k is {_short(seqused_k)}, expected 0 to {_short(room)}")
     if block_table is not None:
         used = torch.arange(block_table.size(1)) < -(-seqused_k // max(key.size(1), 1))[:, None]
         found = block_table[used]

@@ -70,12 +70,11 @@ def _spans(key, cu_seq_q, cu_seq_k, seqused_k, block_table):
     if block_table is None:
         keys = cu_seq_k.diff() if seqused_k is None else seqused_k
         return None, torch.stack([x.long() for x in (cu_seq_q[:-1], cu_seq_q.diff(), cu_seq_k[:-1], keys)], 1)
-    found = [(queries, keys) for _, queries, keys in sequences(key, cu_seq_q, None, seqused_k, block_table)]
-    spans, end = [], 0
-    for queries, keys in found:
-        spans.append([queries.start, queries.stop - queries.start, end, keys.numel()])
+    spans, tokens, end = [[0] * 4 for _ in seqused_k], [torch.empty(0, dtype=torch.int64)], 0
+    for n, queries, keys in sequences(key, cu_seq_q, None, seqused_k, block_table):
+        spans[n] = [queries.start, queries.stop - queries.start, end, keys.numel()]
+        tokens.append(keys)
         end += keys.numel()
-    tokens = [keys for _, keys in found] or [torch.empty(0, dtype=torch.int64)]
     return torch.cat(tokens), torch.tensor(spans, dtype=torch.int64).view(-1, 4)
 
 

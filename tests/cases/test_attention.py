@@ -182,6 +182,25 @@ def test_dropout_follows_the_seed_and_keeps_the_mean(device):
     assert abs(results[0].mean().item() - 1) < 0.3
 
 
+@pytest.mark.parametrize("name", ["torch", "blocked", "reference"])
+def test_dropout_of_all_weights_leaves_nothing(name):
+    q, k, v = leaves(*[(2, 2, 512, 8)] * 3)
+    with fastlm.backend(name):
+        out = attention(q, k, v, dropout_p=1.0)
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all((x == 0).all() for x in (out, *grads))
+
+
+def test_float32_slopes_and_sinks_of_float64_queries_round_nothing(implementation, device):
+    if implementation == "triton":
+        pytest.skip("has no float64")
+    q, k, v = leaves(*[(1, 2, 9, 4)] * 3, device=device, dtype=torch.float64)
+    slopes, sinks = torch.rand(2, device=device), torch.randn(2, device=device)
+    for a, b in zip(attention(q, k, v, alibi_slopes=slopes, sinks=sinks, return_lse=True),
+                    attention(q, k, v, alibi_slopes=slopes.double(), sinks=sinks.double(), return_lse=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
 def test_double_backward(implementation, device):
     if (implementation, device) == ("torch", "cuda"):
         pytest.skip("SDPA's kernels for the GPU have no second derivative")

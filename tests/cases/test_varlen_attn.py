@@ -103,6 +103,18 @@ def test_pages(cu_seq_k, implementation):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_pages_of_a_sequence_without_queries_and_slopes_of_each(implementation):
+    query, cu_seq_q, slopes = torch.randn(5, 4, 8, requires_grad=True), torch.tensor([0, 2, 2, 5]), torch.rand(3, 4)
+    pool, table, used = torch.randn(4, 4, 2, 8), torch.tensor([[3], [1], [0]]), torch.tensor([3, 4, 2])
+    found = varlen_attn(query, pool, pool, cu_seq_q, None, 3, 4, enable_gqa=True, seqused_k=used, block_table=table,
+                        alibi_slopes=slopes)
+    keys = torch.cat([pool[3, :3], pool[1], pool[0, :2]])
+    expected, _ = one_by_one(query, keys, keys, cu_seq_q, torch.tensor([0, 3, 7, 9]), alibi_slopes=slopes)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(x.square().sum(), query)[0] for x in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_queries_behind_the_last_sequence_attend_to_nothing(implementation):
     q, k, v, cu_q, cu_k, *longest = packed()
     q = torch.cat([q, torch.ones(2, 4, 8)])
