@@ -170,6 +170,11 @@ class backend:
         _order = self.outer.pop()
 
 
+def is_default() -> bool:
+    """Tell whether no `backend` asks for an implementation by name."""
+    return not _order
+
+
 class Calls(list):
     """A list of `Call`s that prints as a table."""
 

@@ -240,6 +240,20 @@ def test_transformer_encoder_layer_parameters():
     meta.load_state_dict(made[0].state_dict())
 
 
+@pytest.mark.parametrize("name", ["torch", "blocked"])
+@pytest.mark.parametrize("make", [
+    lambda: (lambda mha: lambda x: mha(x, x, x, need_weights=False))(
+        fastlm.nn.MultiheadAttention(8, 2, batch_first=True).eval()),
+    lambda: fastlm.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()], ids=["attention", "layer"])
+def test_a_named_backend_is_not_passed_by_in_inference(name, make):
+    """Stock's fused functions are no implementation of attention: where one is asked for, it runs."""
+    module, x = make(), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        assert "attention" not in {call.op for call in fastlm.explain(module, x)}
+        with fastlm.backend(name):
+            assert {call.op: call.ran for call in fastlm.explain(module, x)}["attention"] == name
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("whole", [False, True], ids=["attention", "layer"])

@@ -64,7 +64,7 @@ class UnigramLM(LanguageModel):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean of -log P(target) over the targets that are not -100, in nats per token."""
         self.check(tokens, targets)
-        check_range("UnigramLM", targets, self.config.vocab_size, IGNORED)
+        check_range("UnigramLM: targets", targets, self.config.vocab_size, IGNORED)
         return -self.log_probabilities()[targets[targets != IGNORED]].mean()
 
     def step(self, tokens: Tensor, state) -> tuple[Tensor, None]:

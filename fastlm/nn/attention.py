@@ -81,10 +81,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     def fuses(self, x: Tensor, need_weights: bool = False) -> bool:
         """Tell whether stock's fused function takes self-attention over `x` without masks, and is faster.
 
-        These are the conditions under which stock calls it.
+        These are the conditions under which stock calls it; `fastlm.backend` asks for an implementation of attention.
         """
         if self.training or x.dim() != 3 or x.device.type != "cpu" or torch.compiler.is_compiling() or not (
-                self.batch_first and torch.backends.mha.get_fastpath_enabled()):
+                self.batch_first and torch.backends.mha.get_fastpath_enabled() and dispatch.is_default()):
             return False
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is None or bias is None or self.bias_k is not None or self.add_zero_attn or self.num_heads % 2:

@@ -87,7 +87,7 @@ def _checked(input, target, weight, ignore_index):
         raise kind(f"cross_entropy: target has shape {list(target.shape)}, expected {list(expected)} for an input "
                    f"of shape {list(input.shape)}")
     target = target.long()
-    check_range("cross_entropy", target, classes, ignore_index)
+    check_range("cross_entropy: target", target, classes, ignore_index)
     return input, target, weight
 
 
@@ -108,8 +108,8 @@ def check_range(name: str, target: Tensor, classes: int, ignore_index: int) -> N
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
-        raise IndexError(f"{name}: target{where} is {target[tuple(where)].item()}, expected 0 to {classes - 1} "
-                         f"or ignore_index {ignore_index}")
+        ignored = "" if 0 <= ignore_index < classes else f" or ignore_index {ignore_index}"
+        raise IndexError(f"{name}{where} is {target[tuple(where)].item()}, expected 0 to {classes - 1}{ignored}")
 
 
 def reference(input, target, weight, ignore_index, reduction, label_smoothing):

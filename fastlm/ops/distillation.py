@@ -78,9 +78,9 @@ def linear_distillation(student_input: Tensor, student_weight: Tensor, *, teache
     for i, t in rows.items():
         if t is not None:
             args[i] = t.reshape(shape.numel(), *t.shape[len(shape):])
-    for name, index, ignored in (("target", args[9], ignore_index), ("teacher_topk", args[8], 0)):
+    for name, index, ignored in (("target", args[9], ignore_index), ("teacher_topk's indices", args[8], 0)):
         if index is not None:
-            check_range(f"linear_distillation, {name}", index, classes, ignored)
+            check_range(f"linear_distillation: {name}", index, classes, ignored)
     loss = op(*args, divergence, float(beta), float(temperature), float(hard_weight), ignore_index, reduction)
     loss = loss.reshape(shape) if reduction == "none" else loss
     return loss.float() if autocasts(device) and loss.dtype is not torch.float64 else loss

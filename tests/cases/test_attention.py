@@ -196,8 +196,9 @@ def test_float32_slopes_and_sinks_of_float64_queries_round_nothing(implementatio
         pytest.skip("has no float64")
     q, k, v = leaves(*[(1, 2, 9, 4)] * 3, device=device, dtype=torch.float64)
     slopes, sinks = torch.rand(2, device=device), torch.randn(2, device=device)
-    for a, b in zip(attention(q, k, v, alibi_slopes=slopes, sinks=sinks, return_lse=True),
-                    attention(q, k, v, alibi_slopes=slopes.double(), sinks=sinks.double(), return_lse=True), strict=True):
+    found, expected = (attention(q, k, v, alibi_slopes=a, sinks=b, return_lse=True)
+                       for a, b in ((slopes, sinks), (slopes.double(), sinks.double())))
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 

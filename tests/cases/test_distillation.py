@@ -171,7 +171,8 @@ BAD = {
     "target dtype": (dict(target=torch.zeros(4)), RuntimeError, "target must be int64"),
     "weight alone": (dict(teacher_weight=W), ValueError, "teacher_weight without teacher_input"),
     "reverse of top-k": (dict(teacher_logits=None, teacher_topk=TOPK, divergence="reverse_kl"), ValueError, "infinite"),
-    "index": (dict(teacher_logits=None, teacher_topk=(TOPK[0], TOPK[1] + 7)), IndexError, "is 7, expected 0 to 6"),
+    "index": (dict(teacher_logits=None, teacher_topk=(TOPK[0], TOPK[1] + 7)), IndexError,
+              r"teacher_topk's indices\[0, 0\] is 7, expected 0 to 6$"),
     "pair": (dict(teacher_logits=None, teacher_topk=TOPK[0]), TypeError, "must be a pair"),
 }
 
