@@ -140,8 +140,8 @@ def doctor(device: Device = None):
 
     device = _device(device)
     colours = {"ok": "green", "off": "yellow", "missing": "red"}
-    for title, checks in (("this machine", doctor.environment()),
-                          (f"implementations, on {device}", doctor.implementations(device))):
+    sized = f"implementations on {device} at one size of real models, float32; fastlm.explain tells of your call"
+    for title, checks in (("this machine", doctor.environment()), (sized, doctor.implementations(device))):
         table = Table("what", "state", "detail", "fix", title=title)
         for check in checks:
             table.add_row(check.name, f"[{colours[check.state]}]{check.state}[/]", _escape(check.detail),
