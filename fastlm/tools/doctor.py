@@ -37,7 +37,7 @@ def environment() -> list[Check]:
 
 
 def implementations(device: str = "cpu") -> list[Check]:
-    """Check each implementation of each op on `device`, in the order in which they are tried, for a size of real models.
+    """Check each implementation of each op on `device`, in the order of trying, at a size of real models.
 
     Nothing is run: implementations choose by metadata. Without gradients, as in inference.
     """
