@@ -203,8 +203,8 @@ def loss_of_logits(logits, target, weight, reduction, ignore_index, label_smooth
         loss = F.cross_entropy(logits, target, weight, reduction=reduction, **options)
     else:
         losses = F.cross_entropy(logits, target, weight, reduction="none", **options)
-        kept = losses.new_ones(()) if soft else (target != ignore_index).to(losses.dtype)
-        loss = losses + z_loss * logits.logsumexp(1).square() * kept
+        loss = losses + z_loss * logits.logsumexp(1).square()
+        loss = loss if soft else loss.where(target != ignore_index, 0)  # not a factor of 0: a mean of no rows has 1 / 0
         if reduction != "none":
             loss = loss.sum()
         if reduction == "mean":

@@ -101,9 +101,13 @@ def test_ignore_index(ignore_index, device):
         torch.testing.assert_close(a, b)
 
 
-def test_all_ignored_gives_nan_and_zero_gradients(device):
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"z_loss": 0.1, "softcap": 2.0, "label_smoothing": 0.1}],
+                         ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize("names", [("triton", "native"), ("blocked",), ("torch",), ("reference",)], ids=lambda n: n[-1])
+def test_all_ignored_gives_nan_and_zero_gradients(names, options, device):
     x, weight, target = problem(device=device)
-    loss = linear_cross_entropy(x, weight, torch.full_like(target, -100))
+    with fastlm.backend(*names):
+        loss = linear_cross_entropy(x, weight, torch.full_like(target, -100), **options)
     assert loss.isnan()
     assert all((g == 0).all() for g in grads(loss, x, weight))
 

@@ -115,6 +115,13 @@ def test_pages_of_a_sequence_without_queries_and_slopes_of_each(implementation):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+def test_sequences_without_queries_have_gradients_of_zero(implementation):
+    args = packed(queries=(0, 0, 0))
+    out = varlen_attn(*args, enable_gqa=True)
+    assert out.shape == (0, 4, 8)
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), args[:3]))
+
+
 def test_queries_behind_the_last_sequence_attend_to_nothing(implementation):
     q, k, v, cu_q, cu_k, *longest = packed()
     q = torch.cat([q, torch.ones(2, 4, 8)])
