@@ -37,6 +37,16 @@ def test_halves_of_a_projection_are_read_in_place(implementation):
         torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), x)[0] for t in (y, expected)))
 
 
+@pytest.mark.parametrize("apart", [(33, 40), (40, 33), (40, 50)])
+def test_each_of_both_has_strides_of_its_own(apart, implementation):
+    gate, up = (torch.randn(5, width)[:, :33].requires_grad_() for width in apart)
+    for fn, stock in ((swiglu, F.silu), (geglu, F.gelu)):
+        y, expected = fn(gate, up), stock(gate) * up
+        torch.testing.assert_close(y, expected)
+        grads = [torch.autograd.grad(t.sin().sum(), (gate, up)) for t in (y, expected)]
+        torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("fn", [swiglu, geglu, lambda a, b: geglu(a, b, "tanh")])
 def test_double_backward(fn, implementation):
     a, b = (torch.randn(3, 7, requires_grad=True) for _ in range(2))

@@ -65,7 +65,7 @@ def features(queries, keys):
     return {
         "causal": dict(is_causal=True),
         "scale": dict(scale=0.7),
-        "window": dict(window_size=(5, 2)),
+        "window": dict(window_size=(2, 1)),
         "causal at the end": dict(window_size=(-1, 0)),
         "softcap": dict(softcap=1.5),
         "alibi": dict(alibi_slopes=rand(HEADS).double()),
