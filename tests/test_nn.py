@@ -240,6 +240,15 @@ def test_transformer_encoder_layer_parameters():
     meta.load_state_dict(made[0].state_dict())
 
 
+@pytest.mark.parametrize("part", ["linear1", "self_attn", "norm2"])
+def test_hooks_on_the_parts_of_a_layer_are_called_in_inference(part):
+    layer, seen = fastlm.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), []
+    getattr(layer, part).register_forward_hook(lambda *_: seen.append(part))
+    with torch.no_grad():
+        layer(torch.randn(3, 5, 8))
+    assert seen == [part]
+
+
 @pytest.mark.parametrize("name", ["torch", "blocked"])
 @pytest.mark.parametrize("make", [
     lambda: (lambda mha: lambda x: mha(x, x, x, need_weights=False))(
