@@ -43,6 +43,15 @@ def test_a_mask_and_causality_apply_together(implementation, device):
         torch.testing.assert_close(attention(q, k, v, mask, is_causal=True), expected.float())
 
 
+@pytest.mark.parametrize("dim", [1, 15, 33])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_few_queries_of_odd_heads(queries, dim, implementation, device):
+    q, k, v = leaves((2, 2, queries, dim), (2, 2, 70, dim), (2, 2, 70, dim), device=device)
+    for mine, exact in zip(*(torch.autograd.grad(x.sin().sum(), (q, k, v)) + (x,) for x in (
+            attention(q, k, v), manual(q, k, v, None, causal=False))), strict=True):
+        torch.testing.assert_close(mine, exact.float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_queries_that_attend_to_nothing_are_zero_and_have_no_gradient(kind, implementation, device):
     q, k, v = leaves((1, 2, 4, 16), (1, 2, 6, 16), (1, 2, 6, 16), device=device)
