@@ -237,6 +237,7 @@ def samples(scale: str, dtype: torch.dtype, device: str):
         yield Sample(f"jsd of {beta}", make(20, 16, 70, divergence="jsd", beta=beta))
     yield Sample("top-k", make(20, 16, 70, "topk", temperature=1.5, hard=0.2))
     yield Sample("top-k, jsd", make(20, 16, 70, "topk", "jsd", beta=0.3))
+    yield Sample("top-k, jsd of 1", make(20, 16, 70, "topk", "jsd", beta=1.0))  # 0, though infinite for p
     yield Sample("sum", make(20, 16, 70, reduction="sum", ignore=5))
     yield Sample("hard only", make(20, 16, 70, hard=1.0, ignore=5))
     yield Sample("all ignored", make(5, 16, 70, hard=0.5, ignore=5))

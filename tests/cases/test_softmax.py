@@ -46,6 +46,14 @@ def test_a_whole_mask_of_one_column(implementation):
     torch.testing.assert_close(p, torch.softmax(x, -1) * mask)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_far_below_zero(masked, implementation):
+    """What lies beyond the end of a row is no maximum."""
+    x, mask = torch.randn(3, 21) - 300, torch.rand(3, 21) < 0.7 if masked else None
+    expected = torch.softmax(x.masked_fill(~mask, -torch.inf) if masked else x, -1)
+    torch.testing.assert_close(masked_softmax(x, mask), expected)
+
+
 def test_not_a_number_stays_in_its_row(implementation):
     x = torch.randn(3, 20)
     x[1, 3] = torch.nan
