@@ -222,6 +222,24 @@ def test_gradients_summed_over_many_steps(name):
 
 @native
 @each_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [
+    dict(batch=3), dict(batch=1), dict(lengths=(7, 5, 5, 1), bidirectional=True), dict(batch=2, bidirectional=True),
+    dict(batch=3, proj=5)], ids=["plain", "one sequence", "packed", "both ways", "projected"])
+def test_blocks_of_time(options, dtype, name, monkeypatch):
+    """Gates that are more than a cache holds are made, used and given back block by block: here step by step."""
+    if "proj" in options and name != "lstm":
+        pytest.skip("LSTM alone projects")
+    monkeypatch.setattr(recurrent_kernels, "BLOCK_BYTES", 1)
+
+    def errors(draw):
+        torch.manual_seed(draw)
+        return measure.errors(OPS[name], "native", make(name, dtype, steps=7, hidden=19, inputs=6, **options))
+    keep_error_rule(errors)
+
+
+@native
+@each_cell
 def test_deterministic_and_inputs_untouched(name):
     args = make(name, hidden=70, batch=5, lengths=(9, 9, 4, 2, 1), bidirectional=True)
     before = [x.clone() for x in measure.floating(args)]
