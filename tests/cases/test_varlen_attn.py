@@ -115,6 +115,17 @@ def test_pages_of_a_sequence_without_queries_and_slopes_of_each(implementation):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+def test_a_page_that_sequences_share_gets_the_gradient_of_each(implementation):
+    pool_k, pool_v = (torch.randn(3, 4, 2, 8, requires_grad=True) for _ in range(2))
+    query, cu_seq_q, used = torch.randn(5, 4, 8), torch.tensor([0, 2, 5]), torch.tensor([7, 8])
+    found = varlen_attn(query, pool_k, pool_v, cu_seq_q, None, 3, 8, enable_gqa=True, seqused_k=used,
+                        block_table=torch.tensor([[2, 0], [2, 1]]))
+    k, v = (torch.cat([x[2], x[0, :3], x[2], x[1]]) for x in (pool_k, pool_v))
+    expected, _ = one_by_one(query, k, v, cu_seq_q, torch.tensor([0, 7, 15]))
+    grads = [torch.autograd.grad(x.sin().sum(), (pool_k, pool_v)) for x in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_sequences_without_queries_have_gradients_of_zero(implementation):
     args = packed(queries=(0, 0, 0))
     out = varlen_attn(*args, enable_gqa=True)
