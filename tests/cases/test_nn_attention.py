@@ -97,6 +97,13 @@ def test_self_attention_by_hand():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
 
 
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_window_counts_the_tokens_before_the_own_one(window):
+    attend, x = fastlm.nn.SelfAttention(8, 2, window=window), torch.randn(1, 6, 8, requires_grad=True)
+    (seen,) = torch.autograd.grad(attend(x)[0, -1].sum(), x)
+    assert (seen[0].abs().sum(1) > 0).tolist() == [i >= 5 - window for i in range(6)]
+
+
 def test_reorder_lets_a_row_continue_another():
     module, x = make(rope=True), torch.randn(3, 6, 16)
     rows = torch.tensor([2, 2, 0])
