@@ -159,7 +159,7 @@ def test_features_and_their_pairs(chosen):
     check(chosen, 4, 7)
 
 
-@pytest.mark.parametrize("chosen", [*combinations(features(3, 3), 1)], ids="+".join)
+@pytest.mark.parametrize("chosen", [*combinations(features(3, 3), 1), ("causal at the end", "lengths")], ids="+".join)
 @pytest.mark.parametrize(("queries", "keys"), [(7, 4), (5, 5), (1, 6)])
 def test_features_where_queries_are_more_or_as_many(chosen, queries, keys):
     check(chosen, queries, keys)
