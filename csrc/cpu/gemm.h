@@ -1,6 +1,7 @@
 // Products with a packed matrix, for the few rows of one time step.
 #pragma once
 
+#include "pack.h"
 #include "simd.h"
 
 namespace fastlm {
@@ -69,34 +70,6 @@ void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* ne
   }
 }
 
-// panel [depth, NV vectors]: vector j holds, transposed, the rows of w [·, depth] from j·stride + u on, as many as
-// units from u + j·shift on exist, then zeros
-template <class T, int NV>
-void pack_rows(const T* w, int64_t stride, int64_t shift, int64_t units, int64_t depth, int64_t u, T* panel) {
-  constexpr int lanes = kLanes<T>;
-  for (int j = 0; j < NV; ++j)
-    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-      const int64_t k1 = k0 + 16 < depth ? k0 + 16 : depth;
-      for (int lane = 0; lane < lanes; ++lane) {
-        const bool there = u + j * shift + lane < units;
-        const T* from = w + (there ? (j * stride + u + lane) * depth : 0);
-        T* to = panel + j * lanes + lane;
-        for (int64_t k = k0; k < k1; ++k) to[k * NV * lanes] = there ? from[k] : T(0);
-      }
-    }
-}
-
-// panel [depth, NV vectors] = columns u..u+n of w [depth, units]
-template <class T, int NV>
-void pack_columns(const T* w, int64_t units, int64_t depth, int64_t u, int64_t n, T* panel) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t k = 0; k < depth; ++k)
-    for (int j = 0; j < NV; ++j) {
-      const int64_t left = n - j * lanes;
-      store(panel + (k * NV + j) * lanes, load(w + k * units + u + j * lanes, left < lanes ? int(left) : lanes));
-    }
-}
-
 // out [width] += Σ_i d[i] · w[i] for `rows` rows of w, read in place, from the last on if `back`; eight products are
 // summed before each addition
 template <class T>
@@ -150,15 +123,15 @@ struct VectorProduct {
   // Rows of w [G·units, depth].
   template <int G, int count>
   void pack_gates(const T* w, int64_t units, int64_t u, T* panel) const {
-    if constexpr (G == 1)
-      pack_rows<T, count>(w, kLanes<T>, kLanes<T>, units, depth, u, panel);
-    else
-      pack_rows<T, G>(w, units, 0, units, depth, u, panel);
+    for (int g = 0; g < G; ++g)
+      pack<T, count>(w + (g * units + u) * depth, depth, 1, units - u, depth, [&](int64_t k, int j, const Vector<T>& v)
+                         FASTLM_INLINED { store(panel + ((k * count + j) * G + g) * kLanes<T>, v); });
   }
   // n columns of w [depth, units].
   template <int count>
   void pack_units(const T* w, int64_t units, int64_t u, int64_t n, T* panel) const {
-    pack_columns<T, count>(w, units, depth, u, n, panel);
+    pack<T, count>(w + u, 1, units, n, depth, [&](int64_t k, int j, const Vector<T>& v)
+                       FASTLM_INLINED { store(panel + (k * count + j) * kLanes<T>, v); });
   }
   template <int count, class Fetch>
   void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* next, T* out,

@@ -4,8 +4,8 @@
 #include "../product.h"
 
 #include <algorithm>
-#include <utility>
 
+#include "pack.h"
 #include "simd.h"
 #include "team.h"
 
@@ -29,61 +29,33 @@ constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }  
 
 // --- packing ------------------------------------------------------------------------------------------------------
 
-template <class T, size_t... I>
-FASTLM_INLINE void zip(const Vector<T>& a, const Vector<T>& b, Vector<T>& low, Vector<T>& high,
-                       std::index_sequence<I...>) {
-  constexpr int lanes = kLanes<T>;
+// The lanes of v from `first` on, before the others.
+template <class T, int first, size_t... I>
+FASTLM_INLINE Vector<T> lanes_from(const Vector<T>& v, std::index_sequence<I...>) {
 #if defined(__clang__)
-  low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * lanes)...);
-  high = __builtin_shufflevector(a, b, (lanes / 2 + I / 2 + I % 2 * lanes)...);
+  return __builtin_shufflevector(v, v, ((I + first) % kLanes<T>)...);
 #else
-  using Bits = typename Simd<T>::Bits;
-  low = __builtin_shuffle(a, b, Bits{(I / 2 + I % 2 * lanes)...});
-  high = __builtin_shuffle(a, b, Bits{(lanes / 2 + I / 2 + I % 2 * lanes)...});
+  return __builtin_shuffle(v, typename Simd<T>::Bits{((I + first) % kLanes<T>)...});
 #endif
 }
 
-// Transpose a square of vectors: each round interleaves its halves.
+// Strips [depth, kRows] of a [rows, depth], one after the other, zeros after the last row. A vector may hold the rows of
+// two strips; four vectors use each page of a column-major A while it is at hand.
 template <class T>
-FASTLM_INLINE void transpose(Vector<T> (&v)[kLanes<T>]) {
-  constexpr int lanes = kLanes<T>;
-#pragma GCC unroll 4
-  for (int round = 1; round < lanes; round *= 2) {
-    Vector<T> w[lanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes / 2; ++i)
-      zip<T>(v[i], v[i + lanes / 2], w[2 * i], w[2 * i + 1], std::make_index_sequence<lanes>());
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) v[i] = w[i];
-  }
-}
-
-// out [depth, width] = `count` lines, then zeros; number k of line i is from[i·across + k·along]
-template <class T, int width>
-void pack(const T* from, int64_t across, int64_t along, int64_t count, int64_t depth, T* out) {
-  constexpr int lanes = kLanes<T>;
-  for (int j = 0; j < width; j += lanes) {
-    const int take = width - j < lanes ? width - j : lanes;
-    const int there = int(std::clamp<int64_t>(count - j, 0, take));
-    const T* const lines = from + j * across;
-    int64_t k = 0;
-    if (across == 1) {
-      if (there == take)
-        for (; k < depth; ++k) store(out + k * width + j, load(lines + k * along, take), take);
-      else
-        for (; k < depth; ++k) store(out + k * width + j, load(lines + k * along, there), take);
-    } else if (along == 1) {
-      for (; k + lanes <= depth; k += lanes) {
-        Vector<T> square[lanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = i < there ? load(lines + i * across + k) : Vector<T>{};
-        transpose<T>(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) store(out + (k + i) * width + j, square[i], take);
-      }
-    }
-    for (; k < depth; ++k)
-      for (int i = 0; i < take; ++i) out[k * width + j + i] = i < there ? lines[i * across + k * along] : T(0);
+void pack_strips(const T* a, int64_t a_row, int64_t a_column, int64_t rows, int64_t depth, T* strips) {
+  constexpr int lanes = kLanes<T>, together = kRows < lanes ? kRows : lanes, vectors = 4;
+  static_assert(together * 2 >= lanes);
+  const int64_t all = up(rows, kRows);
+  for (int64_t i = 0; i < all; i += vectors * lanes) {
+    pack<T, vectors>(a + i * a_row, a_row, a_column, rows - i, depth,
+                     [&](int64_t k, int j, const Vector<T>& v) FASTLM_INLINED {
+      const int64_t row = i + j * lanes;
+      T* const first = strips + row / kRows * kRows * depth + row % kRows + k * kRows;
+      if (row < all) store(first, v, together);
+      if constexpr (together < lanes)
+        if (row + together < all)
+          store(first + depth * kRows, lanes_from<T, together>(v, std::make_index_sequence<lanes>()), together);
+    });
   }
 }
 
@@ -96,19 +68,20 @@ struct Start {
   int64_t row;
 };
 
-// c [rows, columns] = start + strip [depth, kRows]ᵀ · panel [depth, kWidth]; meanwhile `depth` cache lines from `ahead`
-// on are fetched, and c row by row: at once they would take all buffers that the panel is waiting for.
-template <class T>
+// c [rows, columns] = start + strip [depth, kRows]ᵀ · panel [depth, kWidth], of which `count` vectors hold the columns;
+// meanwhile `depth` cache lines from `ahead` on are fetched, and c row by row: at once they would take all buffers that
+// the panel is waiting for.
+template <class T, int count>
 void tile(const T* strip, const T* panel, int64_t depth, Start<T> start, T* c, int64_t c_row, int rows, int columns,
           const T* ahead) {
   using V = Vector<T>;
   constexpr int lanes = kLanes<T>;
-  V acc[kRows][kVectors] = {};
+  V acc[kRows][count] = {};
   const V* b = reinterpret_cast<const V*>(panel);
   const char* line = reinterpret_cast<const char*>(ahead);
   int64_t k = 0;
   for (int row = 0; row <= kRows; ++row) {
-    if (row < rows) prefetch_to_write(c + row * c_row, kWidth<T>);
+    if (row < rows) prefetch_to_write(c + row * c_row, count * lanes);
     const int64_t end = row < kRows ? depth * (row + 1) / (kRows + 2) : depth;
     for (; k < end; ++k, b += kVectors, strip += kRows, line += 64) {
       __builtin_prefetch(line, 0, 2);
@@ -116,7 +89,7 @@ void tile(const T* strip, const T* panel, int64_t depth, Start<T> start, T* c, i
       for (int i = 0; i < kRows; ++i) {
         const T a = strip[i];
 #pragma GCC unroll 3
-        for (int j = 0; j < kVectors; ++j) acc[i][j] += a * b[j];
+        for (int j = 0; j < count; ++j) acc[i][j] += a * b[j];
       }
     }
   }
@@ -124,11 +97,11 @@ void tile(const T* strip, const T* panel, int64_t depth, Start<T> start, T* c, i
     const V sum = start.from ? acc[i][j] + load(start.from + i * start.row + j * lanes, n) : acc[i][j];
     store(c + i * c_row + j * lanes, sum, n);
   };
-  const bool whole = rows == kRows && columns == kWidth<T>;
+  const bool whole = rows == kRows && columns == count * lanes;
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < count; ++j) {
       if (whole)
         finish(i, j, lanes);
       else if (i < rows)
@@ -200,21 +173,22 @@ class Share {
     const T* const b = static_cast<const T*>(p.b) + k * p.b_row + n * p.b_column;
     const int64_t panels = up(columns, kWidth<T>) / kWidth<T>;
     for (int64_t i = me.begin(panels); i < me.end(panels); ++i)
-      pack<T, kWidth<T>>(b + i * kWidth<T> * p.b_column, p.b_column, p.b_row, columns - i * kWidth<T>, depth,
-                         space.panels() + i * kWidth<T> * depth);
+      pack<T, kVectors>(b + i * kWidth<T> * p.b_column, p.b_column, p.b_row, columns - i * kWidth<T>, depth,
+                        [panel = space.panels() + i * kWidth<T> * depth](int64_t k, int j, const Vector<T>& v)
+                            FASTLM_INLINED { store(panel + k * kWidth<T> + j * kLanes<T>, v); });
   }
 
   void multiply(int64_t m, int64_t rows, int64_t k, int64_t depth, int64_t n, int64_t columns) {
     const T* const a = static_cast<const T*>(p.a) + m * p.a_row + k * p.a_column;
     T* const block = space.block(me.index);
-    for (int64_t i = 0; i < rows; i += kRows)
-      pack<T, kRows>(a + i * p.a_row, p.a_row, p.a_column, rows - i, depth, block + i * depth);
+    pack_strips(a, p.a_row, p.a_column, rows, depth, block);
     const int64_t panels = up(columns, kWidth<T>) / kWidth<T>;
     const int64_t first = by_rows ? 0 : me.begin(panels), last = by_rows ? panels : me.end(panels);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t j = panel * kWidth<T>;
       const T* const packed = space.panels() + j * depth;
       const T* const next = packed + (panel + 1 < last ? kWidth<T> * depth : 0);
+      const int wide = int(std::min<int64_t>(columns - j, kWidth<T>));
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t strip = i / kRows;  // the first kVectors of them fetch the next panel: it is as many lines
         const T* const ahead = strip < kVectors ? next + strip * depth * kLanes<T> : packed;
@@ -222,8 +196,10 @@ class Share {
         const Start<T> start = k > 0 || p.add ? Start<T>{c, p.c_row}
                                : p.bias       ? Start<T>{static_cast<const T*>(p.bias) + n + j, 0}
                                               : Start<T>{nullptr, 0};
-        tile(block + i * depth, packed, depth, start, c, p.c_row, int(std::min<int64_t>(rows - i, kRows)),
-             int(std::min<int64_t>(columns - j, kWidth<T>)), ahead);
+        with_count<kVectors>((wide + kLanes<T> - 1) / kLanes<T>, [&](auto count) {
+          tile<T, count>(block + i * depth, packed, depth, start, c, p.c_row, int(std::min<int64_t>(rows - i, kRows)),
+                         wide, ahead);
+        });
       }
     }
   }

@@ -315,6 +315,8 @@ class Layers:
                        total, *pair(d_states), workspace)
             self.call("rnn_backward", y, problem, steps, 0 if gates is None else gates.shape[1], d.shape[1],
                       self.addresses(buffers, "nnnnsssnssnsssn", like=y))
+            if steps == blocks[-1][0]:
+                del buffers, workspace  # before the products, at whose end most memory is in use
             d_in, later = d[:, :wide], steps != blocks[0][0]
             if need_x:
                 self.pull(d_in, w_ih, turn, dx[part])
