@@ -93,7 +93,7 @@ void add_rows(const T* w, int64_t width, int rows, bool back, const T* d, T* out
   }
 }
 
-// How a time step multiplies its operand, [B, depth] numbers of T, by W_hh: see rnn.cpp. A panel of it is packed for
+// How a time step multiplies its operand, [B, depth] numbers of T, by W_hh: see rnn_plan.h. A panel of it is packed for
 // the gates of `count` vectors of units (forward: one vector a gate) or for the units themselves (backward).
 template <class T>
 struct VectorProduct {

@@ -39,8 +39,8 @@ FASTLM_INLINE Vector<T> lanes_from(const Vector<T>& v, std::index_sequence<I...>
 #endif
 }
 
-// Strips [depth, kRows] of a [rows, depth], one after the other, zeros after the last row. A vector may hold the rows of
-// two strips; four vectors use each page of a column-major A while it is at hand.
+// Strips [depth, kRows] of a [rows, depth], one after the other, zeros after the last row. A vector may hold the rows
+// of two strips; four vectors use each page of a column-major A while it is at hand.
 template <class T>
 void pack_strips(const T* a, int64_t a_row, int64_t a_column, int64_t rows, int64_t depth, T* strips) {
   constexpr int lanes = kLanes<T>, together = kRows < lanes ? kRows : lanes, vectors = 4;
