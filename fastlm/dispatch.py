@@ -125,12 +125,13 @@ def at_once(shortcut: Callable) -> Callable:
     >>> @at_once(lambda x: torch.relu(x) if x.numel() < FEW else None)
     ... def relu(x): ...
     """
+    is_compiling, saving_hooks = torch.compiler.is_compiling, torch._C._autograd._top_saved_tensors_default_hooks
+
     def decorate(function):
         @functools.wraps(function)
         def call(*args, **kwargs):
             # A hook on what is saved may raise, as a checkpoint's does when it has seen enough.
-            if not _order and _calls is None and not torch.compiler.is_compiling() and (
-                    torch._C._autograd._top_saved_tensors_default_hooks(True) is None):
+            if not _order and _calls is None and not is_compiling() and saving_hooks(True) is None:
                 try:
                     found = shortcut(*args, **kwargs)
                 except Exception:

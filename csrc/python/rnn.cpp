@@ -114,7 +114,8 @@ py::tuple addresses(const py::tuple& tensors, const std::string& kinds, py::hand
 
 // One step of one layer without gradients, checks and results included, because a stream calls for every token and
 // Python takes longer than the kernel: (y, hn) or (y, hn, cn), or None where the arguments are not what a kernel can
-// take, for whatever reason. They come as the caller gave them.
+// take, for whatever reason. They come as the caller gave them. Where x is [B, I] and states are [B, H], as a cell has
+// them, the results are (hn,) or (hn, cn) alike.
 //
 // `types` are the classes of tensors that a kernel may read, `dtypes` begins with float32 and may go on with float64.
 class RnnStep {
@@ -122,11 +123,15 @@ class RnnStep {
   py::object dtype;  // of all tensors
   bool fits = true;
 
+  bool readable(py::handle t) const {
+    const py::handle type = py::type::handle_of(t);
+    return type.is(types[0]) || type.is(types[1]);
+  }
   // A tensor that a kernel can read, of this shape; 0 stands for a size that it is to tell.
   template <size_t n>
   Address address(py::handle t, std::array<int64_t, n>& shape) {
-    const py::handle type = py::type::handle_of(t), yes(Py_True);
-    fits = fits && (type.is(types[0]) || type.is(types[1]));
+    const py::handle yes(Py_True);
+    fits = fits && readable(t);
     if (!fits) return {0};
     const Attributes of(t);
     if (!dtype) dtype = of.get(kDtype);
@@ -160,25 +165,32 @@ class RnnStep {
     const auto item = [](py::handle all, int i) { return py::handle(PySequence_Fast_GET_ITEM(all.ptr(), i)); };
     const bool alone = states == 1 && !listed(hx, 1);
     if (!(alone || listed(hx, states)) || !listed(params, biased ? 4 : 2)) return py::none();
+    const bool bare = readable(x) && py::len(Attributes(x).get(kShape)) == 2;
     std::array<int64_t, 3> of_x{batch_first ? 0 : 1, batch_first ? 1 : 0, 0};
-    std::array<int64_t, 2> of_w{0, 0};
-    Address from[7] = {address(x, of_x)};
+    std::array<int64_t, 2> of_bare_x{0, 0}, of_w{0, 0};
+    Address from[7] = {bare ? address(x, of_bare_x) : address(x, of_x)};
     const bool single = fits && dtype.is(dtypes[0]);
     fits = fits && (single || (dtypes.size() > 1 && dtype.is(dtypes[1])));
     from[2] = address(item(params, 1), of_w);
-    const int64_t batch = of_x[batch_first ? 0 : 1], inputs = of_x[2], rows = of_w[0], hidden = of_w[1];
+    const int64_t batch = bare ? of_bare_x[0] : of_x[batch_first ? 0 : 1], inputs = bare ? of_bare_x[1] : of_x[2];
+    const int64_t rows = of_w[0], hidden = of_w[1];
+    const auto state = [&](py::handle t) {
+      return bare ? of_shape(t, batch, hidden) : of_shape(t, int64_t(1), batch, hidden);
+    };
     fits = fits && rows == gates * hidden && hidden >= least;
     from[1] = of_shape(item(params, 0), rows, inputs);
     for (int i = 3; i < 5 && biased; ++i) from[i] = of_shape(item(params, i - 1), rows);
-    for (int i = 0; i < states; ++i) from[5 + i] = of_shape(alone ? hx : item(hx, i), int64_t(1), batch, hidden);
+    for (int i = 0; i < states; ++i) from[5 + i] = state(alone ? hx : item(hx, i));
     if (!fits) return py::none();
-    py::tuple results(1 + states);
+    py::tuple results(states + !bare);
     Address to[3] = {};
-    for (int i = 0; i <= states; ++i) {
-      results[i] = empty_like(alone ? hx : item(hx, i == 2));
-      to[i] = of_shape(results[i], int64_t(1), batch, hidden);
+    for (int i = bare; i <= states; ++i) {
+      const py::object like = empty_like(alone ? hx : item(hx, i == 2));
+      to[i] = state(like);
+      results[i - bare] = like;
     }
     if (!fits) return py::none();
+    if (bare) to[0] = to[1];  // which a kernel then writes twice
     const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, 0, nullptr, threads, Precision::highest, 0, 1};
     static bool back = false;  // the GIL guards it; either way gives the same numbers
     back = !back;

@@ -25,14 +25,20 @@ from fastlm.ops.rnn import op as rnn_op
 
 def _unchecked(module, input, hx=None):
     """Run the layers over a dense batch: one step in one call of C++ where it can be, else by the op, which checks."""
-    if input.dim() != 3:
-        return None
-    batch_dim = 0 if module.batch_first else 1
-    state = module._zeros(input, input.size(batch_dim)) if hx is None else module._split(hx)
-    args, found = (input, module._join(state), *module._settings, module.batch_first), None
-    if input.size(1 - batch_dim) == 1:
-        found = module.op.at_once(*args, *module._cell)
-    output, *state = module._run(*args) if found is None else found
+    steps, batch, _ = input.shape
+    if module.batch_first:
+        steps, batch = batch, steps
+    if hx is None:
+        state = module._zeros(input, batch)
+    else:
+        state = module._split(hx)
+        module._check_state(state, (batch,))
+    settings, found = (*module._settings, module.batch_first), None
+    if module._few(input, steps):
+        found = module.op.implementations["torch"].run(input, None, state, *settings, *module._cell)
+    elif steps == 1:
+        found = module.op.at_once(input, module._join(state), *settings, *module._cell)
+    output, *state = module._run(input, module._join(state), *settings) if found is None else found
     return output, module._join(state)
 
 
@@ -172,6 +178,15 @@ class _Recurrent(nn.Module):
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return output, self._join(_permute(state, unsorted_indices))
 
+    def _few(self, input, steps) -> bool:
+        """Tell whether there is so little to compute that stock is the faster one on every CPU: see `losses`."""
+        if input.dtype is not torch.float32 or not input.is_cpu or self.proj_size or autocasts("cpu"):
+            return False
+        trains = torch.is_grad_enabled() and self._flat_weights[0].requires_grad
+        if self.gates == 4 and steps > 1:
+            return self.hidden_size < 256 and steps < 128
+        return trains and steps < 16
+
     def _run(self, *args):
         return self.op(*recurrent.canonical(self.op.name, self.gates, len(self._widths), args, {}), *self._cell)
 
@@ -280,18 +295,22 @@ class _Cell:
 
     _pair = False  # whether the state is (h, c)
 
-    def _stream(self, input, hx):
+    _nonlinearity = ()  # what the op takes besides torch's arguments
+
+    def _stream(self, input, states, weights):
         """Run one step without gradients in one call of C++, as `_unchecked` does."""
-        states = (input.new_zeros(1, input.size(0), self.hidden_size),) * (2 if self._pair else 1) if hx is None else [
-            h.unsqueeze(0) for h in (hx if self._pair else (hx,))]
-        biases = [self.bias_ih, self.bias_hh] if self.bias else []
-        found = self.op.at_once(input.unsqueeze(0), states if self._pair else states[0],
-                                [self.weight_ih, self.weight_hh, *biases], self.bias, 1, 0.0, self.training, False,
-                                False, *((self.nonlinearity,) if self.op is rnn_op else ()))
-        if found is None:
-            return None
-        found = [state.squeeze(0) for state in found[1:]]
-        return tuple(found) if self._pair else found[0]
+        if states is None:
+            states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if self._pair else 1)
+        found = self.op.at_once(input, states, weights, self.bias, 1, 0.0, self.training, False, False,
+                                *self._nonlinearity)
+        return found if found is None or self._pair else found[0]
+
+    def _weights(self):
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
+        try:
+            return [self._parameters[name] for name in names]
+        except KeyError:  # parametrised or pruned: an attribute that is made of others
+            return [getattr(self, name) for name in names]
 
     def _advance(self, run, input, states):
         """Return the states after `input`; `states` is None for zeros.
@@ -316,24 +335,21 @@ class _Cell:
                 raise RuntimeError(f"{name}: {what} has shape {list(state.shape)}, expected {list(shape)}")
         grow = (None,) * (3 - input.dim())
         states = [state[grow] for state in states]
-        weights = [self.weight_ih, self.weight_hh, *([self.bias_ih, self.bias_hh] if self.bias else [])]
-        _, *states = run(input[grow], states if self._pair else states[0], weights, self.bias, 1, 0.0, self.training,
-                         False, False)
+        _, *states = run(input[grow], states if self._pair else states[0], self._weights(), self.bias, 1, 0.0,
+                         self.training, False, False)
         return [state.view(shape) for state in states]
 
 
 def _few(stock):
     """Return the shortcut of a cell to torch.nn's, which is the faster one in training and for few hidden units."""
     def shortcut(self, input, hx=None):
-        weight = self.weight_ih
-        for t in (input, *((hx if self._pair else (hx,)) if hx is not None else ())):
-            if t.dtype is not torch.float32 or t.device != weight.device:
+        weights, states = self._weights(), hx if hx is None or self._pair else (hx,)
+        if self.hidden_size >= IN_PLACE and not (torch.is_grad_enabled() and weights[0].requires_grad):
+            return self._stream(input, states, weights)
+        for t in (weights[0], input, *(states or ())):
+            if t.dtype is not torch.float32 or t.device != input.device:
                 return None
-        if weight.dtype is not torch.float32:
-            return None
-        if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weight.requires_grad):
-            return stock.forward(self, input, hx)
-        return self._stream(input, hx) if input.dim() == 2 else None
+        return stock.forward(self, input, hx)
     return at_once(shortcut)
 
 
@@ -341,6 +357,10 @@ class RNNCell(_Cell, nn.RNNCell):
     """Apply one step of an Elman network, with the arguments of `torch.nn.RNNCell`."""
 
     op = rnn_op
+
+    @property
+    def _nonlinearity(self):
+        return (self.nonlinearity,)
 
     @_few(nn.RNNCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

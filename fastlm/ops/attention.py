@@ -39,14 +39,18 @@ LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python
 
 def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Call SDPA where it can take the call as it is; see `stock`."""
-    shape, shape_of_keys = query.shape, key.shape
-    if not (query.is_cpu and len(shape) == len(shape_of_keys) == 4 and shape_of_keys == value.shape) or (
-            shape[0] != shape_of_keys[0] or (dropout_p and attn_mask is not None)) or (  # nothing is drawn in vain
-            2 * query.numel() * shape_of_keys[2] >= LEAST) or (scale is not None and scale <= 0) or (
-            attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype)):
+    shape = key.shape
+    batch, heads, queries, width = query.shape
+    if shape != value.shape or shape[0] != batch or 2 * batch * heads * queries * width * shape[2] >= LEAST or (
+            (scale is not None and scale <= 0) or not query.is_cpu or transformed()):
         return None
-    found = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return found if found.shape == shape else None  # else a mask has widened it
+    if attn_mask is not None and (dropout_p or attn_mask.dtype not in (torch.bool, query.dtype)):
+        return None  # nothing is drawn in vain
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                           enable_gqa=enable_gqa)
+    if found.shape != query.shape:
+        return None  # a mask has widened it
+    return _twice(found) if found.requires_grad else found
 
 
 @at_once(_few)
@@ -311,8 +315,14 @@ def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             return _flash((query, key, value, additive(attn_mask, query.dtype)), is_causal, scale)[0]
     found = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                                            enable_gqa=enable_gqa)
-    if found.requires_grad and found.grad_fn.name() == FLASH:
-        found.grad_fn.register_hook(_flash_twice)
+    return _twice(found) if found.requires_grad else found
+
+
+def _twice(found):
+    """Let what SDPA has returned be differentiated twice: its CPU kernel's backward has no derivative."""
+    node = found.grad_fn
+    if node.name() == FLASH:
+        node.register_hook(_flash_twice)
     return found
 
 

@@ -26,7 +26,7 @@ def gru(data: Tensor, batch_sizes: Tensor, hx: Tensor, params: list[Tensor], has
         dropout: float, train: bool, bidirectional: bool) -> tuple[Tensor, Tensor]: ...
 
 
-@at_once(lambda *args: op.at_once(*args))
+@at_once(lambda *args: op.at_once(*args) if args[0].dim() == 3 else None)
 def gru(*args, **kwargs):
     """Run a network of GRU layers; the arguments and results are those of `torch.gru`.
 

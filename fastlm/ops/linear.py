@@ -11,7 +11,7 @@ LEAST = 1 << 23  # multiplications, from which more are: 2026-11-25
 
 
 def _few(input, weight, bias=None):
-    outputs = weight.size(0)
+    outputs = weight.shape[0]
     if weight.numel() < LEAST_WEIGHT and input.numel() * outputs < LEAST and weight.device == input.device and (
             bias is None or (bias.numel() == outputs and bias.dim() == 1)):
         return F.linear(input, weight, bias)

@@ -28,7 +28,7 @@ def lstm(data: Tensor, batch_sizes: Tensor, hx: list[Tensor] | tuple[Tensor, Ten
          ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-@at_once(lambda *args: op.at_once(*args))
+@at_once(lambda *args: op.at_once(*args) if args[0].dim() == 3 else None)
 def lstm(*args, **kwargs):
     """Run a network of LSTM layers; the arguments and results are those of `torch.lstm`.
 

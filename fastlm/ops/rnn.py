@@ -24,7 +24,7 @@ def rnn(data: Tensor, batch_sizes: Tensor, hx: Tensor, params: list[Tensor], has
         ) -> tuple[Tensor, Tensor]: ...
 
 
-@at_once(lambda *args, nonlinearity="tanh": op.at_once(*args, nonlinearity))
+@at_once(lambda *args, nonlinearity="tanh": op.at_once(*args, nonlinearity) if args[0].dim() == 3 else None)
 def rnn(*args, nonlinearity="tanh", **kwargs):
     """Run a network of Elman layers; arguments and results are those of `torch.rnn_tanh` and `torch.rnn_relu`.
 

@@ -17,11 +17,15 @@ from fastlm.dispatch import Op, Sample, at_once
 FEW = 1 << 14  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
 
 
-def _few(stock, input, dim, dtype=None):
-    return stock(input, dim, dtype) if input.numel() < FEW else None
+def _few(stock):
+    def shortcut(input, dim, dtype=None):
+        if input.numel() >= FEW:
+            return None
+        return stock(input, dim) if dtype is None else stock(input, dim, dtype)
+    return at_once(shortcut)
 
 
-@at_once(partial(_few, torch.softmax))
+@_few(torch.softmax)
 def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Normalise `input` to probabilities along `dim`.
 
@@ -41,7 +45,7 @@ def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = N
     return op(_checked("softmax", input, dim, dtype), dim)
 
 
-@at_once(partial(_few, torch.log_softmax))
+@_few(torch.log_softmax)
 def log_softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Return the logarithm of the softmax of `input` along `dim`, exact also where the probabilities round to zero.
 
