@@ -1,5 +1,9 @@
 // Products and quantized layers: csrc/product.h, csrc/quant.h.
 
+#include <functional>
+#include <memory>
+#include <numeric>
+
 #include "arguments.h"
 
 namespace fastlm {
@@ -14,6 +18,47 @@ QuantizedLinear quantized(int kind, int number, int64_t rows, int64_t in, int64_
   p.kind = static_cast<QuantizedWeight>(kind), p.number = static_cast<Number>(number);
   p.rows = rows, p.in = in, p.out = out, p.group = group, p.threads = threads;
   return p;
+}
+
+// `quantized_linear` without gradients, checks and result included: y, or None where the arguments are not what a kernel
+// can take, for whatever reason. They come as the caller gave them; `dtypes` are those that x may have, then the weight's.
+py::object quantized_at_once(int kind, int64_t group, int threads, int64_t most_rows, bool frozen, py::handle x,
+                             py::handle weight, py::handle scale, py::handle bias, const py::tuple& types,
+                             const py::tuple& dtypes) {
+  Tensors tensors(types);
+  const std::vector<int64_t> of_x = tensors.shape(x), of_w = tensors.shape(weight);
+  if (!tensors.fits || of_x.empty() || of_w.size() != 2 || dtypes.size() != 4) return py::none();
+  const auto trains = [&](py::handle t) { return !frozen && !Attributes(t).get(kRequiresGrad).is(py::handle(Py_False)); };
+  const py::object dtype = Attributes(x).get(kDtype);
+  int number = 0;
+  while (number < 3 && !dtype.is(dtypes[number])) ++number;
+  const int64_t in = of_x.back(), out = of_w[0];
+  const int64_t rows = std::accumulate(of_x.begin(), of_x.end() - 1, int64_t(1), std::multiplies<int64_t>());
+  if (number > 2 || rows > most_rows || trains(x) || (!bias.is_none() && (number || trains(bias)))) return py::none();
+  QuantizedLinear p = quantized(kind, number, rows, in, out, group, threads);
+  std::vector<int64_t> of_scale{out}, of_y = of_x;
+  of_y.back() = out;
+  if (kind == 2) of_scale.push_back((in + group - 1) / group);
+  p.x = tensors.address(x, dtype, of_x);
+  p.weight = tensors.address(weight, dtypes[3], {out, kind == 2 ? (in + 1) / 2 : in});
+  p.scale = tensors.address(scale, dtypes[0], of_scale);
+  if (!bias.is_none()) p.bias = tensors.address(bias, dtypes[0], {out});
+  if (!tensors.fits) return py::none();
+  py::tuple sizes(of_y.size());
+  for (size_t i = 0; i < of_y.size(); ++i) sizes[i] = of_y[i];
+  const py::object y = x.attr("new_empty")(sizes);
+  p.y = tensors.address(y, dtype, of_y);
+  if (!tensors.fits) return py::none();
+  struct Line {
+    alignas(64) char bytes[64];
+  };
+  {
+    py::gil_scoped_release release;
+    const std::unique_ptr<Line[]> workspace(new Line[kernels.quantized_linear_workspace(p) / sizeof(Line) + 1]);
+    p.workspace = workspace.get();
+    kernels.quantized_linear(p);
+  }
+  return y;
 }
 
 }  // namespace
@@ -66,6 +111,8 @@ void define_linear(py::module_& m) {
           kernels.quantized_linear(p);
         },
         "Run QuantizedLinear: addresses of x, weight, scale, bias, y, workspace.");
+  m.def("quantized_linear_at_once", &quantized_at_once,
+        "Run QuantizedLinear with its result; None where a kernel cannot.");
 }
 
 }  // namespace fastlm

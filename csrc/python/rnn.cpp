@@ -63,31 +63,6 @@ void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, con
   kernel(p, call);
 }
 
-enum Attribute { kDtype, kDevice, kIsCpu, kIsContiguous, kDataPtr, kShape, kIsNeg };
-
-// What a tensor says of itself, by names that are made once.
-struct Attributes {
-  py::handle tensor;
-
-  explicit Attributes(py::handle tensor) : tensor(tensor) {}
-  py::object get(Attribute name) const { return checked(PyObject_GetAttr(tensor.ptr(), interned(name))); }
-  py::object call(Attribute name) const { return checked(PyObject_CallMethodNoArgs(tensor.ptr(), interned(name))); }
-
- private:
-  static PyObject* interned(Attribute name) {
-    static PyObject* const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("device"),
-                                      PyUnicode_InternFromString("is_cpu"),
-                                      PyUnicode_InternFromString("is_contiguous"),
-                                      PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("shape"),
-                                      PyUnicode_InternFromString("is_neg")};
-    return names[name];
-  }
-  static py::object checked(PyObject* found) {
-    if (!found) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(found);
-  }
-};
-
 // Where tensors lie, 0 for None, each checked for what a kernel takes for granted: contiguous, on `device`, and of the
 // dtype that `kinds` names, a letter for each: n numbers, s what carries a state, w weights.
 py::tuple addresses(const py::tuple& tensors, const std::string& kinds, py::handle device, py::handle number,
@@ -117,42 +92,19 @@ py::tuple addresses(const py::tuple& tensors, const std::string& kinds, py::hand
 // take, for whatever reason. They come as the caller gave them. Where x is [B, I] and states are [B, H], as a cell has
 // them, the results are (hn,) or (hn, cn) alike.
 //
-// `types` are the classes of tensors that a kernel may read, `dtypes` begins with float32 and may go on with float64.
+// `dtypes` begins with float32 and may go on with float64.
 class RnnStep {
-  const py::tuple &types, &dtypes;
+  Tensors tensors;
+  const py::tuple& dtypes;
   py::object dtype;  // of all tensors
-  bool fits = true;
 
-  bool readable(py::handle t) const {
-    const py::handle type = py::type::handle_of(t);
-    return type.is(types[0]) || type.is(types[1]);
-  }
-  // A tensor that a kernel can read, of this shape; 0 stands for a size that it is to tell.
-  template <size_t n>
-  Address address(py::handle t, std::array<int64_t, n>& shape) {
-    const py::handle yes(Py_True);
-    fits = fits && readable(t);
-    if (!fits) return {0};
-    const Attributes of(t);
-    if (!dtype) dtype = of.get(kDtype);
-    const py::object sizes = of.get(kShape);
-    fits = of.get(kDtype).is(dtype) && of.get(kIsCpu).is(yes) && PyTuple_Check(sizes.ptr()) &&
-           PyTuple_GET_SIZE(sizes.ptr()) == n && of.call(kIsContiguous).is(yes) && !of.call(kIsNeg).is(yes);
-    for (size_t i = 0; fits && i < n; ++i) {
-      const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
-      if (!shape[i]) shape[i] = size;
-      fits = size > 0 && size == shape[i];
-    }
-    return {fits ? of.call(kDataPtr).cast<uintptr_t>() : 0};
-  }
   template <class... Sizes>
   Address of_shape(py::handle t, Sizes... sizes) {
-    std::array<int64_t, sizeof...(sizes)> shape{sizes...};
-    return address(t, shape);
+    return tensors.address(t, dtype, {sizes...});
   }
 
  public:
-  RnnStep(const py::tuple& types, const py::tuple& dtypes) : types(types), dtypes(dtypes) {}
+  RnnStep(const py::tuple& types, const py::tuple& dtypes) : tensors(types), dtypes(dtypes) {}
 
   // hx: a tensor or a sequence of them; params: w_ih, w_hh and, where `biased`, b_ih and b_hh; least: of hidden units.
   py::object run(int cell, int64_t least, int threads, bool biased, bool batch_first, py::handle x, py::handle hx,
@@ -165,20 +117,19 @@ class RnnStep {
     const auto item = [](py::handle all, int i) { return py::handle(PySequence_Fast_GET_ITEM(all.ptr(), i)); };
     const bool alone = states == 1 && !listed(hx, 1);
     if (!(alone || listed(hx, states)) || !listed(params, biased ? 4 : 2)) return py::none();
-    const bool bare = readable(x) && py::len(Attributes(x).get(kShape)) == 2;
-    std::array<int64_t, 3> of_x{batch_first ? 0 : 1, batch_first ? 1 : 0, 0};
-    std::array<int64_t, 2> of_bare_x{0, 0}, of_w{0, 0};
-    Address from[7] = {bare ? address(x, of_bare_x) : address(x, of_x)};
-    const bool single = fits && dtype.is(dtypes[0]);
-    fits = fits && (single || (dtypes.size() > 1 && dtype.is(dtypes[1])));
-    from[2] = address(item(params, 1), of_w);
-    const int64_t batch = bare ? of_bare_x[0] : of_x[batch_first ? 0 : 1], inputs = bare ? of_bare_x[1] : of_x[2];
-    const int64_t rows = of_w[0], hidden = of_w[1];
+    bool& fits = tensors.fits;
+    const std::vector<int64_t> of_x = tensors.shape(x), of_w = tensors.shape(item(params, 1));
+    const bool bare = of_x.size() == 2;
+    if (!fits || (!bare && (of_x.size() != 3 || of_x[batch_first ? 1 : 0] != 1)) || of_w.size() != 2) return py::none();
+    dtype = Attributes(x).get(kDtype);
+    const bool single = dtype.is(dtypes[0]);
+    const int64_t batch = of_x[!bare && !batch_first], inputs = of_x.back(), rows = of_w[0], hidden = of_w[1];
+    fits = (single || (dtypes.size() > 1 && dtype.is(dtypes[1]))) && rows == gates * hidden && hidden >= least;
     const auto state = [&](py::handle t) {
       return bare ? of_shape(t, batch, hidden) : of_shape(t, int64_t(1), batch, hidden);
     };
-    fits = fits && rows == gates * hidden && hidden >= least;
-    from[1] = of_shape(item(params, 0), rows, inputs);
+    Address from[7] = {tensors.address(x, dtype, of_x), of_shape(item(params, 0), rows, inputs),
+                       of_shape(item(params, 1), rows, hidden)};
     for (int i = 3; i < 5 && biased; ++i) from[i] = of_shape(item(params, i - 1), rows);
     for (int i = 0; i < states; ++i) from[5 + i] = state(alone ? hx : item(hx, i));
     if (!fits) return py::none();

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, autocast, autocasts
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Op, Sample, at_once
 
 MODES = ("int8", "int8_dynamic", "int4")
 GROUP_SIZES = (32, 64, 128)
@@ -29,6 +29,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK = 1 << 20  # values of the weight that are dequantized at a time: they stay in cache
 
 
+@at_once(lambda *args, **kwargs: op.implementations["native"].at_once(*args, **kwargs))
 def quantized_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, mode: str = "int8",
                      group_size: int = 64) -> Tensor:
     """Compute `linear(input, Ŵ, bias)` with a weight from `quantize_weight`.

@@ -4,6 +4,8 @@ import torch
 
 import fastlm._native as _native
 from fastlm._native import amx, vnni  # an extension built before these kernels fails here, with a reason
+from fastlm.autograd import transformed
+from fastlm.dispatch import PLAIN
 from fastlm.ops.quantized_linear import MODES, differentiable, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +39,16 @@ def loses(x, weight, scale, bias, mode, group_size):
     if x.shape[0] > MOST_ROWS[mode]:
         return f"not measured to be faster than stock above {MOST_ROWS[mode]} rows: {ROW}"
     return None
+
+
+def at_once(input, weight, scale, bias=None, *, mode="int8", group_size=64):
+    """Return what `run` makes of a call as it came, unchecked; None where gradients are wanted or it is not ours."""
+    if torch.is_autocast_enabled("cpu") or transformed() or torch._C._len_torch_dispatch_stack() or not vnni or (
+            torch.autograd._profiler_enabled() or (mode == "int8_dynamic" and amx)):
+        return None
+    return _native.quantized_linear_at_once(
+        MODES.index(mode), group_size, torch.get_num_threads(), MOST_ROWS[mode], not torch.is_grad_enabled(), input, weight,
+        scale, bias, PLAIN, (*DTYPES, torch.uint8 if mode == "int4" else torch.int8))
 
 
 def run(*args):
