@@ -13,13 +13,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.attention_common import readable
 from fastlm.ops.cross_entropy import check_range
 
 REDUCTIONS = ("none", "mean", "sum")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+LEAST_LOGITS, LEAST = 1 << 16, 1 << 25  # logits and multiplications, below both of which `_forward_kl` is no slower
 
 
+def _few(student_input, student_weight, *, teacher_input=None, teacher_weight=None, teacher_logits=None,
+         teacher_topk=None, divergence="forward_kl", beta=0.5, temperature=1.0, target=None, hard_weight=0.0,
+         ignore_index=-100, reduction="mean", student_bias=None, teacher_bias=None):
+    if not (teacher_input is teacher_weight is teacher_topk is target is teacher_bias is None) or hard_weight != 0 or (
+            divergence != "forward_kl" or reduction not in ("mean", "sum") or not 0 <= beta <= 1
+            or not 0 < temperature < math.inf or autocasts("cpu")):
+        return None
+    (rows, inputs), classes = student_input.shape, student_weight.shape[0]
+    logits = rows * classes
+    if logits >= LEAST_LOGITS or logits * inputs >= LEAST or teacher_logits.shape != (rows, classes) or not (
+            student_input.is_cpu and student_input.dtype is teacher_logits.dtype is torch.float32) or (
+            student_bias is not None and student_bias.shape != (classes,)):
+        return None
+    return _forward_kl(F.linear(student_input, student_weight, student_bias), teacher_logits, temperature, reduction)
+
+
+@at_once(_few)
 def linear_distillation(student_input: Tensor, student_weight: Tensor, *, teacher_input: Tensor | None = None,
                         teacher_weight: Tensor | None = None, teacher_logits: Tensor | None = None,
                         teacher_topk: tuple[Tensor, Tensor] | None = None, divergence: str = "forward_kl",
@@ -191,6 +210,40 @@ def reference(student, weight, bias, teacher, teacher_weight, teacher_bias, teac
     return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
 
 
+def stock(student, weight, bias, teacher, teacher_weight, teacher_bias, teacher_logits, topk, indices, target,
+          divergence, beta, temperature, hard_weight, ignore_index, reduction):
+    """Compute the definition, with fewer operators where they do. No value is read in a graph or on a GPU."""
+    found = None
+    if short(student, teacher_logits, target, divergence, hard_weight, reduction) and readable(student):
+        found = _forward_kl(F.linear(student, weight, bias), teacher_logits, temperature, reduction)
+    return found if found is not None else reference(
+        student, weight, bias, teacher, teacher_weight, teacher_bias, teacher_logits, topk, indices, target, divergence,
+        beta, temperature, hard_weight, ignore_index, reduction)
+
+
+def short(student, teacher_logits, target, divergence, hard_weight, reduction) -> bool:
+    """Tell whether `_forward_kl` is the loss."""
+    return divergence == "forward_kl" and teacher_logits is not None and target is None and hard_weight == 0 and (
+        reduction != "none" and student.is_cpu and student.dtype is teacher_logits.dtype is torch.float32)
+
+
+def _forward_kl(logits, teacher_logits, temperature, reduction):
+    """Return T² times the sum or mean of KL(q‖p) over the rows, None where it is not a number.
+
+    Then classes without probability may have to be left out: 0 times the logarithm of 0 is none.
+    """
+    if not logits.shape[0]:
+        return None
+    teacher_logits = teacher_logits.detach()
+    if temperature != 1:
+        logits, teacher_logits = logits / temperature, teacher_logits / temperature
+    log_q = teacher_logits.log_softmax(1)
+    loss = torch.dot(log_q.exp().view(-1), (log_q - logits.log_softmax(1)).view(-1))
+    factor = temperature**2 / (logits.shape[0] if reduction == "mean" else 1)
+    loss = loss if factor == 1 else loss * factor
+    return None if math.isnan(loss.item()) else loss
+
+
 def _kl(log_a, log_b):
     """Return Σ a·(log a - log b) over the last dimension; what has no probability adds nothing."""
     a = log_a.exp()
@@ -258,5 +311,5 @@ def cost(student, weight, bias, teacher, teacher_weight, *rest) -> tuple[int, in
     return flops, moved
 
 
-op = Op("distillation", reference=reference, torch=reference, fast=("triton", "native"), samples=samples, cost=cost,
+op = Op("distillation", reference=reference, torch=stock, fast=("triton", "native"), samples=samples, cost=cost,
         constants=(3, 4, 5, 6, 7))

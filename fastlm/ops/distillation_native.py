@@ -5,6 +5,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops.cpu import unmeasured
+from fastlm.ops.distillation import LEAST, LEAST_LOGITS, short
 from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
 from fastlm.ops.head import few_on_avx2
 from fastlm.ops.loss_kernels import LossKernels
@@ -23,6 +24,7 @@ def cannot(student, weight, *rest):
 
 
 def loses(student, weight, *rest):
+    *_, teacher_logits, _, _, target, divergence, _, _, hard_weight, _, reduction = rest
     if unknown := unmeasured(_native, *MEASURED):
         return unknown
     if student.dtype is torch.float16 or (student.dtype is torch.bfloat16 and _native.cpu != "zen5"):
@@ -32,7 +34,8 @@ def loses(student, weight, *rest):
     if student.dtype is torch.bfloat16:
         few = rows <= 16 or logits < 1 << 17
     else:
-        few = logits < 1 << 16 and logits * inputs < 1 << 23
+        shorter = short(student, teacher_logits, target, divergence, hard_weight, reduction)
+        few = logits < LEAST_LOGITS and logits * inputs < (LEAST if shorter else 1 << 23)
     return f"slower than torch for so few logits: {ROW}" if few else few_on_avx2(_native, student, weight)
 
 
