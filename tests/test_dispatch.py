@@ -463,6 +463,6 @@ def test_what_is_done_at_once_is_what_would_have_been_chosen(case, monkeypatch):
             found = subject.ours(*subject.args)
             at_once = not chosen
             calls = fastlm.explain(again, found)
-        streams = all(c.op in ("lstm", "gru", "rnn") for c in calls)  # of which one step is a kernel's
-        if at_once and not streams:
+        by_kernels = all(c.op in ("lstm", "gru", "rnn", "quantized_linear") for c in calls)  # in one call of C++
+        if at_once and not by_kernels:
             assert {c.ran for c in calls} == {"torch"}, calls

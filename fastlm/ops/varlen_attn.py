@@ -11,9 +11,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from fastlm.autograd import autocast
-from fastlm.dispatch import Op, Sample
+from fastlm.autograd import autocast, autocasts
+from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.attention import reference as attention_reference
+from fastlm.ops.attention import scaled_dot_product_attention
 from fastlm.ops.attention import stock as attention_stock
 from fastlm.ops.attention_common import (
     Options,
@@ -30,6 +31,42 @@ from fastlm.ops.attention_common import (
 )
 
 
+FEW, FEW_TRAINED = 6, 4  # sequences, below which SDPA for each is the faster one below LEAST multiplications
+LEAST = 1 << 22
+INTEGERS = (torch.int32, torch.int64)
+
+
+def few(multiplications, sequences, *tensors) -> bool:
+    """Tell whether there is so little to do that SDPA for each sequence is the faster one on every CPU."""
+    return multiplications < LEAST and (sequences < FEW_TRAINED or (sequences < FEW and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors))))
+
+
+def _few(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+         enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, softcap=None, alibi_slopes=None,
+         sinks=None):
+    lacking = return_aux, seqused_k, block_table, num_splits, softcap, alibi_slopes, sinks
+    (tokens, heads, width), count = query.shape, cu_seq_q.shape[0] - 1
+    if not few(count * max_q * max_k * heads * 2 * width, count, query, key, value) or window_size != (-1, -1) or any(x is not None for x in lacking) or (
+            query.shape[1:] != key.shape[1:] or key.shape != value.shape or not query.is_cpu or autocasts("cpu")
+            or not (query.is_floating_point() and cu_seq_q.is_cpu and cu_seq_k.is_cpu)
+            or cu_seq_q.dtype not in INTEGERS or cu_seq_k.dtype not in INTEGERS):
+        return None
+    lengths = []
+    for offsets, all_tokens, longest in ((cu_seq_q, tokens, max_q), (cu_seq_k, key.shape[0], max_k)):
+        places = offsets.tolist()
+        found = [end - start for start, end in itertools.pairwise(places)]
+        if len(found) != count or places[0] != 0 or places[-1] != all_tokens or not (
+                0 < min(found) <= max(found) <= longest):
+            return None
+        lengths.append(found)
+    parts = (x.unsqueeze(0).transpose(1, 2).split(n, 2) for x, n in zip((query, key, value), (*lengths, lengths[1]),
+                                                                        strict=True))
+    return torch.cat([scaled_dot_product_attention(*part, scale=scale).transpose(1, 2)
+                      for part in zip(*parts, strict=True)], 1).squeeze(0)
+
+
+@at_once(_few)
 def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int,
                 max_k: int, *, return_aux=None, scale: float | None = None,
                 window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False, seqused_k: Tensor | None = None,

@@ -8,7 +8,7 @@ from fastlm.ops.attention_common import accumulator
 from fastlm.ops.attention_cpu import differentiable
 from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
 from fastlm.ops.cpu import unmeasured
-from fastlm.ops.varlen_attn import reference, sequences, unpaged
+from fastlm.ops.varlen_attn import few, reference, sequences, unpaged
 
 LEAST, LEAST_ON_AVX2 = 1 << 23, 1 << 26  # multiplications of few sequences
 ROW = "benchmarks/LOG.md 2026-11-25 and 26"
@@ -37,7 +37,8 @@ def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
         return "no faster than SDPA for each sequence, or not yet measured on this CPU (intel)"
     count = cu_seq_q.size(0) - 1
     least = LEAST_ON_AVX2 if _native.cpu == "avx2" else LEAST
-    if count < 4 and count * max_q * max_k * query.size(1) * (query.size(2) + value.size(-1)) < least:
+    work = count * max_q * max_k * query.size(1) * (query.size(2) + value.size(-1))
+    if (count < 4 and work < least) or few(work, count, query, key, value):
         return f"SDPA for each of so few sequences is faster below {least} multiplications: {ROW}"
     return None
 
