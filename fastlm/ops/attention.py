@@ -46,8 +46,8 @@ def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
         return None
     if attn_mask is not None and (dropout_p or attn_mask.dtype not in (torch.bool, query.dtype)):
         return None  # nothing is drawn in vain
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                                           enable_gqa=enable_gqa)
+    options = {} if scale is None and not enable_gqa else dict(scale=scale, enable_gqa=enable_gqa)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if found.shape != query.shape:
         return None  # a mask has widened it
     return _twice(found) if found.requires_grad else found

@@ -21,21 +21,25 @@ from fastlm.dispatch import Op, Sample, at_once
 FEW = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
 
 
-def _few(norm, input, normalized_shape, weight=None, *rest):
-    if input.numel() < FEW and (weight is None or weight.is_floating_point()):
-        return norm(input, normalized_shape, weight, *rest)
-    return None
+def _few(norm):
+    def shortcut(input, normalized_shape, weight=None, *rest):
+        if input.numel() < FEW and (weight is None or weight.is_floating_point()):
+            return norm(input, normalized_shape, weight, *rest)
+        return None
+    return at_once(shortcut)
 
 
-def _few_added(norm, input, residual, *rest):
-    if input.shape == residual.shape and input.is_floating_point() and residual.is_floating_point():
-        total = input + residual
-        found = _few(norm, total, *rest)
-        return None if found is None else (found, total)
-    return None
+def _few_added(norm):
+    def shortcut(input, residual, normalized_shape, weight=None, *rest):
+        if input.numel() < FEW and (weight is None or weight.is_floating_point()) and input.shape == residual.shape and (
+                input.is_floating_point() and residual.is_floating_point()):
+            total = input + residual
+            return norm(total, normalized_shape, weight, *rest), total
+        return None
+    return at_once(shortcut)
 
 
-@at_once(partial(_few, F.rms_norm))
+@_few(torch.rms_norm)
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
              eps: float | None = None) -> Tensor:
     """Divide by the root of the mean square over the last dimensions.
@@ -57,7 +61,7 @@ def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | No
     return rms_op(*args, False)
 
 
-@at_once(partial(_few, F.layer_norm))
+@_few(torch.layer_norm)
 def layer_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Subtract the mean over the last dimensions and divide by the standard deviation.
@@ -79,7 +83,7 @@ def layer_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | 
     return layer_op(*args, True)
 
 
-@at_once(partial(_few_added, F.rms_norm))
+@_few_added(torch.rms_norm)
 def add_rms_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                  eps: float | None = None) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(input + residual), input + residual), neither argument changed.
@@ -94,7 +98,7 @@ def add_rms_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int
     return add_rms_op(*args, False)
 
 
-@at_once(partial(_few_added, F.layer_norm))
+@_few_added(torch.layer_norm)
 def add_layer_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                    bias: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Return (layer_norm(input + residual), input + residual), neither argument changed.
