@@ -60,7 +60,7 @@ class Implementation(NamedTuple):
     loses: Callable[..., str | None] = lambda *args: None
     accepts: frozenset[str] = frozenset()
     dtypes: tuple[torch.dtype, ...] = ()
-    at_once: Callable[..., Any] = lambda *args, **kwargs: None
+    at_once: Callable[..., Any] = lambda *args: None
 
 
 class Op:

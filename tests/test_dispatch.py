@@ -431,10 +431,45 @@ def test_small_calls_end_a_checkpoint(call):
     (lambda x: fastlm.ops.rms_norm(x, (8,), torch.ones(8, dtype=torch.int64)), TypeError),
     (lambda x: fastlm.ops.add_rms_norm(x, x.long(), (8,)), TypeError),
     (lambda x: fastlm.nn.LSTMCell(8, 4)(x, (torch.zeros(4, 4), torch.zeros(4, 4).double())), RuntimeError),
+    (lambda x: fastlm.nn.RNN(8, 4)(x[None], torch.zeros(1, 1, 4)), RuntimeError),
+    (lambda x: fastlm.nn.LSTM(8, 4)(x[None], (torch.zeros(1, 4, 4), torch.zeros(1, 1, 4))), RuntimeError),
+    (lambda x: torch.no_grad()(fastlm.ops.gru)(
+        x, x.new_zeros(4, 64), [x.new_zeros(192, 8), x.new_zeros(192, 64)], False, 1, 0.0, False, False, False),
+     RuntimeError),
+    (lambda x: torch.no_grad()(fastlm.nn.RNNCell(8, 64))(x, [x.new_zeros(4, 64)]), AttributeError),
+    (lambda x: torch.no_grad()(fastlm.ops.quantized_linear)(x, x.new_zeros(3, 8).char(), x.new_ones(4)), RuntimeError),
+    (lambda x: torch.no_grad()(fastlm.ops.quantized_linear)(x, x.new_zeros(3, 8).char(), x.new_ones(3).double()),
+     TypeError),
+    (lambda x: torch.no_grad()(fastlm.ops.quantized_linear)(x, x.new_zeros(3, 8).char(), x.new_ones(3), mode="int3"),
+     ValueError),
+    (lambda x: fastlm.ops.linear_distillation(x, x.new_ones(9, 8), teacher_logits=x.new_ones(1, 9)), ValueError),
+    (lambda x: fastlm.ops.linear_distillation(x, x.new_ones(9, 8), teacher_logits=x.new_ones(4, 9), reduction="all"),
+     ValueError),
+    (lambda x: fastlm.ops.varlen_attn(*[x.view(4, 2, 4)] * 3, *[torch.tensor([0, 2, 4])] * 2, 1, 2), ValueError),
+    (lambda x: fastlm.ops.varlen_attn(*[x.view(4, 2, 4)] * 3, *[torch.tensor([0, 3, 2, 4])] * 2, 3, 3), ValueError),
+    (lambda x: fastlm.ops.varlen_attn(*[x.view(4, 2, 4)] * 3, *[torch.tensor([0.0, 4.0])] * 2, 4, 4), RuntimeError),
 ])
 def test_small_calls_are_refused_like_others(call, error):
     with pytest.raises(error):
         call(torch.randn(4, 8))
+
+
+def test_what_has_no_probability_adds_nothing_to_a_small_loss():
+    """The shorter sum makes NaN of it and gives way to the definition."""
+    x, weight, bias, logits = torch.randn(5, 16), torch.randn(40, 16), torch.randn(40), torch.randn(5, 40)
+    logits[:, ::2] = -torch.inf
+    masked = bias.masked_fill(torch.arange(40) % 4 == 0, -torch.inf)
+    for bias in (bias, masked):
+        args, found = (x.requires_grad_(), weight.requires_grad_()), []
+        for name in ("torch", "reference"):
+            with fastlm.backend(name):
+                loss = fastlm.ops.linear_distillation(*args, student_bias=bias, teacher_logits=logits)
+            found.append((loss, *torch.autograd.grad(loss, args)))
+        loss = fastlm.ops.linear_distillation(*args, student_bias=bias, teacher_logits=logits)
+        found.append((loss, *torch.autograd.grad(loss, args)))
+        assert all(t.isfinite().all() for t in found[0])
+        for other in found[1:]:
+            torch.testing.assert_close(found[0], other)
 
 
 def small_cases():

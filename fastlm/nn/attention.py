@@ -126,7 +126,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """Bring a projection into the shape `[N, H, L, D]`."""
-        x = (x if batched else x.unsqueeze(0)).unflatten(-1, (self.num_heads, self.head_dim))
+        x = x if batched else x.unsqueeze(0)
+        x = x.view(*x.shape[:2], self.num_heads, self.head_dim)
         return x.permute(0, 2, 1, 3) if self.batch_first or not batched else x.permute(1, 2, 0, 3)
 
     def _merge_masks(self, attn_mask, key_padding_mask, q, k) -> Tensor | None:

@@ -29,7 +29,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK = 1 << 20  # values of the weight that are dequantized at a time: they stay in cache
 
 
-@at_once(lambda *args, **kwargs: op.implementations["native"].at_once(*args, **kwargs))
+@at_once(lambda input, weight, scale, bias=None, *, mode="int8", group_size=64:
+         op.implementations["native"].at_once(input, weight, scale, bias, mode, group_size))
 def quantized_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, mode: str = "int8",
                      group_size: int = 64) -> Tensor:
     """Compute `linear(input, Ŵ, bias)` with a weight from `quantize_weight`.

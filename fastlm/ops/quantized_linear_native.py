@@ -16,6 +16,7 @@ ACCEPTS |= {"groups of 32", "groups of 128"}
 NUMBERS = {dtype: i for i, dtype in enumerate(DTYPES)}
 MOST_INPUTS = 1 << 17  # 127·127·K must fit in 32 bits
 ROW = "benchmarks/LOG.md 2026-11-24 and 25"
+STORED = {mode: (*DTYPES, torch.uint8 if mode == "int4" else torch.int8) for mode in MODES}
 MOST_ROWS = {"int8": 512, "int8_dynamic": 256, "int4": 1024}
 if _native.cpu == "zen5":
     MOST_ROWS |= {"int8": 1024, "int8_dynamic": 1024}
@@ -41,14 +42,14 @@ def loses(x, weight, scale, bias, mode, group_size):
     return None
 
 
-def at_once(input, weight, scale, bias=None, *, mode="int8", group_size=64):
+def at_once(input, weight, scale, bias, mode, group_size):
     """Return what `run` makes of a call as it came, unchecked; None where gradients are wanted or it is not ours."""
     if torch.is_autocast_enabled("cpu") or transformed() or torch._C._len_torch_dispatch_stack() or not vnni or (
             torch.autograd._profiler_enabled() or (mode == "int8_dynamic" and amx)):
         return None
     return _native.quantized_linear_at_once(
-        MODES.index(mode), group_size, torch.get_num_threads(), MOST_ROWS[mode], not torch.is_grad_enabled(), input, weight,
-        scale, bias, PLAIN, (*DTYPES, torch.uint8 if mode == "int4" else torch.int8))
+        MODES.index(mode), group_size, torch.get_num_threads(), MOST_ROWS[mode], not torch.is_grad_enabled(), input,
+        weight, scale, bias, PLAIN, STORED[mode])
 
 
 def run(*args):
