@@ -433,6 +433,7 @@ def test_small_calls_end_a_checkpoint(call):
     (lambda x: fastlm.nn.LSTMCell(8, 4)(x, (torch.zeros(4, 4), torch.zeros(4, 4).double())), RuntimeError),
     (lambda x: fastlm.nn.RNN(8, 4)(x[None], torch.zeros(1, 1, 4)), RuntimeError),
     (lambda x: fastlm.nn.LSTM(8, 4)(x[None], (torch.zeros(1, 4, 4), torch.zeros(1, 1, 4))), RuntimeError),
+    (lambda x: fastlm.nn.LSTM(8, 4)(x[None], (torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).double())), RuntimeError),
     (lambda x: torch.no_grad()(fastlm.ops.gru)(
         x, x.new_zeros(4, 64), [x.new_zeros(192, 8), x.new_zeros(192, 64)], False, 1, 0.0, False, False, False),
      RuntimeError),
@@ -459,13 +460,13 @@ def test_what_has_no_probability_adds_nothing_to_a_small_loss():
     x, weight, bias, logits = torch.randn(5, 16), torch.randn(40, 16), torch.randn(40), torch.randn(5, 40)
     logits[:, ::2] = -torch.inf
     masked = bias.masked_fill(torch.arange(40) % 4 == 0, -torch.inf)
-    for bias in (bias, masked):
+    for student_bias in (bias, masked):
         args, found = (x.requires_grad_(), weight.requires_grad_()), []
         for name in ("torch", "reference"):
             with fastlm.backend(name):
-                loss = fastlm.ops.linear_distillation(*args, student_bias=bias, teacher_logits=logits)
+                loss = fastlm.ops.linear_distillation(*args, student_bias=student_bias, teacher_logits=logits)
             found.append((loss, *torch.autograd.grad(loss, args)))
-        loss = fastlm.ops.linear_distillation(*args, student_bias=bias, teacher_logits=logits)
+        loss = fastlm.ops.linear_distillation(*args, student_bias=student_bias, teacher_logits=logits)
         found.append((loss, *torch.autograd.grad(loss, args)))
         assert all(t.isfinite().all() for t in found[0])
         for other in found[1:]:

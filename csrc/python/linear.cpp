@@ -20,15 +20,17 @@ QuantizedLinear quantized(int kind, int number, int64_t rows, int64_t in, int64_
   return p;
 }
 
-// `quantized_linear` without gradients, checks and result included: y, or None where the arguments are not what a kernel
-// can take, for whatever reason. They come as the caller gave them; `dtypes` are those that x may have, then the weight's.
+// `quantized_linear` without gradients, checks and result included: y, or None where the arguments are not what a
+// kernel can take, for whatever reason. They come as the caller gave them; `dtypes` are x's three, then the weight's.
 py::object quantized_at_once(int kind, int64_t group, int threads, int64_t most_rows, bool frozen, py::handle x,
                              py::handle weight, py::handle scale, py::handle bias, const py::tuple& types,
                              const py::tuple& dtypes) {
   Tensors tensors(types);
   const std::vector<int64_t> of_x = tensors.shape(x), of_w = tensors.shape(weight);
   if (!tensors.fits || of_x.empty() || of_w.size() != 2 || dtypes.size() != 4) return py::none();
-  const auto trains = [&](py::handle t) { return !frozen && !Attributes(t).get(kRequiresGrad).is(py::handle(Py_False)); };
+  const auto trains = [&](py::handle t) {
+    return !frozen && !Attributes(t).get(kRequiresGrad).is(py::handle(Py_False));
+  };
   const py::object dtype = Attributes(x).get(kDtype);
   int number = 0;
   while (number < 3 && !dtype.is(dtypes[number])) ++number;

@@ -34,7 +34,7 @@ def _unchecked(module, input, hx=None):
         state = module._split(hx)
         module._check_state(state, (batch,))
     settings, found = (*module._settings, module.batch_first), None
-    if module._few(input, steps):
+    if module._runs_stock(input, state, steps):
         found = module.op.implementations["torch"].run(input, None, state, *settings, *module._cell)
     elif steps == 1:
         found = module.op.at_once(input, module._join(state), *settings, *module._cell)
@@ -178,9 +178,10 @@ class _Recurrent(nn.Module):
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return output, self._join(_permute(state, unsorted_indices))
 
-    def _few(self, input, steps) -> bool:
-        """Tell whether there is so little to compute that stock is the faster one on every CPU: see `losses`."""
-        if input.dtype is not torch.float32 or not input.is_cpu or self.proj_size or autocasts("cpu"):
+    def _runs_stock(self, input, state, steps) -> bool:
+        """Tell whether there is so little to compute that `losses` of the kernels name stock on every CPU."""
+        if self.proj_size or autocasts("cpu") or any(
+                t.dtype is not torch.float32 or not t.is_cpu for t in (input, *state)):
             return False
         trains = torch.is_grad_enabled() and self._flat_weights[0].requires_grad
         if self.gates == 4 and steps > 1:

@@ -41,8 +41,8 @@ def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
     """Call SDPA where it can take the call as it is; see `stock`."""
     shape = key.shape
     batch, heads, queries, width = query.shape
-    if shape != value.shape or shape[0] != batch or 2 * batch * heads * queries * width * shape[2] >= LEAST or (
-            (scale is not None and scale <= 0) or not query.is_cpu or transformed()):
+    if len(shape) != 4 or shape != value.shape or shape[0] != batch or not query.is_cpu or transformed() or (
+            2 * batch * heads * queries * width * shape[2] >= LEAST or (scale is not None and scale <= 0)):
         return None
     if attn_mask is not None and (dropout_p or attn_mask.dtype not in (torch.bool, query.dtype)):
         return None  # nothing is drawn in vain

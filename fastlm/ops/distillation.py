@@ -239,7 +239,7 @@ def _forward_kl(logits, teacher_logits, temperature, reduction):
         logits, teacher_logits = logits / temperature, teacher_logits / temperature
     log_q = teacher_logits.log_softmax(1)
     q, factor = log_q.exp(), temperature**2 / (logits.shape[0] if reduction == "mean" else 1)
-    q = q if factor == 1 else q * factor
+    q = q if factor == 1 else q.mul_(factor)
     loss = torch.dot(q.view(-1), (log_q - logits.log_softmax(1)).view(-1))
     return None if math.isnan(loss.item()) else loss
 

@@ -31,8 +31,8 @@ def _few(norm):
 
 def _few_added(norm):
     def shortcut(input, residual, normalized_shape, weight=None, *rest):
-        if input.numel() < FEW and (weight is None or weight.is_floating_point()) and input.shape == residual.shape and (
-                input.is_floating_point() and residual.is_floating_point()):
+        if input.numel() < FEW and input.shape == residual.shape and input.is_floating_point() and (
+                residual.is_floating_point() and (weight is None or weight.is_floating_point())):
             total = input + residual
             return norm(total, normalized_shape, weight, *rest), total
         return None

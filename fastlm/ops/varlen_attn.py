@@ -30,7 +30,6 @@ from fastlm.ops.attention_common import (
     simplest,
 )
 
-
 FEW, FEW_TRAINED = 6, 4  # sequences, below which SDPA for each is the faster one below LEAST multiplications
 LEAST = 1 << 22
 INTEGERS = (torch.int32, torch.int64)
@@ -46,10 +45,12 @@ def _few(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None
          enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, softcap=None, alibi_slopes=None,
          sinks=None):
     lacking = return_aux, seqused_k, block_table, num_splits, softcap, alibi_slopes, sinks
+    if window_size != (-1, -1) or any(x is not None for x in lacking) or autocasts("cpu"):
+        return None
     (tokens, heads, width), count = query.shape, cu_seq_q.shape[0] - 1
-    if not few(count * max_q * max_k * heads * 2 * width, count, query, key, value) or window_size != (-1, -1) or any(x is not None for x in lacking) or (
-            query.shape[1:] != key.shape[1:] or key.shape != value.shape or not query.is_cpu or autocasts("cpu")
-            or not (query.is_floating_point() and cu_seq_q.is_cpu and cu_seq_k.is_cpu)
+    if not few(count * max_q * max_k * heads * 2 * width, count, query, key, value) or (
+            query.shape[1:] != key.shape[1:] or key.shape != value.shape or not query.is_floating_point()
+            or not (query.is_cpu and cu_seq_q.is_cpu and cu_seq_k.is_cpu)
             or cu_seq_q.dtype not in INTEGERS or cu_seq_k.dtype not in INTEGERS):
         return None
     lengths = []
