@@ -284,6 +284,12 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def unwatched() -> bool:
+    """Tell whether nothing but the numbers is asked of a call on the CPU: one call of C++ may then answer it."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or transformed()
+                or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled())
+
+
 def mapped() -> bool:
     """Tell whether torch.func.vmap is active, at any level of the transforms that are."""
     levels = torch._C._functorch.get_interpreter_stack() or ()

@@ -214,6 +214,11 @@ def explain(fn: Callable[..., Any], *args, **kwargs) -> Calls:
         _calls = outer
 
 
+def traced() -> bool:
+    """Tell whether a call is made by the compiler, or by `explain` of what was compiled."""
+    return torch.compiler.is_compiling() or (_calls is not None and _calls.compiled)
+
+
 def note(op: str, ran: str, declined: dict[str, str]) -> None:
     """Tell `explain` of a call that does not go through an Op."""
     if _calls is not None:

@@ -499,6 +499,6 @@ def test_what_is_done_at_once_is_what_would_have_been_chosen(case, monkeypatch):
             found = subject.ours(*subject.args)
             at_once = not chosen
             calls = fastlm.explain(again, found)
-        by_kernels = all(c.op in ("lstm", "gru", "rnn", "quantized_linear") for c in calls)  # in one call of C++
-        if at_once and not by_kernels:
-            assert {c.ran for c in calls} == {"torch"}, calls
+        if at_once:  # by torch, or in one call of C++
+            kernels = ("lstm", "gru", "rnn", "quantized_linear", "linear")
+            assert {c.ran for c in calls if c.op not in kernels} <= {"torch"}, calls

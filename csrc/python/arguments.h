@@ -122,6 +122,14 @@ class Tensors {
   Address address(py::handle t, py::handle dtype, std::initializer_list<int64_t> shape) {
     return address<std::initializer_list<int64_t>>(t, dtype, shape);
   }
+  // A new tensor of this shape, beside x.
+  py::object result(py::handle x, py::handle dtype, const std::vector<int64_t>& shape, Address& at) {
+    py::tuple sizes(shape.size());
+    for (size_t i = 0; i < shape.size(); ++i) sizes[i] = shape[i];
+    const py::object y = x.attr("new_empty")(sizes);
+    at = address(y, dtype, shape);
+    return y;
+  }
 };
 
 void define_rnn(py::module_& m);

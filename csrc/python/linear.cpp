@@ -20,6 +20,10 @@ QuantizedLinear quantized(int kind, int number, int64_t rows, int64_t in, int64_
   return p;
 }
 
+int64_t rows_of(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end() - 1, int64_t(1), std::multiplies<int64_t>());
+}
+
 // `quantized_linear` without gradients, checks and result included: y, or None where the arguments are not what a
 // kernel can take, for whatever reason. They come as the caller gave them; `dtypes` are x's three, then the weight's.
 py::object quantized_at_once(int kind, int64_t group, int threads, int64_t most_rows, bool frozen, py::handle x,
@@ -35,7 +39,7 @@ py::object quantized_at_once(int kind, int64_t group, int threads, int64_t most_
   int number = 0;
   while (number < 3 && !dtype.is(dtypes[number])) ++number;
   const int64_t in = of_x.back(), out = of_w[0];
-  const int64_t rows = std::accumulate(of_x.begin(), of_x.end() - 1, int64_t(1), std::multiplies<int64_t>());
+  const int64_t rows = rows_of(of_x);
   if (number > 2 || rows > most_rows || trains(x) || (!bias.is_none() && (number || trains(bias)))) return py::none();
   QuantizedLinear p = quantized(kind, number, rows, in, out, group, threads);
   std::vector<int64_t> of_scale{out}, of_y = of_x;
@@ -46,10 +50,9 @@ py::object quantized_at_once(int kind, int64_t group, int threads, int64_t most_
   p.scale = tensors.address(scale, dtypes[0], of_scale);
   if (!bias.is_none()) p.bias = tensors.address(bias, dtypes[0], {out});
   if (!tensors.fits) return py::none();
-  py::tuple sizes(of_y.size());
-  for (size_t i = 0; i < of_y.size(); ++i) sizes[i] = of_y[i];
-  const py::object y = x.attr("new_empty")(sizes);
-  p.y = tensors.address(y, dtype, of_y);
+  Address to{};
+  const py::object y = tensors.result(x, dtype, of_y, to);
+  p.y = to;
   if (!tensors.fits) return py::none();
   struct Line {
     alignas(64) char bytes[64];
@@ -59,6 +62,31 @@ py::object quantized_at_once(int kind, int64_t group, int threads, int64_t most_
     const std::unique_ptr<Line[]> workspace(new Line[kernels.quantized_linear_workspace(p) / sizeof(Line) + 1]);
     p.workspace = workspace.get();
     kernels.quantized_linear(p);
+  }
+  return y;
+}
+
+// The same of `linear` of few rows; all tensors have the `dtype`, `number` bytes a number.
+py::object linear_at_once(py::handle x, py::handle weight, py::handle bias, int threads, const py::tuple& types,
+                          py::handle dtype, size_t number) {
+  if (threads < 1 || (number != sizeof(float) && number != sizeof(Bf16)))
+    throw std::invalid_argument("linear_at_once: threads or size of a number out of range");
+  Tensors tensors(types);
+  std::vector<int64_t> shape = tensors.shape(x);
+  const std::vector<int64_t> of_w = tensors.shape(weight);
+  if (!tensors.fits || shape.empty() || of_w.size() != 2 || shape.back() != of_w[1]) return py::none();
+  const int64_t out = of_w[0], in = of_w[1];
+  FewRows p{rows_of(shape), in, out, tensors.address(x, dtype, shape), tensors.address(weight, dtype, of_w), in,
+            bias.is_none() ? Address{0} : tensors.address(bias, dtype, {out}), nullptr, threads};
+  if (!tensors.fits) return py::none();
+  shape.back() = out;
+  Address to{};
+  const py::object y = tensors.result(x, dtype, shape, to);
+  if (!tensors.fits) return py::none();
+  p.y = to;
+  {
+    py::gil_scoped_release release;
+    kernels.few_rows(p, number);
   }
   return y;
 }
@@ -96,6 +124,7 @@ void define_linear(py::module_& m) {
           kernels.few_rows(call, number);
         },
         "Run FewRows: sizes rows, depth, columns, w_row; addresses of x, w, bias, y.");
+  m.def("linear_at_once", &linear_at_once, "Run FewRows with its checks and its result; None where a kernel cannot.");
   m.def("quantized_linear_workspace",
         [](int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads) {
           return kernels.quantized_linear_workspace(quantized(kind, number, rows, in, out, group, threads));

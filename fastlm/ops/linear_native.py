@@ -3,17 +3,16 @@
 import torch
 
 import fastlm._native as _native
-from fastlm.autograd import Differentiable, autocasts
+from fastlm.autograd import Differentiable, autocasts, unwatched
+from fastlm.dispatch import PLAIN, traced
 from fastlm.ops import products
 from fastlm.ops.cpu import unmeasured
-from fastlm.ops.linear import LEAST, LEAST_WEIGHT, reference
+from fastlm.ops.linear import LEAST, few, reference, small
 
 ACCEPTS = {"3x4x5", "1x1x1", "127x33x65", "128x129x128", "13x300x49", "no bias", "outliers", "no rows", "no features",
            "not contiguous", "one vector"}
 DTYPES = (torch.float32, torch.bfloat16)
 
-FEW = {torch.float32: 16, torch.bfloat16: 2}  # rows, for which the weight is not packed: benchmarks/LOG.md 2026-11-26
-FOUR_ROWS = 1 << 24  # numbers of a bfloat16 weight, from which four rows are few too
 ROW = "benchmarks/LOG.md 2026-11-25"
 
 
@@ -33,12 +32,10 @@ def loses(x, weight, bias):
         return reason
     if x.dtype is torch.float32 and _precision() != "highest":
         return "float32 may be lowered: torch's products do that"
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    few = 4 if x.dtype is torch.bfloat16 and weight.numel() >= FOUR_ROWS else FEW[x.dtype]
-    if not trains and weight.numel() >= LEAST_WEIGHT and x.numel() <= few * x.size(-1):
+    if few(x, weight, bias, traced()):
         return None
     if x.dtype is torch.bfloat16:
-        return f"slower than torch in training, from {few + 1} rows on, or with a small weight: {ROW[:-2]}26"
+        return f"slower than torch in training, of more than a few rows, or with a small weight: {ROW[:-2]}26"
     return f"slower than torch below {LEAST} multiplications: {ROW}" if x.numel() * weight.size(0) < LEAST else None
 
 
@@ -47,6 +44,18 @@ def _precision():
 
 
 _precision._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
+
+
+def at_once(x, weight, bias):
+    """Return what `run` makes of few rows (`few`) as they came, unchecked; None where a kernel cannot.
+
+    Generation calls for every token: here Python takes as long as the kernel.
+    """
+    if _native.cpu not in products.CPUS:
+        return small(x, weight, bias)
+    if not unwatched() or (x.dtype is torch.float32 and _precision() != "highest"):
+        return None
+    return _native.linear_at_once(x, weight, bias, torch.get_num_threads(), PLAIN, x.dtype, x.element_size())
 
 
 def run(x, weight, bias):
@@ -60,7 +69,7 @@ def _rows(x):
 def forward(tensors, needs):
     x, weight, bias = tensors
     rows = _rows(x)
-    if rows.size(0) <= FEW[x.dtype] or x.dtype is torch.bfloat16:
+    if rows.size(0) <= 16 or x.dtype is torch.bfloat16:
         y = products.few_rows(_native, rows, weight, bias)
     else:
         y = products.multiply(_native, rows, weight.t(), bias=None if bias is None else bias.contiguous())

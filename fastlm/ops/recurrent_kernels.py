@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.autograd import Differentiable, transformed
+from fastlm.autograd import Differentiable, unwatched
 from fastlm.dispatch import PLAIN
 from fastlm.ops import gpu, recurrent, recurrent_cuda
 from fastlm.ops.cpu import unmeasured
@@ -192,9 +192,7 @@ class Layers:
 
         All arguments are checked, by the extension where they are tensors.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or num_layers != 1 or bidirectional \
-                or not 0 <= dropout <= 1 or torch.is_autocast_enabled("cpu") or transformed() \
-                or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+        if torch.is_grad_enabled() or num_layers != 1 or bidirectional or not 0 <= dropout <= 1 or not unwatched():
             return None
         found = self.native.rnn_step(CELLS[self.cell], IN_PLACE, torch.get_num_threads(), bool(has_biases),
                                      bool(batch_first), x, hx, params, PLAIN, dtypes, torch.empty_like)

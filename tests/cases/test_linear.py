@@ -1,5 +1,7 @@
 """What linear needs beyond the matrix of test_ops: bad input, vectors of weights, autocast, the module."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,43 @@ def test_second_order():
             first = torch.autograd.grad(linear(*args).pow(3).sum(), args, create_graph=True)
             found.append(torch.autograd.grad(sum(g.square().sum() for g in first), args))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["as it is", "vector", "three dimensions", "no bias", "x in strides",
+                                  "weight in strides", "bias in strides", "no rows", "a subclass", "gradients"])
+def test_few_rows_at_once(case, dtype, monkeypatch):
+    """The one call of C++ that makes tokens: the numbers of the long way, for every layout that it may meet."""
+    class Mine(torch.Tensor):
+        pass
+
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((2, 257), (1030, 257), (1030,)))
+    x = {"vector": x[0], "three dimensions": x[:, None], "no rows": x[:0], "x in strides": x.repeat(1, 2)[:, ::2],
+         "a subclass": x.as_subclass(Mine), "gradients": x.clone().requires_grad_()}.get(case, x)
+    weight = weight.t().contiguous().t() if case == "weight in strides" else weight
+    bias = {"no bias": None, "bias in strides": bias.repeat(2)[::2]}.get(case, bias)
+    expected = OP.implementations["native"].run(x, weight, bias)
+    met, module = [], sys.modules["fastlm.ops.linear_native"]
+    real = module._native.linear_at_once
+    monkeypatch.setattr(module._native, "linear_at_once", lambda *args: met.append(real(*args)) or met[-1])
+    monkeypatch.setattr(module._native, "cpu", module.products.CPUS[0])
+    found = linear(x, weight, bias)
+    taken = case in ("as it is", "vector", "three dimensions", "no bias")
+    assert ([m is not None for m in met] or [False]) == [taken]
+    assert type(found) is type(expected)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, **({} if case == "gradients" else {"rtol": 0, "atol": 0}))
+    assert found.requires_grad == (case == "gradients")
+
+
+@native
+@pytest.mark.parametrize("change", ["features", "bias", "dtype", "device"])
+def test_few_rows_at_once_refuse_what_does_not_fit(change):
+    x, weight, bias = torch.randn(2, 257), torch.randn(300, 257), torch.randn(300)
+    x = {"features": x[:, :-1].contiguous(), "dtype": x.double(), "device": x.to("meta")}.get(change, x)
+    with pytest.raises(RuntimeError):
+        linear(x, weight, bias[:1] if change == "bias" else bias)
 
 
 @pytest.mark.parametrize("bias", [True, False])
