@@ -37,12 +37,15 @@ from fastlm.ops.attention_common import (
 LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python: benchmarks/LOG.md 2026-11-25
 
 
-def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
+         window_size=(-1, -1)):
     """Call SDPA where it can take the call as it is; see `stock`."""
     shape = key.shape
     batch, heads, queries, width = query.shape
     if len(shape) != 4 or shape != value.shape or shape[0] != batch or not query.is_cpu or transformed() or (
             2 * batch * heads * queries * width * shape[2] >= LEAST or (scale is not None and scale <= 0)):
+        return None
+    if window_size != (-1, -1) and not (queries == 1 and window_size == (-1, 0)):  # a token sees all before it
         return None
     if attn_mask is not None and (dropout_p or attn_mask.dtype not in (torch.bool, query.dtype)):
         return None  # nothing is drawn in vain
