@@ -133,11 +133,11 @@ def softmax_cases(generation):
             ("64x500x64 dim 1", (64, 500, 64), torch.float32, 1, None, False),
             ("256x16x128x2048 masked bfloat16", (256, 16, 128, 2048), torch.bfloat16, -1, mask, False)):
         x = tensor(*shape, dtype=dtype)
-        for plan in softmax_triton.plan_forward(x, mask, x, dim, 0.125, log):
+        for args in softmax_triton.launches((x, x, mask), dim, softmax_triton.FORWARD_TILE, 2):
             # ptxas spills two registers of its own accord, to run two blocks on a multiprocessor.
-            yield Case(label, plan, generation, spills=8)
-        for plan in softmax_triton.plan_backward(x, x, x, dim, 0.125, log):
-            yield Case(label, plan, generation)
+            yield Case(label, softmax_triton.plan_forward(*args, 0.125, log), generation, spills=8)
+        for args in softmax_triton.launches((x, x, x), dim, softmax_triton.BACKWARD_TILE, 1):
+            yield Case(label, softmax_triton.plan_backward(*args, 0.125, log), generation)
 
 
 def norm_cases(generation):
@@ -187,7 +187,7 @@ def cross_entropy_cases(generation):
         logits = tensor(512, classes, dtype=dtype)
         weight = tensor(classes, dtype=dtype) if smoothing else None
         label, options = f"512x{classes} {dtype} {smoothing}", (-100, smoothing)
-        inputs = (logits, target, weight)
+        inputs = (logits, target, weight, None if weight is None else scalar)
         # ptxas spills a register of its own accord, to fill a multiprocessor with blocks of 32 registers a thread.
         yield Case(label, cross_entropy_triton.plan_forward(*inputs, *[rows] * 4, *options), generation, spills=4)
         for kind, dloss, total in (("mean", scalar, scalar), ("none", rows, None)):
@@ -205,8 +205,9 @@ def quantized_linear_cases(generation):
         weight = tensor(4096, 2048, dtype=torch.uint8) if int4 else tensor(4096, 4096, dtype=torch.int8)
         scale = tensor(4096, 4096 // group_size) if int4 else tensor(4096)
         for rows in (1, 16):
-            plan = quantized_linear_triton.plan(x[:rows], weight, scale, tensor(rows, 1) if dynamic else None,
-                                                tensor(4096), y[:rows], mode, group_size)
+            plan = quantized_linear_triton.plan(
+                x[:rows], quantized_linear_triton.in_words(x[:rows], weight, mode), scale,
+                tensor(rows, 1) if dynamic else None, tensor(4096), y[:rows], mode, group_size)
             # ptxas spills two registers of its own accord, to run more blocks on a multiprocessor.
             yield Case(f"{rows} {mode} {dtype} groups of {group_size}", plan, generation, spills=8 if rows == 1 else 0)
         if dynamic:
@@ -298,12 +299,14 @@ def attention(generation, label, dim, dtype, value_dim=None, deep=False, **given
     options = Options(scale=0.1, **{name: given.pop(name) for name in list(given) if name not in fields})
     call = attention_launch_triton.Call(q, k, v, **dict.fromkeys(fields[3:10]) | given, options=options)
     out, lse = tensor(*q.shape[:3], v.size(3), dtype=dtype), tensor(*q.shape[:3])
-    yield Case(label, attention_launch_triton.plan_forward(call, out, lse, lse, 1), generation, deep=deep)
+    ranges = None if call.query_ids is None else tensor(2, 64, 2, dtype=torch.int32)
+    yield Case(label, attention_launch_triton.plan_forward(call, out, lse, lse, 1, ranges), generation, deep=deep)
     plans = [attention_launch_triton.plan_delta(out, out, lse, lse, lse),
-             attention_launch_triton.plan_keys(call, lse, lse, out, k, v),
-             attention_launch_triton.plan_queries(call, lse, lse, out, q)]
+             attention_launch_triton.plan_keys(call, lse, lse, out, k, v, ranges),
+             attention_launch_triton.plan_queries(call, lse, lse, out, q, ranges)]
     if call.mask is not None and call.mask.is_floating_point():
-        plans.append(attention_launch_triton.plan_mask(call, lse, lse, out))
+        parts = attention_launch_triton.parts_of_mask(call)
+        plans.append(attention_launch_triton.plan_mask(call, lse, lse, out, parts))
     for plan in plans:
         # On an H200 the tiles for keys 128 wide are 1.2 to 1.4 times as fast as any that spill less.
         spills = 320 if generation == 90 and dim == 128 and plan[2].get("KIND") == "keys" else 160

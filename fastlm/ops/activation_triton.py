@@ -24,11 +24,11 @@ def loses(gate, up, kind):
 
 
 def forward(gate, up, y, kind):
-    launch(plan_forward(adjacent(gate), adjacent(up), y, kind), y)
+    launch(plan_forward, adjacent(gate), adjacent(up), y, kind)
 
 
 def backward(dy, gate, up, dgate, dup, kind):
-    launch(plan_backward(dy.contiguous(), adjacent(gate), adjacent(up), dgate, dup, kind), dy)
+    launch(plan_backward, dy.contiguous(), adjacent(gate), adjacent(up), dgate, dup, kind)
 
 
 def plan_forward(gate, up, y, kind):

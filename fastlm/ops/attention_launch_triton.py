@@ -68,23 +68,25 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
 
     Args:
         call: the inputs.
-        out: contiguous, the output.
+        out: contiguous, the output, 0 where a row is of no sequence.
         lse: `[B, H, Sq]`, float32, a view of contiguous memory laid out like `out`.
     """
-    if not out.numel():
-        lse.fill_(-torch.inf)
-        return
-    splits = _splits(call)
-    if splits == 1 and hopper.takes(call):
-        return launch(hopper.plan(call, out, lse), lse)
-    parts, part_lse = out, lse
+    packed, splits = call.cu_q is not None, _splits(call) if out.numel() else 1
     if splits > 1:
         parts = out.new_empty(splits, *out.shape, dtype=torch.float32)
-        # Rows of no sequence stay as they are here.
-        part_lse = lse.new_full((splits, lse.numel()), -torch.inf)
-    launch(plan_forward(call, parts, part_lse, lse, splits), lse)
-    if splits > 1:
-        launch(plan_combine(parts, part_lse, out, lse, splits), lse)
+        part_lse = lse.new_empty(splits, lse.numel())
+        if packed:
+            part_lse.fill_(-torch.inf)  # of rows of no sequence
+        launch(plan_forward, call, parts, part_lse, lse, splits, _ranges_of_queries(call, "forward"))
+        return launch(plan_combine, parts, part_lse, out, lse, splits)
+    if packed or not out.numel():
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if not out.numel():
+        return
+    if hopper.takes(call):
+        return launch(hopper.plan, call, out, lse)
+    launch(plan_forward, call, out, lse, lse, 1, _ranges_of_queries(call, "forward"))
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, needs: list[bool],
@@ -100,24 +102,27 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         needs: whose gradients.
         like: query, key, value, mask and sinks as the caller has them: the shapes of what is returned.
     """
-    found = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) if n else None
+    # The softmax over one key is constant, so zeros are exact.
+    constant = call.longest[1] == 1 and call.sinks is None and call.cu_q is None and not call.options.return_lse
+    whole = out.numel() and not constant and call.cu_q is None and call.lengths is None  # kernels write all rows
+    found = [None if not n else t.new_empty(t.shape) if whole else t.new_zeros(t.shape)
              for t, n in zip(like, needs, strict=True)]
     dq, dk, dv, dmask, dsinks = found
     if not out.numel():
         return found
-    if call.longest[1] == 1 and call.sinks is None and call.cu_q is None and not call.options.return_lse:
-        dq = dk = dmask = None  # the softmax over one key is constant, so zeros are exact
+    if constant:
+        dq = dk = dmask = None
     delta = torch.empty_like(lse)
-    launch(plan_delta(out, dout, dlse, lse, delta), lse)
+    launch(plan_delta, out, dout, dlse, lse, delta)
     upstream = (lse, delta, dout)
     if dq is not None:
-        launch(plan_queries(call, *upstream, dq), lse)
+        launch(plan_queries, call, *upstream, dq, _ranges_of_queries(call, "queries"))
     if (dk is not None or dv is not None) and call.key.numel():
-        launch(plan_keys(call, *upstream, dk, dv), lse)
+        launch(plan_keys, call, *upstream, dk, dv, _ranges_of_keys(call))
     if dmask is not None and dmask.numel():
-        plan = plan_mask(call, *upstream)
-        launch(plan, lse)
-        found[3] = plan[2]["dmask"].sum_to_size(dmask.shape).to(dmask.dtype)
+        parts = parts_of_mask(call)
+        launch(plan_mask, call, *upstream, parts)
+        found[3] = parts.sum_to_size(dmask.shape).to(dmask.dtype)
     if dsinks is not None:
         shares = torch.where(lse == -torch.inf, 0, (call.sinks[:, None] - lse).exp())
         found[4] = -(shares * delta).sum((0, 2)).to(dsinks.dtype)
@@ -144,12 +149,12 @@ def dropped(call: Call) -> Tensor:
 # --- launches: (kernel, grid, arguments) -----------------------------------------------------------------------
 
 
-def plan_forward(call, out, out_lse, lse, splits):
+def plan_forward(call, out, out_lse, lse, splits, ranges=None):
     """Plan the output and log-sum-exp, in `splits` parts of the keys; `lse` is laid out like one part."""
     tiles = _tiles("forward", call)
     blocks = triton.cdiv(call.longest[0] * call.group, tiles["M"])
-    arguments = _arguments(call, "forward", tiles, blocks, _query_tile_ranges(call, tiles, blocks), lse, lse=out_lse,
-                           o=out, splits=splits if splits > 1 else None)
+    arguments = _arguments(call, "forward", tiles, blocks, ranges, lse, lse=out_lse, o=out,
+                           splits=splits if splits > 1 else None)
     return attention_kernel, (blocks * splits * call.key.size(1) * call.rows,), arguments
 
 
@@ -172,40 +177,49 @@ def plan_delta(out, dout, dlse, lse, delta):
     return delta_kernel, (triton.cdiv(lse.numel(), rows),), arguments
 
 
-def plan_queries(call, lse, delta, dout, dq):
+def plan_queries(call, lse, delta, dout, dq, ranges=None):
     """Plan the gradient of the queries."""
     tiles = _tiles("queries", call)
     blocks = triton.cdiv(call.longest[0] * call.group, tiles["M"])
-    arguments = _arguments(call, "queries", tiles, blocks, _query_tile_ranges(call, tiles, blocks), lse, lse=lse,
-                           delta=delta, do=dout, dq=dq)
+    arguments = _arguments(call, "queries", tiles, blocks, ranges, lse, lse=lse, delta=delta, do=dout, dq=dq)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
 
-def plan_keys(call, lse, delta, dout, dk, dv):
+def plan_keys(call, lse, delta, dout, dk, dv, ranges=None):
     """Plan the gradients of keys and values."""
     tiles = _tiles("keys", call)
     blocks = triton.cdiv(call.longest[1], tiles["N"])
-    ranges = None
-    if call.query_ids is not None:
-        ranges = _ranges(call.key_ids, call.query_ids, blocks, 1, tiles["N"])
     arguments = _arguments(call, "keys", tiles, blocks, ranges, lse, lse=lse, delta=delta, do=dout, dk=dk, dv=dv)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
 
-def plan_mask(call, lse, delta, dout):
-    """Plan the gradient of an additive mask; over queries or keys that share the mask, a sum for each tile."""
-    tiles, mask = _tiles("mask", call), call.mask
-    batch, heads, queries, keys = mask.shape
-    over_rows, over_cols = queries == 1 < call.query.size(2), keys == 1 < call.key.size(2)
-    row_blocks, column_blocks = triton.cdiv(call.query.size(2), tiles["M"]), triton.cdiv(call.key.size(2), tiles["N"])
+def parts_of_mask(call):
+    """Return memory for the gradient of an additive mask: over queries or keys that share it, for a sum of each tile.
+    """
+    over_rows, over_cols, row_blocks, column_blocks = _tiles_of_mask(call)
+    batch, heads, queries, keys = call.mask.shape
     shape = (batch, heads, row_blocks if over_rows else queries, column_blocks if over_cols else keys)
-    found = mask.new_empty(shape, dtype=torch.float32 if over_rows or over_cols else mask.dtype)
+    return call.mask.new_empty(shape, dtype=torch.float32 if over_rows or over_cols else call.mask.dtype)
+
+
+def plan_mask(call, lse, delta, dout, dmask):
+    """Plan the gradient of an additive mask, or the parts of it that are to be summed up."""
+    over_rows, over_cols, row_blocks, column_blocks = _tiles_of_mask(call)
+    batch, heads, *_ = call.mask.shape
     shared_heads = call.query.size(1) // heads
-    arguments = _arguments(call, "mask", tiles, row_blocks * column_blocks, None, lse, lse=lse, delta=delta, do=dout,
-                           dmask=found, mask_heads=heads, shared_heads=shared_heads,
+    arguments = _arguments(call, "mask", _tiles("mask", call), row_blocks * column_blocks, None, lse, lse=lse,
+                           delta=delta, do=dout, dmask=dmask, mask_heads=heads, shared_heads=shared_heads,
                            shared=shared_heads * (call.rows // batch), column_blocks=column_blocks,
                            MASK_ROWS=not over_rows, MASK_COLS=not over_cols)
     return attention_kernel, (row_blocks * column_blocks * batch * heads,), arguments
+
+
+def _tiles_of_mask(call):
+    """Return whether queries and keys share the mask, and the numbers of tiles of them."""
+    tiles, (*_, queries, keys) = _tiles("mask", call), call.mask.shape
+    all_queries, all_keys = call.query.size(2), call.key.size(2)
+    return (queries == 1 < all_queries, keys == 1 < all_keys, triton.cdiv(all_queries, tiles["M"]),
+            triton.cdiv(all_keys, tiles["N"]))
 
 
 def plan_ranges(ids, others, ranges, group, rows):
@@ -216,17 +230,25 @@ def plan_ranges(ids, others, ranges, group, rows):
     return documents_kernel, (batch * blocks,), arguments
 
 
-def _query_tile_ranges(call, tiles, blocks):
+def _ranges_of_queries(call, kind):
     if call.query_ids is None:
         return None
-    return _ranges(call.query_ids, call.key_ids, blocks, call.group, tiles["M"])
+    rows = _tiles(kind, call)["M"]
+    blocks = triton.cdiv(call.longest[0] * call.group, rows)
+    return _ranges(call.query_ids, call.key_ids, blocks, call.group, rows)
+
+
+def _ranges_of_keys(call):
+    if call.query_ids is None:
+        return None
+    rows = _tiles("keys", call)["N"]
+    return _ranges(call.key_ids, call.query_ids, triton.cdiv(call.longest[1], rows), 1, rows)
 
 
 def _ranges(ids, others, blocks, group, rows):
     """Return, `[B, blocks, 2]`, the range of `others` outside of which nobody is in a document of a tile of `ids`."""
     found = ids.new_empty(ids.size(0), blocks, 2, dtype=torch.int32)
-    if not found.is_meta:
-        launch(plan_ranges(ids, others, found, group, rows), ids)
+    launch(plan_ranges, ids, others, found, group, rows)
     return found
 
 
@@ -235,14 +257,14 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
 
     Strides go by (batch, head, row, column); `layout` has those of the rows of the output.
     """
-    query, key, value, options = call.query, call.key, call.value, call.options
-    mask = None if call.mask is None else call.mask.expand(*query.shape[:3], key.size(2))
+    query, key, value, mask, options = call.query, call.key, call.value, call.mask, call.options
     added = call.slopes is not None or (mask is not None and mask.dtype is not torch.bool)
     # In float32 the log-sum-exp must be exact to the last bit of a large score.
     scaled = bool(added or query.dtype is torch.float32 or (options.scale <= 0 and not options.softcap))
     unit = 1.0 if scaled else options.softcap or options.scale
     kv_heads, keys = key.size(1), key.size(2)
     columns = (kv_heads * keys, keys, 1) if call.cu_k is None else (0, 1, kv_heads)
+    layout_b, layout_h, layout_s = _steps(layout)
     off = dict.fromkeys(("o", "do", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads", "shared_heads",
                          "shared", "column_blocks", "page_size", "pages", "table_b", "slopes_b", "threshold", "share"))
     # Where rows of a batch share a mask, their programs follow each other, so that it is read from memory once.
@@ -257,12 +279,13 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
         BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal, SCALED=scaled, EXACT=_exact(query),
         COARSE=query.dtype is torch.bfloat16, KIND=kind,
         EVEN=mask is not None and keys % 16 == 0, GROUPED=call.group > 1, **tiles, **given,
-        **_strides("bhsd", q=query, k=key, v=value, mask=mask, do=given.get("do")), **_strides("bhs", row=layout))
-    found.update(zip(("col_b", "col_h", "col_s"), columns, strict=True))
+        row_b=layout_b, row_h=layout_h, row_s=layout_s, col_b=columns[0], col_h=columns[1], col_s=columns[2])
+    for name, x in (("q", query), ("k", key), ("v", value), ("mask", mask), ("do", given.get("do"))):
+        found.update(zip((f"{name}_b", f"{name}_h", f"{name}_s", f"{name}_d"), _steps(x), strict=True))
     if call.table is not None:
         found.update(Sk=call.table.size(1) * keys, page_size=keys, pages=key.size(0), table_b=call.table.stride(0))
     if call.slopes is not None:
-        found["slopes_b"] = _stride(call.slopes, 0)
+        found["slopes_b"] = _steps(call.slopes)[0]
     if options.dropout_p:
         p = options.dropout_p
         found.update(threshold=_threshold(p), share=1 - p or 1.0)
@@ -283,14 +306,9 @@ def _bound(x):
     return None if x < 0 else x
 
 
-def _strides(axes, **tensors):
-    return {f"{name}_{axis}": None if x is None else _stride(x, dim)
-            for name, x in tensors.items() for dim, axis in enumerate(axes)}
-
-
-def _stride(x, dim):
-    """Return a stride; packed sequences and what is shared are rows of a batch of one, which all rows use."""
-    return 0 if x.size(dim) == 1 else x.stride(dim)
+def _steps(x):
+    """Return the strides; packed sequences and what is shared are rows of a batch of one, which all rows use."""
+    return (None,) * 4 if x is None else [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
 
 
 def _block(dim):
@@ -340,22 +358,22 @@ def _tiles(kind, call):
     """Choose rows of queries (M) and of keys (N) in a tile, warps and pipeline stages."""
     if INTERPRETED:
         return {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1}  # fewer operations than in small tiles
-    wide = max(_block(call.query.size(3)), _block(call.value.size(3)))
+    wide = max(call.query.size(3), call.value.size(3))
     table = TILES["float32"]
     if call.query.element_size() == 2:
         table = TILES[90 if generation(call.query.device) >= 90 else 80]
     feature = "masked" if call.mask is not None else "dropout" if call.draws is not None else ""
     if kind == "forward" and call.longest[0] * call.group <= 16:
         kind = "few queries"
-    M, N, warps, stages = table.get(f"{feature} {kind}", table[kind])[0 if wide <= 64 else 1 if wide == 128 else 2]
+    M, N, warps, stages = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
     return {"M": M, "N": N, "num_warps": warps, "num_stages": stages}
 
 
 def _splits(call):
     """Choose into how many parts the keys are split, so that few queries fill the multiprocessors twice."""
     tiles, (queries, keys) = _tiles("forward", call), call.longest
-    blocks = triton.cdiv(keys, tiles["N"])
+    blocks = -(-keys // tiles["N"])
     if call.splits:
         return max(1, min(call.splits, blocks))
-    programs = triton.cdiv(queries * call.group, tiles["M"]) * call.key.size(1) * call.rows
+    programs = -(-queries * call.group // tiles["M"]) * call.key.size(1) * call.rows
     return max(1, min(2 * multiprocessors(call.query.device) // programs, blocks // 2, 128))

@@ -46,16 +46,24 @@ def run(input, target, weight, ignore_index, reduction, label_smoothing):
 
 def forward(tensors, needs, ignore_index, reduction, smoothing):
     logits, target, weight = tensors
-    losses, counts, highest, log_sum = (torch.empty(target.shape, dtype=torch.float32, device=logits.device)
-                                        for _ in range(4))
-    launch(plan_forward(logits, target, weight, losses, counts, highest, log_sum, ignore_index, smoothing), logits)
-    saved = [highest, log_sum] if needs[0] else []
+    rows = target.numel()
+    saved = [logits.new_empty(rows, dtype=torch.float32) for _ in range(2)]
+    if reduction == "mean":  # sums of both at once, at addresses that are aligned
+        both = logits.new_empty(2, rows + -rows % 4, dtype=torch.float32)[:, :rows]
+        counts, losses = both.unbind()
+    else:
+        counts, losses = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    launch(plan_forward, logits, target, weight, _weight_sum(weight, smoothing), losses, counts, *saved, ignore_index,
+           smoothing)
     if reduction == "none":
-        return [losses.to(logits.dtype), *saved]
-    if reduction == "sum":
-        return [losses.sum().to(logits.dtype), *saved]
-    total = counts.sum()
-    return [(losses.sum() / total).to(logits.dtype), *saved, *([total] if needs[0] else [])]
+        loss = losses.to(logits.dtype)
+    elif reduction == "sum":
+        loss = losses.sum().to(logits.dtype)
+    else:
+        count, total = both.sum(1).unbind()
+        loss = torch.div(total, count, out=logits.new_empty(()))
+        saved.append(count)
+    return [loss, *saved] if needs[0] else [loss]
 
 
 def backward(grads, saved, tensors, needs, ignore_index, reduction, smoothing):
@@ -63,38 +71,43 @@ def backward(grads, saved, tensors, needs, ignore_index, reduction, smoothing):
     highest, log_sum, *total = saved
     dlogits = None
     if needs[0]:
-        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        launch(plan_backward(logits, target, weight, highest, log_sum, grads[0], total[0] if total else None, dlogits,
-                             ignore_index, smoothing), logits)
+        dlogits = logits.new_empty(logits.shape)
+        launch(plan_backward, logits, target, weight, _weight_sum(weight, smoothing), highest, log_sum, grads[0],
+               total[0] if total else None, dlogits, ignore_index, smoothing)
     return [dlogits, None, torch.zeros_like(weight) if needs[2] else None]
 
 
-def plan_forward(logits, target, weight, losses, counts, highest, log_sum, ignore_index, smoothing):
+def _weight_sum(weight, smoothing):
+    """Return the sum of the class weights, which only smoothing asks for."""
+    return weight.sum(dtype=torch.float32) if weight is not None and smoothing > 0 else None
+
+
+def plan_forward(logits, target, weight, weight_sum, losses, counts, highest, log_sum, ignore_index, smoothing):
     """Return (kernel, grid, arguments)."""
-    shared = _shared(logits, target, weight, ignore_index, smoothing)
+    shared = _shared(logits, target, weight, weight_sum, ignore_index, smoothing)
     # Few threads that have much in flight, 128 bytes each: a reduction costs more of them more.
     shared["num_warps"] = max(shared["PIECE"] * logits.element_size() // 4096, 4)
     return forward_kernel, (target.numel(),), shared | dict(losses=losses, counts=counts, highest=highest,
                                                             log_sum=log_sum)
 
 
-def plan_backward(logits, target, weight, highest, log_sum, dloss, total, dlogits, ignore_index, smoothing):
+def plan_backward(logits, target, weight, weight_sum, highest, log_sum, dloss, total, dlogits, ignore_index,
+                  smoothing):
     """Return (kernel, grid, arguments); `total` is what a mean divides by."""
     arguments = dict(highest=highest, log_sum=log_sum, dloss=dloss, dloss_row=dloss.stride(0) if dloss.dim() else 0,
                      total=total, dx=dlogits)
-    return backward_kernel, (target.numel(),), arguments | _shared(logits, target, weight, ignore_index, smoothing)
+    arguments |= _shared(logits, target, weight, weight_sum, ignore_index, smoothing)
+    return backward_kernel, (target.numel(),), arguments
 
 
-def _shared(logits, target, weight, ignore_index, smoothing):
+def _shared(logits, target, weight, weight_sum, ignore_index, smoothing):
     classes = logits.size(1)
     piece = min(triton.next_power_of_2(classes), PIECE)
-    weighted = weight is not None and smoothing > 0
     # debug makes the assertion that a target is in range real, as in stock PyTorch.
     return dict(x=logits, x_row=logits.stride(0), x_col=logits.stride(1), target=target, target_row=target.stride(0),
-                weight=weight, weight_col=0 if weight is None else weight.stride(0),
-                weight_sum=weight.sum(dtype=torch.float32) if weighted else None, classes=classes,
-                ignore_index=ignore_index, smoothing=float(smoothing), SMOOTH=smoothing > 0, PIECE=piece,
-                num_warps=min(max(piece // 512, 4), 16), debug=True, sanitize_overflow=False)
+                weight=weight, weight_col=0 if weight is None else weight.stride(0), weight_sum=weight_sum,
+                classes=classes, ignore_index=ignore_index, smoothing=float(smoothing), SMOOTH=smoothing > 0,
+                PIECE=piece, num_warps=min(max(piece // 512, 4), 16), debug=True, sanitize_overflow=False)
 
 
 @triton.jit

@@ -39,7 +39,7 @@ class Kernels:
 
     def distil(self, student, teacher, target, kind, beta, soft, hard, scale, out):
         loss = torch.empty_like(scale)
-        launch(plan(student, teacher, target, kind, beta, soft, hard, scale, loss, out), scale)
+        launch(plan, student, teacher, target, kind, beta, soft, hard, scale, loss, out)
         return loss
 
 

@@ -44,7 +44,7 @@ def backward(grads, saved, tensors, needs, p):
 
 def _masked(x, residual, seed, p):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch(plan(x.contiguous(), None if residual is None else residual.contiguous(), seed, y, p), x)
+    launch(plan, x.contiguous(), None if residual is None else residual.contiguous(), seed, y, p)
     return y
 
 

@@ -56,11 +56,11 @@ class Kernels:
     native = None  # torch makes the products
 
     def read(self, logits, targets, sums, entropy=False):
-        launch(plan_read(logits, targets, sums, entropy), sums)
+        launch(plan_read, logits, targets, sums, entropy)
         return logits, targets
 
     def gradient(self, state, rows, out):
-        launch(plan_gradient(*state, rows, out), out)
+        launch(plan_gradient, *state, rows, out)
 
 
 @triton.jit

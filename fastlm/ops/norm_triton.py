@@ -34,7 +34,7 @@ def forward(x, residual, weight, bias, eps, centred):
     total = None if residual is None else torch.empty_like(y)
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centred else None
-    launch(plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps), x)
+    launch(plan_forward, x, residual, weight, bias, y, total, mean, rstd, eps)
     return y, total, mean, rstd
 
 
@@ -42,13 +42,14 @@ def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
     weight = None if weight is None else weight.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    count = programs(x)
     make = torch.empty if x.shape[1] <= BACKWARD_WIDTH else torch.zeros  # pieces are added to what is there
-    parts = [make(programs(x), x.shape[1], dtype=torch.float32, device=x.device) if dtype else None
+    parts = [make(count, x.shape[1], dtype=torch.float32, device=x.device) if dtype else None
              for dtype in needs[1:]]
-    launch(plan_backward(dy, dsum, x, weight, mean, rstd, dx, *parts, programs(x)), x)
+    launch(plan_backward, dy, dsum, x, weight, mean, rstd, dx, *parts, count)
     sums = [torch.empty(x.shape[1], dtype=dtype, device=x.device) if dtype else None for dtype in needs[1:]]
     if any(needs[1:]):
-        launch(plan_sum(*parts, *sums), x)
+        launch(plan_sum, *parts, *sums)
     return dx, *sums
 
 

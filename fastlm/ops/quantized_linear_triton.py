@@ -40,14 +40,23 @@ def forward(tensors, needs, mode, group_size):
     if not x.numel() or not weight.numel():
         return [reference(x, weight, scale, bias, mode, group_size)]
     x, row_scale = x.contiguous(), None
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape[0], weight.shape[0])
     if mode == "int8_dynamic":
-        x, wide = torch.empty(x.shape, dtype=torch.int8, device=x.device), x
-        row_scale = torch.empty(x.shape[0], 1, device=x.device)
-        launch(plan_round(wide, x, row_scale), x)
+        x, wide = x.new_empty(x.shape, dtype=torch.int8), x
+        row_scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
+        launch(plan_round, wide, x, row_scale)
     weight, scale, bias = (None if t is None else t.contiguous() for t in (weight, scale, bias))
-    launch(plan(x, weight, scale, row_scale, bias, y, mode, group_size), x)
+    launch(plan, x, in_words(x, weight, mode), scale, row_scale, bias, y, mode, group_size)
     return [y]
+
+
+def in_words(x, weight, mode):
+    """View a weight that goes row by row as int32; the others are of tiles, which tensor cores multiply.
+
+    These win from two rows on where integers go into them as they are or in 16 bits.
+    """
+    by_row = x.shape[0] == 1 or mode == "int4" or x.dtype is torch.float32
+    return weight.view(torch.int32) if by_row and x.shape[1] % 8 == 0 and weight.storage_offset() % 4 == 0 else weight
 
 
 def plan_round(x, values, row_scale):
@@ -59,22 +68,20 @@ def plan_round(x, values, row_scale):
 
 
 def plan(x, weight, scale, row_scale, bias, y, mode, group_size):
-    """Return (kernel, grid, arguments); `row_scale` `[M, 1]` and an int8 x are for "int8_dynamic"."""
-    (rows, inputs), (outputs, row_bytes) = x.shape, weight.shape
+    """Return (kernel, grid, arguments); `row_scale` `[M, 1]` and an int8 x are for "int8_dynamic", see `in_words`."""
+    (rows, inputs), (outputs, columns) = x.shape, weight.shape
     int4, group_bytes = mode == "int4", group_size // 2
     arguments = dict(x=x, weight=weight, scale=scale, row_scale=row_scale, bias=bias, y=y, rows=rows, outputs=outputs,
                      groups=scale.shape[1] if int4 else 1, INT4=int4)
     wide = x.dtype is torch.float32
-    # Tensor cores win from two rows on where integers go into them as they are or in 16 bits.
-    if (rows == 1 or int4 or wide) and inputs % 8 == 0 and weight.storage_offset() % 4 == 0:
-        words = row_bytes // 4
+    if weight.dtype is torch.int32:
         return row_kernel, (rows * triton.cdiv(outputs, 8),), arguments | dict(
-            weight=weight.view(torch.int32), eights=inputs // 8, magic=0x4B000000, COLS=8, GROUP=group_size // 8,
-            WORDS=max(min(triton.next_power_of_2(words), 1024), group_size // 8), num_warps=4 if wide else 8)
+            eights=inputs // 8, magic=0x4B000000, COLS=8, GROUP=group_size // 8,
+            WORDS=max(min(triton.next_power_of_2(columns), 1024), group_size // 8), num_warps=4 if wide else 8)
     # More than these bytes would spill.
     read = min(group_bytes, 32 if wide else 128) if int4 else 64 if wide else 256
     return tile_kernel, (triton.cdiv(outputs, 32),), arguments | dict(
-        inputs=inputs, row_bytes=row_bytes, ROWS=MOST_ROWS, COLS=32, BYTES=read, GROUP_BYTES=group_bytes, num_warps=4,
+        inputs=inputs, row_bytes=columns, ROWS=MOST_ROWS, COLS=32, BYTES=read, GROUP_BYTES=group_bytes, num_warps=4,
         num_stages=5)
 
 

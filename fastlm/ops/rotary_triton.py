@@ -19,7 +19,7 @@ def loses(x, cos, sin, interleaved):
 
 
 def turn(x, cos, sin, y, interleaved, inverse):
-    launch(plan(x, cos, sin, y, interleaved, inverse), x)
+    launch(plan, x, cos, sin, y, interleaved, inverse)
 
 
 def plan(x, cos, sin, y, interleaved, inverse):

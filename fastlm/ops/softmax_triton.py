@@ -8,6 +8,9 @@ with what the cache still holds. Where there are fewer tiles than multiprocessor
 rows, a second one writes.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -44,71 +47,105 @@ def run(x, dim, mask=None, scale=1.0, log=False):
 
 def forward(tensors, needs, dim, scale, log):
     x, mask = tensors
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        for plan in plan_forward(x, mask, y, dim, scale, log):
-            launch(plan, x)
+    y = x.new_empty(x.shape)
+    for args in launches((x, y, mask), dim, FORWARD_TILE, 2):
+        launch(plan_forward, *args, scale, log)
     return [y]
 
 
 def backward(grads, saved, tensors, needs, dim, scale, log):
     (dy,), y = grads, tensors[0]
-    dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    if y.numel():
-        for plan in plan_backward(y, dy, dx, dim, scale, log):
-            launch(plan, y)
+    dx = y.new_empty(y.shape)
+    for args in launches((y, dy, dx), dim, BACKWARD_TILE, 1):
+        launch(plan_backward, *args, scale, log)
     return [dx, None]
 
 
-def plan_forward(x, mask, y, dim, scale, log):
-    """Return the launches, (kernel, grid, arguments) each."""
-    tensors, arguments, parts = _walk(dict(x=x, y=y, mask=mask), dim, FORWARD_TILE)
-    arguments |= tensors | dict(scale=float(scale), LOG=log)
-    return _launches(forward_kernel, arguments, parts, ("tops", "totals"), x.device)
+def launches(tensors, dim, limit, sums):
+    """Yield what `plan_forward` and `plan_backward` get of each launch of three tensors, of which the first is read.
 
-
-def plan_backward(y, dy, dx, dim, scale, log):
-    """Return the launches, (kernel, grid, arguments) each."""
-    tensors, arguments, parts = _walk(dict(y=y, dy=dy, dx=dx), dim, BACKWARD_TILE)
-    arguments |= tensors | dict(scale=float(scale), LOG=log)
-    return _launches(backward_kernel, arguments, parts, ("dots",), y.device)
-
-
-def _walk(tensors, dim, limit):
-    """Return (tensors, arguments that say how to walk them, parts of a row).
-
-    All are seen as `[outer, inner, rows, cols]`; only strides that no such view can express cost a copy.
+    That is one, or where parts of rows are walked in pieces two: the first measures what the second needs, in so many
+    `sums` of each part.
     """
-    first, *_ = tensors.values()
+    first = tensors[0]
+    if not first.numel():
+        return
     if first.dim() == 0:
-        tensors = {name: None if t is None else t.reshape(1) for name, t in tensors.items()}
-        first, *_ = tensors.values()
-    dim %= first.dim()
-    batch = [i for i in range(first.dim()) if i != dim]
+        tensors = [None if t is None else t.reshape(1) for t in tensors]
+    walk = _walk_of(tensors, dim, limit)
+    if walk is None:  # no such view expresses the strides
+        tensors = [None if t is None else t.contiguous() for t in tensors]
+        walk = _walk_of(tensors, dim, limit)
+    words, parts_of_sums, stages = None, [None] * sums, ("both",)
+    if walk.parts > 1 and walk.tile["WHOLE"]:
+        words = first.new_zeros(walk.tiles, walk.parts, dtype=torch.int64)
+    elif walk.parts > 1:
+        shape, stages = (walk.tiles * walk.tile["HEIGHT"], walk.parts), ("measure", "write")
+        parts_of_sums = [first.new_empty(shape, dtype=torch.float32) for _ in range(sums)]
+    for stage in stages:
+        yield *tensors, words, *parts_of_sums, dim, stage
 
-    def groups():
-        strides = ([0 if t is None else t.stride(i) for i in batch] for t in tensors.values())
-        return collapse([first.size(i) for i in batch], *strides)
 
-    if len(groups()) > 3:
-        tensors = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
-    none = (0,) * len(tensors)
-    outer, inner, rows = [(1, none)] * (3 - len(groups())) + groups()
-    cols = first.size(dim)
-    arguments = dict(inner=inner[0], rows=rows[0], cols=cols)
-    for i, (name, t) in enumerate(tensors.items()):
-        steps = (outer[1][i], inner[1][i], rows[1][i], 0 if t is None else t.stride(dim))
-        arguments |= zip((f"{name}_{axis}" for axis in ("outer", "inner", "row", "col")), steps, strict=True)
-    tile = _tile(rows[0], cols, rows[1][0] < first.stride(dim) and rows[0] > 1, limit)
+def plan_forward(x, y, mask, words, tops, totals, dim, stage, scale, log):
+    """Return (kernel, grid, arguments)."""
+    return _plan(forward_kernel, dict(x=x, y=y, mask=mask), FORWARD_TILE, dim, stage, words=words, tops=tops,
+                 totals=totals, scale=float(scale), LOG=log)
+
+
+def plan_backward(y, dy, dx, words, dots, dim, stage, scale, log):
+    """Return (kernel, grid, arguments)."""
+    return _plan(backward_kernel, dict(y=y, dy=dy, dx=dx), BACKWARD_TILE, dim, stage, words=words, dots=dots,
+                 scale=float(scale), LOG=log)
+
+
+def _plan(kernel, tensors, limit, dim, stage, **given):
+    walk = _walk_of(tensors.values(), dim, limit)
+    for name, steps in zip(tensors, walk.steps, strict=True):
+        given |= zip((f"{name}_{axis}" for axis in ("outer", "inner", "row", "col")), steps, strict=True)
+    return kernel, (walk.tiles * walk.parts,), dict(
+        **tensors, **given, **walk.tile, inner=walk.inner, rows=walk.rows, cols=walk.cols, share=walk.share,
+        parts=walk.parts, SLOTS=triton.next_power_of_2(walk.parts), STAGE=stage)
+
+
+class Walk(NamedTuple):
+    """How tensors are walked that are seen as `[outer, inner, rows, cols]`."""
+
+    inner: int
+    rows: int
+    cols: int
+    steps: list[tuple[int, int, int, int]]  # the strides of each tensor
+    tile: dict
+    tiles: int
+    parts: int  # of a row
+    share: int  # pieces in a part
+
+
+def _walk_of(tensors, dim, limit):
+    first, *_ = tensors
+    return _walk(first.shape, tuple(None if t is None else t.stride() for t in tensors), dim % first.dim(), limit,
+                 multiprocessors(first.device), concurrent(first.device))
+
+
+@functools.lru_cache(256)
+def _walk(sizes, strides, dim, limit, processors, together) -> Walk | None:
+    """Choose how to walk tensors of these sizes and strides, None where no view of four dimensions has them."""
+    batch = [i for i in range(len(sizes)) if i != dim]
+    groups = collapse([sizes[i] for i in batch], *([0 if s is None else s[i] for i in batch] for s in strides))
+    if len(groups) > 3:
+        return None
+    outer, inner, rows = [(1, (0,) * len(strides))] * (3 - len(groups)) + groups
+    cols = sizes[dim]
+    steps = [(outer[1][i], inner[1][i], rows[1][i], 0 if s is None else s[dim]) for i, s in enumerate(strides)]
+    tile = _tile(rows[0], cols, rows[1][0] < strides[0][dim] and rows[0] > 1, limit)
     pieces = triton.cdiv(cols, tile["WIDTH"])
     tiles = outer[0] * inner[0] * triton.cdiv(rows[0], tile["HEIGHT"])
-    parts = 1 if tile["WHOLE"] else max(1, min(multiprocessors(first.device) // tiles, pieces, 256))
+    parts = 1 if tile["WHOLE"] else max(1, min(processors // tiles, pieces, 256))
     # Programs that wait for each other must all run: the least that do is one on each multiprocessor.
-    part = max(PART[0], triton.next_power_of_2(triton.cdiv(cols, multiprocessors(first.device))))
-    if cols > LONG and tile["HEIGHT"] == 1 and part <= PART[1] and concurrent(first.device):
+    part = max(PART[0], triton.next_power_of_2(triton.cdiv(cols, processors)))
+    if cols > LONG and tile["HEIGHT"] == 1 and part <= PART[1] and together:
         parts = triton.cdiv(cols, part)
         tile = dict(HEIGHT=1, WIDTH=part, WHOLE=True, num_warps=part // 2048)
-    return tensors, arguments | tile | dict(share=triton.cdiv(pieces, parts), tiles=tiles), parts
+    return Walk(inner[0], rows[0], cols, steps, tile, tiles, parts, triton.cdiv(pieces, parts))
 
 
 def _tile(rows, cols, rows_adjacent, limit):
@@ -119,20 +156,6 @@ def _tile(rows, cols, rows_adjacent, limit):
     whole = height * width <= limit
     width = width if whole else PIECE // height
     return {"HEIGHT": height, "WIDTH": width, "WHOLE": whole, "num_warps": min(max(height * width // 1024, 4), 32)}
-
-
-def _launches(kernel, arguments, parts, partial, device):
-    """Return one launch, or where parts of rows are walked in pieces two: the first measures what the second needs."""
-    tiles = arguments.pop("tiles")
-    arguments |= dict(parts=parts, words=None, SLOTS=triton.next_power_of_2(parts)) | dict.fromkeys(partial)
-    if parts == 1:
-        return [(kernel, (tiles,), arguments | dict(STAGE="both"))]
-    if arguments["WHOLE"]:
-        words = torch.zeros(tiles, parts, dtype=torch.int64, device=device)
-        return [(kernel, (tiles * parts,), arguments | dict(STAGE="both", words=words))]
-    shape = (tiles * arguments["HEIGHT"], parts)
-    arguments |= {name: torch.empty(shape, dtype=torch.float32, device=device) for name in partial}
-    return [(kernel, (tiles * parts,), arguments | dict(STAGE=stage)) for stage in ("measure", "write")]
 
 
 @triton.jit

@@ -4,7 +4,10 @@ It imports Triton where a kernel file does so for it; `plan` functions return (k
 tests/test_triton.py compiles without a GPU.
 """
 
+import copy
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +17,8 @@ from fastlm.ops.gpu import unmeasured
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST = 1 << 20
+MOST = 1024  # launches that are kept
+_launches = {}
 
 
 def cannot_here(x: Tensor) -> str | None:
@@ -35,14 +40,89 @@ def loses_below(x: Tensor, *rest) -> str | None:
     return loses(x)
 
 
-def launch(plan: tuple, like: Tensor) -> None:
-    """Run a (kernel, grid, arguments) on the device of `like`, on PyTorch's current stream there."""
-    kernel, grid, arguments = plan
+def launch(plan: Callable, *args) -> None:
+    """Run the (kernel, grid, arguments) of `plan(*args)` on the tensors' device, on PyTorch's current stream there.
+
+    `args` are tensors, numbers, strings, None, and tuples of them. To plan, and Triton's look at every argument, take
+    the host longer than many a kernel runs. So a launch is kept, without tensors, for calls that differ in nothing but
+    where these lie: `plan` reads metadata only, and its arguments hold no tensors but those that it was given.
+    """
+    tensors, addresses = [], []
+    key = [plan, torch.get_float32_matmul_precision()]
+    _describe(args, key, tensors, addresses)
+    device = tensors[0].get_device()
+    key = (device, *key)
+    found = _launches.get(key)
+    with torch.cuda.device(device):
+        if found is None:
+            return _first(key, *plan(*_aliases(args, tensors := [])), tensors)
+        run, values, places = found
+        values = values.copy()
+        for place, i, descriptor in places:
+            values[place] = addresses[i] if descriptor is None else _moved(descriptor, tensors[i])
+        run(*values)
+
+
+def _describe(args, key, tensors, addresses):
+    """Add to `key` what a launch depends on."""
+    for x in args:
+        if isinstance(x, Tensor):
+            at = x.data_ptr()
+            tensors.append(x)
+            addresses.append(x if INTERPRETED else at)
+            key += (x.shape, x.stride(), x.dtype, at % 16 == 0)
+        elif isinstance(x, tuple):
+            _describe(x, key, tensors, addresses)
+        else:
+            key.append(x)
+
+
+def _aliases(args, tensors):
+    """Return `args` with other Python objects for the tensors, of which one may be there twice; list these objects."""
+    found = []
+    for x in args:
+        if isinstance(x, Tensor):
+            tensors.append(x := x.detach())
+        elif isinstance(x, tuple):
+            x = getattr(type(x), "_make", tuple)(_aliases(x, tensors))
+        found.append(x)
+    return found
+
+
+def _first(key, kernel, grid, arguments, tensors):
+    """Launch a kernel, and keep how."""
+    run, values, places = _nothing, [], []
     if all(grid):
-        with torch.cuda.device_of(like):
-            kernel[grid](**arguments)
+        compiled = kernel[grid](**arguments)
+        if INTERPRETED:
+            run = functools.partial(kernel[grid], **{k: v for k, v in arguments.items() if k not in kernel.arg_names})
+        else:
+            run = compiled[(*grid, 1, 1)[:3]]
+        numbers = {id(t): i for i, t in enumerate(tensors)}
+        for place, name in enumerate(kernel.arg_names):
+            value = arguments[name]
+            if isinstance(value, Tensor):
+                places.append((place, numbers[id(value)], None))
+            elif hasattr(value, "base"):
+                places.append((place, numbers[id(value.base)], _moved(value, None)))
+            values.append(None if places and places[-1][0] == place else value)
+    if len(_launches) == MOST:
+        _launches.clear()
+    _launches[key] = run, values, places
 
 
+def _nothing():
+    """Run no program."""
+
+
+def _moved(descriptor, tensor):
+    """Return a descriptor of the copy engine for another tensor of the same shape and strides."""
+    descriptor = copy.copy(descriptor)
+    descriptor.base = tensor
+    return descriptor
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Return how many blocks can run at once: an H100's number where nothing can be launched."""
     if device.type == "cuda":
@@ -55,6 +135,7 @@ def concurrent(device: torch.device) -> bool:
     return device.type != "cpu" and not INTERPRETED
 
 
+@functools.cache
 def generation(device: torch.device) -> int:
     """Return ten times the compute capability of a GPU: a Hopper's where nothing can be launched."""
     if device.type == "cuda":

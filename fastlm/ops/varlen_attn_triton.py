@@ -51,7 +51,7 @@ def _heads_first(x):
 
 def _forward(tensors, needs, *statics):
     out, lse = _fake(tensors, needs, *statics)
-    launch.forward(_call(tensors, *statics), out.zero_(), _heads_first(lse.fill_(-torch.inf)))
+    launch.forward(_call(tensors, *statics), out, _heads_first(lse))
     return [out, lse]
 
 

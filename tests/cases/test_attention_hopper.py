@@ -198,9 +198,7 @@ def test_the_choice_can_be_compiled(on_hopper):
 def test_forward_hands_over_what_it_takes(on_hopper, monkeypatch):
     seen = []
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(launch, "launch", lambda plan, like: seen.append(plan))
-    monkeypatch.setattr(hopper, "plan", lambda *args: "hopper")
-    monkeypatch.setattr(launch, "plan_forward", lambda *args: "plain")
+    monkeypatch.setattr(launch, "launch", lambda plan, *args: seen.append(plan))
     for args in (meta(), meta(dim=80)):
         launch.forward(call_of(args), torch.empty_like(args[0]), torch.empty(args[0].shape[:3], device="meta"))
-    assert seen == ["hopper", "plain"]
+    assert seen == [hopper.plan, launch.plan_forward]
