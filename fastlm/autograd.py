@@ -88,14 +88,11 @@ class Differentiable:
             return self.forward_op(present, slots, *statics)[: self.outputs]
         if transformed():
             return _apply(_Forward, self, _slots(tensors, True, assume=True), statics, *present)[: self.outputs]
-        grad_enabled = torch.is_grad_enabled()
-        if not grad_enabled and plain(present):  # the shortest way: a stream calls for every token
+        if torch.is_grad_enabled() and any([t.requires_grad for t in present]):
+            return _apply(_Forward, self, _slots(tensors, True), statics, *present)[: self.outputs]
+        if plain(present):  # the shortest way: a stream calls for every token
             return self.run_alone(tensors, *statics)[: self.outputs]
-        slots = _slots(tensors, grad_enabled)
-        if NEEDED in slots:
-            return _apply(_Forward, self, slots, statics, *present)[: self.outputs]
-        forward = self.run_forward if plain(present) else self.forward_op
-        return forward(present, slots, *statics)[: self.outputs]
+        return self.forward_op(present, _slots(tensors, False), *statics)[: self.outputs]
 
     def kept(self, tensors, outputs, slots, statics):
         """Return what is saved in place of the tensors that are present."""

@@ -24,13 +24,13 @@ def differentiable(name: str, forward: Callable, backward: Callable) -> Callable
     """
     def run_forward(tensors, needs, kind):
         gate, up = tensors
-        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        y = torch.empty_like(gate, memory_format=torch.contiguous_format)
         if gate.numel():
             forward(*map(as_rows, (gate, up, y)), kind)
         return [y]
 
     def run_backward(grads, saved, tensors, needs, kind):
-        found = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+        found = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
         if tensors[0].numel():
             backward(*map(as_rows, (grads[0], *tensors, *found)), kind)
         return [g if need else None for g, need in zip(found, needs, strict=True)]

@@ -152,7 +152,7 @@ def dropped(call: Call) -> Tensor:
 def plan_forward(call, out, out_lse, lse, splits, ranges=None):
     """Plan the output and log-sum-exp, in `splits` parts of the keys; `lse` is laid out like one part."""
     tiles = _tiles("forward", call)
-    blocks = triton.cdiv(call.longest[0] * call.group, tiles["M"])
+    blocks = -(-call.longest[0] * call.group // tiles["M"])
     arguments = _arguments(call, "forward", tiles, blocks, ranges, lse, lse=out_lse, o=out,
                            splits=splits if splits > 1 else None)
     return attention_kernel, (blocks * splits * call.key.size(1) * call.rows,), arguments
@@ -180,7 +180,7 @@ def plan_delta(out, dout, dlse, lse, delta):
 def plan_queries(call, lse, delta, dout, dq, ranges=None):
     """Plan the gradient of the queries."""
     tiles = _tiles("queries", call)
-    blocks = triton.cdiv(call.longest[0] * call.group, tiles["M"])
+    blocks = -(-call.longest[0] * call.group // tiles["M"])
     arguments = _arguments(call, "queries", tiles, blocks, ranges, lse, lse=lse, delta=delta, do=dout, dq=dq)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
@@ -188,7 +188,7 @@ def plan_queries(call, lse, delta, dout, dq, ranges=None):
 def plan_keys(call, lse, delta, dout, dk, dv, ranges=None):
     """Plan the gradients of keys and values."""
     tiles = _tiles("keys", call)
-    blocks = triton.cdiv(call.longest[1], tiles["N"])
+    blocks = -(-call.longest[1] // tiles["N"])
     arguments = _arguments(call, "keys", tiles, blocks, ranges, lse, lse=lse, delta=delta, do=dout, dk=dk, dv=dv)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
@@ -234,7 +234,7 @@ def _ranges_of_queries(call, kind):
     if call.query_ids is None:
         return None
     rows = _tiles(kind, call)["M"]
-    blocks = triton.cdiv(call.longest[0] * call.group, rows)
+    blocks = -(-call.longest[0] * call.group // rows)
     return _ranges(call.query_ids, call.key_ids, blocks, call.group, rows)
 
 
@@ -242,7 +242,7 @@ def _ranges_of_keys(call):
     if call.query_ids is None:
         return None
     rows = _tiles("keys", call)["N"]
-    return _ranges(call.key_ids, call.query_ids, triton.cdiv(call.longest[1], rows), 1, rows)
+    return _ranges(call.key_ids, call.query_ids, -(-call.longest[1] // rows), 1, rows)
 
 
 def _ranges(ids, others, blocks, group, rows):
@@ -250,6 +250,13 @@ def _ranges(ids, others, blocks, group, rows):
     found = ids.new_empty(ids.size(0), blocks, 2, dtype=torch.int32)
     launch(plan_ranges, ids, others, found, group, rows)
     return found
+
+
+OFF = dict.fromkeys(("o", "do", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads", "shared_heads", "shared",
+                     "column_blocks", "page_size", "pages", "table_b", "slopes_b", "threshold", "share"))
+OFF |= dict(MASK_ROWS=True, MASK_COLS=True)
+STRIDES = [*(f"{name}_{axis}" for name in ("q", "k", "v", "mask", "do") for axis in "bhsd"), "row_b", "row_h", "row_s",
+           "col_b", "col_h", "col_s"]
 
 
 def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
@@ -264,13 +271,10 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
     unit = 1.0 if scaled else options.softcap or options.scale
     kv_heads, keys = key.size(1), key.size(2)
     columns = (kv_heads * keys, keys, 1) if call.cu_k is None else (0, 1, kv_heads)
-    layout_b, layout_h, layout_s = _steps(layout)
-    off = dict.fromkeys(("o", "do", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads", "shared_heads",
-                         "shared", "column_blocks", "page_size", "pages", "table_b", "slopes_b", "threshold", "share"))
     # Where rows of a batch share a mask, their programs follow each other, so that it is read from memory once.
     together = call.rows if call.mask is not None and call.mask.size(0) == 1 and kind != "mask" else 1
-    found = off | {"MASK_ROWS": True, "MASK_COLS": True} | dict(
-        q=query, k=key, v=value, mask=mask, sinks=call.sinks, slopes=call.slopes, lengths=call.lengths,
+    found = dict(
+        OFF, q=query, k=key, v=value, mask=mask, sinks=call.sinks, slopes=call.slopes, lengths=call.lengths,
         query_ids=call.query_ids, key_ids=call.key_ids, cu_q=call.cu_q, cu_k=call.cu_k, table=call.table, ranges=ranges,
         draws=call.draws, H=query.size(1), group=call.group, Sq=query.size(2), Sk=keys, blocks=blocks,
         together=together, rows_in_all=layout.numel(), factor=unit * LOG2_E, scale=options.scale,
@@ -278,10 +282,10 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
         mask_keys=None if mask is None else keys, D=query.size(3), DV=value.size(3), BLOCK_D=_block(query.size(3)),
         BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal, SCALED=scaled, EXACT=_exact(query),
         COARSE=query.dtype is torch.bfloat16, KIND=kind,
-        EVEN=mask is not None and keys % 16 == 0, GROUPED=call.group > 1, **tiles, **given,
-        row_b=layout_b, row_h=layout_h, row_s=layout_s, col_b=columns[0], col_h=columns[1], col_s=columns[2])
-    for name, x in (("q", query), ("k", key), ("v", value), ("mask", mask), ("do", given.get("do"))):
-        found.update(zip((f"{name}_b", f"{name}_h", f"{name}_s", f"{name}_d"), _steps(x), strict=True))
+        EVEN=mask is not None and keys % 16 == 0, GROUPED=call.group > 1, **tiles, **given)
+    of_do = _steps(given.get("do"))
+    found.update(zip(STRIDES, (*_steps(query), *_steps(key), *_steps(value), *_steps(mask), *of_do, *_steps(layout),
+                               *columns), strict=True))
     if call.table is not None:
         found.update(Sk=call.table.size(1) * keys, page_size=keys, pages=key.size(0), table_b=call.table.stride(0))
     if call.slopes is not None:
@@ -312,7 +316,7 @@ def _steps(x):
 
 
 def _block(dim):
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 # --- sizes of tiles --------------------------------------------------------------------------------------------
@@ -371,9 +375,13 @@ def _tiles(kind, call):
 
 def _splits(call):
     """Choose into how many parts the keys are split, so that few queries fill the multiprocessors twice."""
-    tiles, (queries, keys) = _tiles("forward", call), call.longest
+    (queries, keys), most = call.longest, 2 * multiprocessors(call.query.device)
+    heads = call.key.size(1) * call.rows
+    if not call.splits and -(-queries * call.group // 128) * heads > most:
+        return 1
+    tiles = _tiles("forward", call)
     blocks = -(-keys // tiles["N"])
     if call.splits:
         return max(1, min(call.splits, blocks))
-    programs = -(-queries * call.group // tiles["M"]) * call.key.size(1) * call.rows
-    return max(1, min(2 * multiprocessors(call.query.device) // programs, blocks // 2, 128))
+    programs = -(-queries * call.group // tiles["M"]) * heads
+    return max(1, min(most // programs, blocks // 2, 128))

@@ -57,7 +57,9 @@ def _forward(tensors, needs, *options):
 
 def _fake(tensors, needs, *options):
     query, _, value, *_ = tensors
-    return [query.new_empty(*query.shape[:3], value.size(3)), query.new_empty(query.shape[:3], dtype=torch.float32)]
+    batch, heads, rows, _ = query.shape
+    return [query.new_empty((batch, heads, rows, value.size(3))),
+            query.new_empty((batch, heads, rows), dtype=torch.float32)]
 
 
 def _backward(grads, saved, tensors, needs, *options):

@@ -12,7 +12,7 @@ import triton.language as tl
 from fastlm.autograd import Differentiable
 from fastlm.ops.cross_entropy import reference
 from fastlm.ops.math_kernels_triton import exp
-from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
+from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch, like
 from fastlm.ops.triton_kernels import loses as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -71,7 +71,7 @@ def backward(grads, saved, tensors, needs, ignore_index, reduction, smoothing):
     highest, log_sum, *total = saved
     dlogits = None
     if needs[0]:
-        dlogits = logits.new_empty(logits.shape)
+        dlogits = like(logits)
         launch(plan_backward, logits, target, weight, _weight_sum(weight, smoothing), highest, log_sum, grads[0],
                total[0] if total else None, dlogits, ignore_index, smoothing)
     return [dlogits, None, torch.zeros_like(weight) if needs[2] else None]

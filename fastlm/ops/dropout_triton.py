@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastlm.autograd import Differentiable, blank
-from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
+from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch, like
 from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -43,7 +43,7 @@ def backward(grads, saved, tensors, needs, p):
 
 
 def _masked(x, residual, seed, p):
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     launch(plan, x.contiguous(), None if residual is None else residual.contiguous(), seed, y, p)
     return y
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
-from fastlm.ops.triton_kernels import DTYPES, adjacent, cannot_here, launch, multiprocessors
+from fastlm.ops.triton_kernels import DTYPES, adjacent, cannot_here, launch, like, multiprocessors
 from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -30,9 +30,9 @@ def loses(input, *rest):
 def forward(x, residual, weight, bias, eps, centred):
     x, residual = adjacent(x), adjacent(residual)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     total = None if residual is None else torch.empty_like(y)
-    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
     mean = torch.empty_like(rstd) if centred else None
     launch(plan_forward, x, residual, weight, bias, y, total, mean, rstd, eps)
     return y, total, mean, rstd
@@ -41,13 +41,12 @@ def forward(x, residual, weight, bias, eps, centred):
 def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
     weight = None if weight is None else weight.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    dx = like(x) if needs[0] else None
     count = programs(x)
-    make = torch.empty if x.shape[1] <= BACKWARD_WIDTH else torch.zeros  # pieces are added to what is there
-    parts = [make(count, x.shape[1], dtype=torch.float32, device=x.device) if dtype else None
-             for dtype in needs[1:]]
+    make = x.new_empty if x.shape[1] <= BACKWARD_WIDTH else x.new_zeros  # pieces are added to what is there
+    parts = [make((count, x.shape[1]), dtype=torch.float32) if dtype else None for dtype in needs[1:]]
     launch(plan_backward, dy, dsum, x, weight, mean, rstd, dx, *parts, count)
-    sums = [torch.empty(x.shape[1], dtype=dtype, device=x.device) if dtype else None for dtype in needs[1:]]
+    sums = [x.new_empty(x.shape[1], dtype=dtype) if dtype else None for dtype in needs[1:]]
     if any(needs[1:]):
         launch(plan_sum, *parts, *sums)
     return dx, *sums

@@ -18,7 +18,7 @@ import triton.language as tl
 from fastlm.autograd import Differentiable, blank
 from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.softmax import collapse, gradient
-from fastlm.ops.triton_kernels import DTYPES, cannot_here, concurrent, launch, multiprocessors
+from fastlm.ops.triton_kernels import DTYPES, cannot_here, concurrent, launch, like, multiprocessors
 from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -47,7 +47,7 @@ def run(x, dim, mask=None, scale=1.0, log=False):
 
 def forward(tensors, needs, dim, scale, log):
     x, mask = tensors
-    y = x.new_empty(x.shape)
+    y = like(x)
     for args in launches((x, y, mask), dim, FORWARD_TILE, 2):
         launch(plan_forward, *args, scale, log)
     return [y]
@@ -55,7 +55,7 @@ def forward(tensors, needs, dim, scale, log):
 
 def backward(grads, saved, tensors, needs, dim, scale, log):
     (dy,), y = grads, tensors[0]
-    dx = y.new_empty(y.shape)
+    dx = like(y)
     for args in launches((y, dy, dx), dim, BACKWARD_TILE, 1):
         launch(plan_backward, *args, scale, log)
     return [dx, None]

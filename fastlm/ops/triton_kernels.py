@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastlm.dispatch import STATIC
 from fastlm.ops.gpu import unmeasured
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,25 +67,26 @@ def launch(plan: Callable, *args) -> None:
 def _describe(args, key, tensors, addresses):
     """Add to `key` what a launch depends on."""
     for x in args:
-        if isinstance(x, Tensor):
+        kind = type(x)
+        if kind in STATIC:
+            key.append(x)
+        elif issubclass(kind, tuple):
+            _describe(x, key, tensors, addresses)
+        else:
             at = x.data_ptr()
             tensors.append(x)
             addresses.append(x if INTERPRETED else at)
-            key += (x.shape, x.stride(), x.dtype, at % 16 == 0)
-        elif isinstance(x, tuple):
-            _describe(x, key, tensors, addresses)
-        else:
-            key.append(x)
+            key += x.shape, x.stride(), x.dtype, at % 16 == 0
 
 
 def _aliases(args, tensors):
     """Return `args` with other Python objects for the tensors, of which one may be there twice; list these objects."""
     found = []
     for x in args:
-        if isinstance(x, Tensor):
+        if isinstance(x, tuple):
+            x = getattr(x, "_make", tuple)(_aliases(x, tensors))
+        elif type(x) not in STATIC:
             tensors.append(x := x.detach())
-        elif isinstance(x, tuple):
-            x = getattr(type(x), "_make", tuple)(_aliases(x, tensors))
         found.append(x)
     return found
 
@@ -98,14 +100,13 @@ def _first(key, kernel, grid, arguments, tensors):
             run = functools.partial(kernel[grid], **{k: v for k, v in arguments.items() if k not in kernel.arg_names})
         else:
             run = compiled[(*grid, 1, 1)[:3]]
+        values = [arguments[name] for name in kernel.arg_names]
         numbers = {id(t): i for i, t in enumerate(tensors)}
-        for place, name in enumerate(kernel.arg_names):
-            value = arguments[name]
-            if isinstance(value, Tensor):
-                places.append((place, numbers[id(value)], None))
-            elif hasattr(value, "base"):
-                places.append((place, numbers[id(value.base)], _moved(value, None)))
-            values.append(None if places and places[-1][0] == place else value)
+        for place, value in enumerate(values):
+            if type(value) not in STATIC:
+                descriptor = _moved(value, None) if hasattr(value, "base") else None
+                places.append((place, numbers[id(value if descriptor is None else value.base)], descriptor))
+                values[place] = None
     if len(_launches) == MOST:
         _launches.clear()
     _launches[key] = run, values, places
@@ -142,6 +143,11 @@ def generation(device: torch.device) -> int:
         major, minor = torch.cuda.get_device_capability(device)
         return 10 * major + minor
     return 90
+
+
+def like(t: Tensor) -> Tensor:
+    """Return contiguous memory of the shape and dtype of `t`."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def adjacent(t: Tensor | None) -> Tensor | None:
