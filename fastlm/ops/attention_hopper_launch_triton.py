@@ -21,25 +21,26 @@ TILES = {64: (3, 3, 160), 128: (2, 2, 240)}
 
 def takes(call) -> bool:
     """Tell whether the kernel can take a call: see `fits`; no feature but causality and a window."""
-    features = (call.mask, call.sinks, call.slopes, call.lengths, call.query_ids, call.draws, call.cu_q, call.cu_k,
-                call.table)
+    features = [call.mask, call.sinks, call.slopes, call.lengths, call.query_ids, call.draws, call.cu_q, call.cu_k,
+                call.table]
     tensors = (call.query, call.key, call.value)
-    return (all(x is None for x in features) and fits(*tensors, call.options)
-            and all(x.data_ptr() % 16 == 0 for x in tensors))
+    return (features.count(None) == len(features) and fits(*tensors, call.options)
+            and all([x.data_ptr() % 16 == 0 for x in tensors]))
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
     """Tell whether the kernel can take such tensors, by what is known of them without looking at their memory."""
     return (KNOWN and not INTERPRETED and query.is_cuda and query.element_size() == 2
+            and options.scale > 0 and not options.softcap and not options.dropout_p
             and query.size(3) in TILES and query.size(3) == value.size(3)
             and query.size(2) >= LEAST and key.size(2) >= LEAST
-            and options.scale > 0 and not options.softcap and not options.dropout_p
-            and all(reachable(x) for x in (query, key, value)) and capability(query.device) == (9, 0))
+            and reachable(query) and reachable(key) and reachable(value) and capability(query.device) == (9, 0))
 
 
 def reachable(x: Tensor) -> bool:
     """Tell whether the copy engine can read `[B, H, S, D]`: rows of adjacent numbers, 16 bytes between all others."""
-    return x.stride(3) == 1 and all(x.size(d) == 1 or (x.stride(d) > 0 and x.stride(d) % 8 == 0) for d in range(3))
+    *steps, last = x.stride()
+    return last == 1 and all([n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape, steps, strict=False)])
 
 
 def wins(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
