@@ -21,10 +21,10 @@ TILES = {64: (3, 3, 160), 128: (2, 2, 240)}
 
 def takes(call) -> bool:
     """Tell whether the kernel can take a call: see `fits`; no feature but causality and a window."""
-    features = [call.mask, call.sinks, call.slopes, call.lengths, call.query_ids, call.draws, call.cu_q, call.cu_k,
-                call.table]
+    features = (call.mask, call.sinks, call.slopes, call.lengths, call.query_ids, call.draws, call.cu_q, call.cu_k,
+                call.table)
     tensors = (call.query, call.key, call.value)
-    return (features.count(None) == len(features) and fits(*tensors, call.options)
+    return (all([x is None for x in features]) and fits(*tensors, call.options)
             and all([x.data_ptr() % 16 == 0 for x in tensors]))
 
 
