@@ -256,7 +256,8 @@ def peak_memory(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> i
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastlm"])
+    # The first torch.autograd.grad of a process imports sympy, 30 MB: not now.
+    context.set_forkserver_preload(["fastlm", "torch.fx.experimental.symbolic_shapes"])
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_resident_peak, args=(make, send))
     process.start()

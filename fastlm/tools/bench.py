@@ -199,10 +199,12 @@ def step(fn, subject: Subject, mode: str):
         return lambda: run(*args)
     args, leaves = measure.leaves(subject.args, subject.constants)
     leaves += getattr(fn, "parameters", ())  # of a module that is called as it is
+    upstream = []  # made by the first call: what comes from the next layer is not what is timed
 
     def train():
         results = [r for r in measure.floating(fn(*args)) if r.requires_grad]
-        return results, torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results], allow_unused=True)
+        upstream[:] = upstream or [torch.ones_like(r) for r in results]
+        return results, torch.autograd.grad(results, leaves, upstream, allow_unused=True)
     return train
 
 
