@@ -1,7 +1,7 @@
 // Attention backward: blocks of keys go through the tiles of rows that see them; scores are computed again from the
 // log-sum-exp. One thread at a time works on a head of keys, whose gradients of keys it owns block by block, while those
-// of queries add up in the order of the blocks. Where heads are too few for the threads, each takes every n-th block,
-// and the n gradients of queries are added in order: deterministic for a number of threads.
+// of queries add up in the order of the blocks. Where heads cannot be shared out evenly, each takes every n-th block, and
+// the n gradients of queries are added in order: deterministic for a number of threads.
 #include "attention_tiles.h"
 
 namespace fastlm {
@@ -26,7 +26,8 @@ struct BackwardPlan {
     blocks = quotient_up(a.keys, kBlock<T>);
     const bool bias = a.dbias.data;
     owners = (bias && a.batch_shared ? 1 : a.batch) * (bias && a.heads_shared ? 1 : a.kv_heads);
-    parts = owners >= 4 * a.threads ? 1 : lower(quotient_up(4 * a.threads, owners), blocks);
+    const bool even = owners % a.threads == 0 && !a.spans && !a.key_ids;  // as much work for each thread without a cut
+    parts = even || owners >= 4 * a.threads ? 1 : lower(quotient_up(4 * a.threads, owners), blocks);
     threads = team_size(a, owners * parts);
   }
 };
