@@ -92,8 +92,7 @@ def _losses_on_zen5(steps, batch, hidden, trains):
         wins = batch <= 8 and steps >= 128
         return None if wins else f"slower than torch's oneDNN below 256 hidden units, but for long sequences: {row}"
     few = batch <= 4 and steps >= (32 if hidden % 16 == 0 else 128)
-    wide = hidden >= 768 or (hidden >= 512 and hidden % 16 == 0 and batch <= 32)
-    wins = trains or few or wide or batch * steps <= 16
+    wins = trains or few or hidden >= 768 or batch * steps <= 16
     return None if wins else f"slower than torch's oneDNN without gradients, but for few sequences: {row}"
 
 
