@@ -1,5 +1,7 @@
 """backend() and explain(): which implementation runs, why the others do not, and what the compiler makes of it."""
 
+import contextlib
+import sys
 import threading
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
+from fastlm import dispatch
 from fastlm.dispatch import NAMES, Call, CannotRun, Implementation, Op
 from fastlm.tools.suites import load
 
@@ -479,6 +482,33 @@ def small_cases():
             yield pytest.param(case, id=f"{case.name} {case.case} {str(dtype)[6:]}".replace(" ", "_"))
 
 
+@contextlib.contextmanager
+def raised_in_shortcuts():
+    """List the exceptions that `at_once` hides."""
+    found, outer = [], sys.gettrace()
+
+    def trace(frame, event, what):
+        if event == "exception" and frame.f_code.co_name == "call" and frame.f_code.co_filename == dispatch.__file__:
+            found.append(what[1])
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield found
+    finally:
+        sys.settrace(outer)
+
+
+def test_what_shortcuts_raise_is_hidden_and_seen_here():
+    @dispatch.at_once(lambda x: x.nonsense)
+    def same(x):
+        return x
+
+    with raised_in_shortcuts() as raised:
+        assert same(3) == 3
+    assert isinstance(raised[0], AttributeError)
+
+
 @pytest.mark.parametrize("case", list(small_cases()))
 def test_what_is_done_at_once_is_what_would_have_been_chosen(case, monkeypatch):
     subject, chosen, call = case.build(), [], Op.__call__
@@ -496,7 +526,9 @@ def test_what_is_done_at_once_is_what_would_have_been_chosen(case, monkeypatch):
             module.train(mode == "training")
         with torch.set_grad_enabled(mode == "training"):
             chosen.clear()
-            found = subject.ours(*subject.args)
+            with raised_in_shortcuts() as raised:
+                found = subject.ours(*subject.args)
+            assert not raised, raised  # such a call goes the long way, and nobody would know
             at_once = not chosen
             calls = fastlm.explain(again, found)
         if at_once:  # by torch, or in one call of C++

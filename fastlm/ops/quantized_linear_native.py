@@ -4,7 +4,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm._native import amx, vnni  # an extension built before these kernels fails here, with a reason
-from fastlm.autograd import transformed
+from fastlm.autograd import unwatched
 from fastlm.dispatch import PLAIN
 from fastlm.ops.quantized_linear import MODES, differentiable, reference
 
@@ -44,8 +44,7 @@ def loses(x, weight, scale, bias, mode, group_size):
 
 def at_once(input, weight, scale, bias, mode, group_size):
     """Return what `run` makes of a call as it came, unchecked; None where gradients are wanted or it is not ours."""
-    if torch.is_autocast_enabled("cpu") or transformed() or torch._C._len_torch_dispatch_stack() or not vnni or (
-            torch.autograd._profiler_enabled() or (mode == "int8_dynamic" and amx)):
+    if not (vnni and unwatched()) or (mode == "int8_dynamic" and amx):
         return None
     return _native.quantized_linear_at_once(
         MODES.index(mode), group_size, torch.get_num_threads(), MOST_ROWS[mode], not torch.is_grad_enabled(), input,

@@ -1,6 +1,7 @@
 """What lstm, gru and rnn need beyond the matrix of test_ops: arguments, dropout, threads, compilers, other CPUs."""
 
 import functools
+import itertools
 import sys
 import threading
 from types import SimpleNamespace
@@ -434,3 +435,23 @@ def test_exchange(name, sample, dtype, exchange, device, poisoned, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0] + runs[0][2], runs[1][0] + runs[1][2], strict=True))
     for error in measure.errors(op, "native", whole):
         assert error.ok, error
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("cpu", [dict(cpu="zen5", pairs="avx512_bf16"), dict(cpu="intel", pairs=None),
+                                 dict(cpu="avx2", pairs=None), dict(cpu="zen5", pairs="amx")])
+def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision, monkeypatch):
+    """Layers look at sizes alone; the kernels' own rule must say the same on every CPU."""
+    monkeypatch.setattr(recurrent_kernels, "_precision", lambda: precision)
+    cpu = SimpleNamespace(**cpu, bf16_arithmetic=bool(cpu["pairs"]), fp16_arithmetic=False)
+    at_once = 0
+    for (kind, cell), hidden in itertools.product((("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "tanh")), (8, 255, 256)):
+        layer = getattr(fastlm.nn, kind)(4, hidden)
+        for steps, batch, trains in itertools.product((1, 2, 15, 16, 127, 128), (1, 8, 64), (True, False)):
+            x, state = torch.empty(steps, batch, 4), [torch.empty(1, batch, hidden)] * (2 if kind == "LSTM" else 1)
+            with torch.set_grad_enabled(trains):
+                if layer._runs_stock(x, state, steps):
+                    at_once += 1
+                    args = x, None, state, layer._flat_weights, *layer._settings[1:], layer.batch_first
+                    assert recurrent_kernels.losses(cpu, cell, *args), (kind, steps, batch, hidden, trains)
+    assert at_once > 50
