@@ -438,12 +438,10 @@ def test_exchange(name, sample, dtype, exchange, device, poisoned, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("cpu", [dict(cpu="zen5", pairs="avx512_bf16"), dict(cpu="intel", pairs=None),
-                                 dict(cpu="avx2", pairs=None), dict(cpu="zen5", pairs="amx")])
+@pytest.mark.parametrize("cpu", [AVX2, AVX512, COOPER_LAKE, ZEN_5, SAPPHIRE_RAPIDS])
 def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision, monkeypatch):
     """Layers look at sizes alone; the kernels' own rule must say the same on every CPU."""
     monkeypatch.setattr(recurrent_kernels, "_precision", lambda: precision)
-    cpu = SimpleNamespace(**cpu, bf16_arithmetic=bool(cpu["pairs"]), fp16_arithmetic=False)
     at_once = 0
     for (kind, cell), hidden in itertools.product((("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "tanh")), (8, 255, 256)):
         layer = getattr(fastlm.nn, kind)(4, hidden)
@@ -453,5 +451,5 @@ def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision
                 if layer._runs_stock(x, state, steps):
                     at_once += 1
                     args = x, None, state, layer._flat_weights, *layer._settings[1:], layer.batch_first
-                    assert recurrent_kernels.losses(cpu, cell, *args), (kind, steps, batch, hidden, trains)
+                    assert recurrent_kernels.losses(SimpleNamespace(**cpu), cell, *args), (kind, steps, batch, hidden, trains)
     assert at_once > 50
