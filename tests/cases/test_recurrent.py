@@ -451,5 +451,5 @@ def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision
                 if layer._runs_stock(x, state, steps):
                     at_once += 1
                     args = x, None, state, layer._flat_weights, *layer._settings[1:], layer.batch_first
-                    assert recurrent_kernels.losses(SimpleNamespace(**cpu), cell, *args), (kind, steps, batch, hidden, trains)
+                    assert recurrent_kernels.losses(SimpleNamespace(**cpu), cell, *args), (kind, steps, hidden, trains)
     assert at_once > 50
