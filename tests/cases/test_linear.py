@@ -71,7 +71,8 @@ def test_second_order():
 @native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["as it is", "vector", "three dimensions", "no bias", "x in strides",
-                                  "weight in strides", "bias in strides", "no rows", "a subclass", "gradients"])
+                                  "weight in strides", "bias in strides", "no rows", "a subclass", "negated",
+                                  "gradients"])
 def test_few_rows_at_once(case, dtype, monkeypatch):
     """The one call of C++ that makes tokens: the numbers of the long way, for every layout that it may meet."""
     class Mine(torch.Tensor):
@@ -79,7 +80,8 @@ def test_few_rows_at_once(case, dtype, monkeypatch):
 
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((2, 257), (1030, 257), (1030,)))
     x = {"vector": x[0], "three dimensions": x[:, None], "no rows": x[:0], "x in strides": x.repeat(1, 2)[:, ::2],
-         "a subclass": x.as_subclass(Mine), "gradients": x.clone().requires_grad_()}.get(case, x)
+         "a subclass": x.as_subclass(Mine), "negated": torch._neg_view(x),
+         "gradients": x.clone().requires_grad_()}.get(case, x)
     weight = weight.t().contiguous().t() if case == "weight in strides" else weight
     bias = {"no bias": None, "bias in strides": bias.repeat(2)[::2]}.get(case, bias)
     expected = OP.implementations["native"].run(x, weight, bias)
@@ -94,6 +96,24 @@ def test_few_rows_at_once(case, dtype, monkeypatch):
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, **({} if case == "gradients" else {"rtol": 0, "atol": 0}))
     assert found.requires_grad == (case == "gradients")
+
+
+@native
+def test_few_rows_under_autocast_and_in_a_graph(monkeypatch):
+    """What autocast lowers is torch's at once too; an operator of ours costs a compiled graph more than it saves."""
+    monkeypatch.setattr(sys.modules["fastlm.ops.linear_native"]._native, "cpu", "zen5")
+    x, weight = torch.randn(2, 512), torch.randn(512, 512)
+
+    def layer(x):
+        return linear(x, weight)
+
+    assert layer(x).dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+    assert fastlm.explain(layer, x)[0].ran == "native"
+    compiled = torch.compile(layer, backend="eager")
+    assert fastlm.explain(compiled, x)[0].ran == "torch"
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 @native
