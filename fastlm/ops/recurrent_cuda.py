@@ -5,6 +5,7 @@ memory is PyTorch's, nothing waits for the GPU: a CUDA graph can capture it.
 """
 
 import functools
+import math
 from types import ModuleType
 
 import torch
@@ -96,7 +97,7 @@ class CudaLayers:
     def forward(self, tensors, needs, exchange):
         x, batch_sizes, hx, weights = self.unpack(tensors)
         train, (count, batch, hidden) = any(needs), hx[0].shape
-        rows, wide = x.reshape(x.shape[:-1].numel(), x.shape[-1]), self.gates * hidden
+        rows, wide = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), self.gates * hidden
         y = rows.new_empty(rows.shape[0], count * hidden)
         last = [torch.empty_like(s) for s in hx]
         saved = self.saved(y, batch_sizes, hidden, count) if train else {}
@@ -135,14 +136,14 @@ class CudaLayers:
     def fake(self, tensors, needs, exchange):
         x, batch_sizes, hx, _ = self.unpack(tensors)
         count, _, hidden = hx[0].shape
-        y = x.new_empty(x.shape[:-1].numel(), count * hidden)
+        y = x.new_empty(math.prod(x.shape[:-1]), count * hidden)
         saved = self.saved(y, batch_sizes, hidden, count) if any(needs) else {}
         return [y.view(*x.shape[:-1], count * hidden), *(s.new_empty(s.shape) for s in hx), *saved.values()]
 
     def backward(self, grads, saved, tensors, needs, exchange):
         x, batch_sizes, hx, weights = self.unpack(tensors)
         count, batch, hidden = hx[0].shape
-        rows, wide = x.reshape(x.shape[:-1].numel(), x.shape[-1]), self.gates * hidden
+        rows, wide = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), self.gates * hidden
         y, kept = saved[0].reshape(rows.shape[0], count * hidden), iter(saved[1 + self.states:])
         gates = None if self.gates == 1 else next(kept)
         c = next(kept) if self.cell == "lstm" else None

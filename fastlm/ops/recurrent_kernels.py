@@ -4,6 +4,7 @@ It is handed the extension by `lstm_native.py`, `gru_native.py` and `rnn_native.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -239,47 +240,51 @@ class Layers:
         if fused and (self.gates == 1 or not train):
             gates = None
         else:
-            gates = y if self.gates == 1 else rows.new_empty(rows.shape[0] if train else most, kept)
+            gates = [y] if self.gates == 1 else [rows.new_empty(most, kept)] if not train else [
+                rows.new_empty(n, kept) for n in self.kept_rows(x, batch_sizes, hidden)]
         workspace = self.workspace(y, problem, False)
         for steps, part in blocks:
-            now = None if gates is None else gates[part] if train or self.gates == 1 else \
-                gates[: part.stop - part.start]
+            now = None if gates is None else rows_of(gates, part) if train or self.gates == 1 else \
+                gates[0][: part.stop - part.start]
             if not fused:
                 mm(self.native, rows[part], w_ih.t(), now[:, :wide], bias=bias)
             buffers = w_hh, w_hr, *inputs, b_hn, now, *pair(states), y, c, *pair(last), workspace
             ld = 0 if now is None else now.shape[1]
             self.call("rnn_forward", y, problem, steps, ld, train,
                       self.addresses(buffers, "nnnnssnssnsssn", like=y))
-        saved = [] if not train or self.gates == 1 else [gates] if c is None else [gates, c]
+        saved = [] if not train or self.gates == 1 else gates if c is None else [*gates, c]
         return [y.view(*x.shape[:-1], y.shape[1]), *(s.to(x.dtype) for s in last), *saved]
 
     def direct(self, tensors, train, reverse):
         """Do what `forward` does without packing, copying or converting a weight matrix."""
         x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, _ = [t if t is None else t.contiguous() for t in tensors]
-        problem, hidden, rows = self.problem(x, batch_sizes, states, None, reverse), w_hh.shape[1], x.shape[:-1].numel()
+        problem, hidden, rows = self.problem(x, batch_sizes, states, None, reverse), w_hh.shape[1], math.prod(x.shape[:-1])
         last, once = [torch.empty_like(s) for s in states], batch_sizes is None and x.shape[0] == 1
         y = torch.empty_like(states[0]) if once else x.new_empty(*x.shape[:-1], hidden)
         columns = padded(4 * hidden, x.element_size())
-        gates = None if self.gates == 1 or (once and not train) else x.new_empty(rows, columns)
+        none, gates = None, None
+        if self.gates > 1 and not (once and not train):
+            none, gates = x.new_empty(0, columns), x.new_empty(rows, columns)
         c = x.new_empty(rows, hidden) if train and self.cell == "lstm" else None
         buffers = x, w_ih, w_hh, b_ih, b_hh, *pair(states), gates, y, c, *pair(last)
         self.call("rnn_direct", y, problem, (0, problem[2]), columns, train,
                   self.addresses(buffers, "nwwnnnnnnnnn", like=x, weight=w_hh), NUMBERS[w_hh.dtype], x.shape[-1])
-        return [y, *last, *(t for t in (gates, c) if train and t is not None)]
+        return [y, *last, *(t for t in (none, gates, c) if train and t is not None)]
 
     def fake(self, tensors, needs, reverse):
-        x, _, *states, _, w_hh, _, _, _ = tensors
-        hidden, rows = states[-1].shape[-1], x.shape[:-1].numel()
+        x, batch_sizes, *states, _, w_hh, _, _, _ = tensors
+        hidden, rows = states[-1].shape[-1], math.prod(x.shape[:-1])
         results = [x.new_empty(*x.shape[:-1], w_hh.shape[1]), *(s.new_empty(s.shape) for s in states)]
         if not any(needs) or self.gates == 1:
             return results
         c = [x.new_empty(rows, hidden, dtype=state_dtype(x))] if self.cell == "lstm" else []
-        return [*results, x.new_empty(rows, padded(4 * hidden, x.element_size())), *c]
+        columns = padded(4 * hidden, x.element_size())
+        return [*results, *(x.new_empty(n, columns) for n in self.kept_rows(x, batch_sizes, hidden)), *c]
 
     def backward(self, grads, saved, tensors, needs, reverse, spent):
         x, batch_sizes, *states, w_ih, w_hh, _, _, w_hr = tensors
         y, *saved = saved[:1] + saved[1 + self.states:]
-        gates, c = [*saved, None, None][:2]
+        gates, c = saved[:2] or None, saved[2] if len(saved) > 2 else None
         wide, out, hidden = *w_hh.shape, states[-1].shape[-1]
         h0, states = states[0], as_states(states)
         w_hh, w_hr = as_weights(w_hh, w_hr)
@@ -299,7 +304,7 @@ class Layers:
         columns = self.columns(hidden)
         # The gradients of gates take the place of the gates where nobody will read those again.
         in_place = spent and gates is not None and w_hr is None
-        d_all = gates if in_place else \
+        d_all = None if in_place else \
             y.new_empty(most, padded(columns if w_hr is None else columns + out + hidden, y.element_size()))
         d_states = [torch.empty_like(s) for s in states]
         workspace = self.workspace(y, problem, True)
@@ -308,10 +313,10 @@ class Layers:
                        for w, need in ((w_ih, need_w), (w_hh, need_u), (w_hr, need_hr)))
         total = y.new_zeros(2, columns, dtype=state_dtype(y))
         for steps, part in blocks:
-            d = d_all[part] if in_place else d_all[: part.stop - part.start]
-            buffers = (w_hh, w_hr, None if gates is None else gates[part], y, c, *pair(states), dy, *pair(d_last), d,
-                       total, *pair(d_states), workspace)
-            self.call("rnn_backward", y, problem, steps, 0 if gates is None else gates.shape[1], d.shape[1],
+            kept = None if gates is None else rows_of(gates, part)
+            d = kept if in_place else d_all[: part.stop - part.start]
+            buffers = (w_hh, w_hr, kept, y, c, *pair(states), dy, *pair(d_last), d, total, *pair(d_states), workspace)
+            self.call("rnn_backward", y, problem, steps, 0 if gates is None else kept.shape[1], d.shape[1],
                       self.addresses(buffers, "nnnnsssnssnsssn", like=y))
             if steps == blocks[-1][0]:
                 del buffers, workspace  # before the products, at whose end most memory is in use
@@ -355,13 +360,30 @@ class Layers:
         bits there is one block: the sums of several would be rounded each time.
         """
         _, _, steps, batch, hidden, *_ = problem
-        size = y.shape[0] * self.columns(hidden) * y.element_size()
-        count = 1 if y.element_size() == 2 else min(steps, 1 + size // BLOCK_BYTES)
+        count = self.block_count(y, steps, y.shape[0], hidden)
         rows = range(0, steps * batch + 1, batch or 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
         ends = [steps * i // count for i in range(count + 1)]
         found = [((t, u), slice(rows[t], rows[u])) for t, u in itertools.pairwise(ends)] if batch else [
             ((0, steps), slice(0, 0))]
         return found[::-1] if reverse else found, max(part.stop - part.start for _, part in found)
+
+    def block_count(self, like, steps, rows, hidden):
+        size = rows * self.columns(hidden) * like.element_size()
+        return 1 if like.element_size() == 2 else torch.sym_min(steps, 1 + size // BLOCK_BYTES)
+
+    def kept_rows(self, x, batch_sizes, hidden):
+        """Return how many rows of gates each of two tensors keeps: those of the first half of the blocks, and the rest.
+
+        Of 32 MB or more, glibc's malloc takes new pages from the system each time, which cost as much as the products
+        that are written there. A graph knows no batch_sizes: those of packed batches lie in one tensor.
+        """
+        rows = math.prod(x.shape[:-1])
+        if batch_sizes is not None:
+            return 0, rows
+        steps, batch = x.shape[:2]
+        count = self.block_count(x, steps, rows, hidden)
+        first = steps * (count // 2) // count * batch
+        return first, rows - first
 
     # --- what crosses into C++ ---
 
@@ -413,6 +435,12 @@ def in_pairs(rows: Tensor) -> Tensor:
     """Return the rows, contiguous, with zeros up to a multiple of 32 columns."""
     rest = -rows.shape[1] % 32
     return F.pad(rows, (0, rest)) if rest else rows.contiguous()
+
+
+def rows_of(parts: list[Tensor], rows: slice) -> Tensor:
+    """Return the rows of what lies in one tensor, or in two, one after the other, of which only one has them."""
+    first = parts[0].shape[0]
+    return parts[0][rows] if rows.stop <= first else parts[1][rows.start - first: rows.stop - first]
 
 
 def padded(columns: int, size: int) -> int:
