@@ -157,6 +157,8 @@ def test_a_capped_machine_is_named_so_and_caps_both_sides(monkeypatch):
         monkeypatch.setenv(name, value)
     device = bench._cpu_name()
     assert device.endswith(", both capped to AVX2")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
+    assert bench._cpu_name().endswith(", both capped to AVX2, freed memory kept")
     assert report._slug({"device": device, "threads": 2}).endswith("-avx2-2t")
 
 

@@ -298,7 +298,8 @@ def _cpu_name():
             name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return name + (f", both capped to {cap.upper()}" if (cap := capped()) else "")
+    name += f", both capped to {cap.upper()}" if (cap := capped()) else ""
+    return name + (", freed memory kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "")  # glibc's, for both
 
 
 def capped() -> str:
