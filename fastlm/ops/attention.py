@@ -20,19 +20,18 @@ from fastlm.autograd import ABSENT, FROZEN, NEEDED, Differentiable, autocast, ma
 from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.attention_common import (
     Options,
-    accumulator,
     check_floats,
     check_integers,
     check_number,
     check_scale,
     check_softcap,
     check_window,
-    readable,
     relative,
     seen_range,
     simplest,
     visible,
 )
+from fastlm.ops.tensors import accumulator, readable
 
 LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python: benchmarks/LOG.md 2026-11-25
 
@@ -252,7 +251,7 @@ def reference(query, key, value, attn_mask, sinks, slopes, key_lengths, query_id
     out = weights @ value
     if not options.return_lse:
         return out
-    return out, (highest + total.log()).masked_fill(empty, -torch.inf).squeeze(3).to(accumulator(query))
+    return out, (highest + total.log()).masked_fill(empty, -torch.inf).squeeze(3).to(accumulator(query.dtype))
 
 
 def _masks(query, key, attn_mask, slopes, key_lengths, query_ids, key_ids, options):
@@ -344,7 +343,7 @@ def _flash_forward(tensors, needs, is_causal, scale):
 
 def _flash_fake(tensors, needs, is_causal, scale):
     query = tensors[0]
-    return [query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query))]
+    return [query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))]
 
 
 def _flash_backward(grads, saved, tensors, needs, is_causal, scale):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.autograd import plain
+from fastlm.ops.tensors import accumulator
 
 # Samples of `attention` and of `varlen_attn` that no implementation for the CPU may refuse.
 ACCEPTS = {
@@ -35,11 +35,6 @@ class Options(NamedTuple):
     right: int = -1
     softcap: float = 0.0  # 0: none
     return_lse: bool = False
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """Return the dtype of the log-sum-exp of attention over `x`: float32, or float64 for float64."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 # --- who sees whom ---------------------------------------------------------------------------------------------
@@ -143,7 +138,7 @@ def check_floats(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor 
     _check_tensor(name, x, query, shapes, op)
     if not x.is_floating_point():
         raise RuntimeError(f"{op}: {name} is {x.dtype}, expected floating point")
-    return x if x.dtype is torch.float64 else x.to(accumulator(query))
+    return x if x.dtype is torch.float64 else x.to(accumulator(query.dtype))
 
 
 def check_integers(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor | None:
@@ -154,11 +149,6 @@ def check_integers(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tenso
     if x.dtype not in (torch.int32, torch.int64):
         raise RuntimeError(f"{op}: {name} is {x.dtype}, expected torch.int32 or torch.int64")
     return x
-
-
-def readable(x: Tensor) -> bool:
-    """Tell whether the values of `x` may be looked at: not on a GPU, nor while they are traced or mapped over."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and plain((x,))
 
 
 def _check_tensor(name, x, query, shapes, op):

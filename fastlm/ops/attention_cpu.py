@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from fastlm.autograd import Differentiable
-from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.attention_common import Options
+from fastlm.ops.tensors import accumulator
 
 
 def differentiable(name: str, forward: Callable, backward: Callable, reference: Callable) -> Callable:
@@ -25,7 +26,7 @@ def differentiable(name: str, forward: Callable, backward: Callable, reference: 
     def fake(tensors, needs, *options):
         query, _, value, *_ = tensors
         out = query.new_empty(*query.shape[:-1], value.size(-1))
-        return [out, query.new_empty(query.shape[:-1], dtype=accumulator(query))]
+        return [out, query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))]
 
     def run_forward(tensors, needs, *options):
         found = fake(tensors, needs, *options)

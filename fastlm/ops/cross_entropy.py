@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
 
-from fastlm.autograd import autocasts, plain
+from fastlm.autograd import autocasts
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import readable
 
 LEAST_LOGITS = 4_000_000  # on the CPU: benchmarks/LOG.md 2026-11-24
 
@@ -103,7 +104,7 @@ def _probabilities(target, ignore_index):
 
 def check_range(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise IndexError where a target that the host may read is no class and not `ignore_index`."""
-    if torch.compiler.is_compiling() or target.is_cuda or not plain((target,)):
+    if not readable(target):
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if wrong.any():

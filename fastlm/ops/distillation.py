@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.attention_common import readable
 from fastlm.ops.cross_entropy import check_range
+from fastlm.ops.tensors import readable
 
 REDUCTIONS = ("none", "mean", "sum")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")

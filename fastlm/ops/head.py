@@ -6,8 +6,8 @@ Of the logits `[N, V]`, its largest tensor by far, only one block exists at a ti
 import torch
 from torch import Tensor
 
-from fastlm.ops.loss_kernels import accumulator
 from fastlm.ops.products import CPUS, mm
+from fastlm.ops.tensors import accumulator
 
 # Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
 # and each block reads and writes the whole gradient of W. benchmarks/LOG.md 2026-11-24.

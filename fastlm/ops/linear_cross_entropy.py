@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.loss_kernels import accumulator
+from fastlm.ops.tensors import accumulator
 
 REDUCTIONS = ("none", "mean", "sum")
 LEAST = 1 << 23  # multiplications, below which stock is never the slower one in float32

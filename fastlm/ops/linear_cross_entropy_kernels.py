@@ -13,7 +13,8 @@ from torch import Tensor
 from fastlm.autograd import Differentiable, autocasts
 from fastlm.ops.head import Head, gradient_dtypes, scaled
 from fastlm.ops.linear_cross_entropy import counts_of, reference
-from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
+from fastlm.ops.loss_kernels import Logits, Targets, new_sums
+from fastlm.ops.tensors import accumulator
 
 ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
            "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",

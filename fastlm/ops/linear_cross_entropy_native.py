@@ -12,7 +12,6 @@ from fastlm.ops.loss_kernels import LossKernels
 
 LEAST_LOGITS = 4_000_000  # in bfloat16, where the CPU computes in it
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 
 
 def cannot(input, *rest):
@@ -25,7 +24,7 @@ def loses(input, linear_weight, *rest):
     group = rest[-1]
     if group:
         return None
-    if unknown := unmeasured(_native, *MEASURED):
+    if unknown := unmeasured(_native):
         return unknown
     if input.dtype is torch.bfloat16 and _native.bf16_arithmetic and _native.cpu != "zen5":
         return "not yet measured with bfloat16 arithmetic on this CPU"

@@ -28,7 +28,7 @@ def cannot(x, weight, bias):
 
 
 def loses(x, weight, bias):
-    if reason := unmeasured(_native, *products.CPUS):
+    if reason := unmeasured(_native, products.CPUS):
         return reason
     if x.dtype is torch.float32 and _precision() != "highest":
         return "float32 may be lowered: torch's products do that"

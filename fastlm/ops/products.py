@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastlm.ops.tensors import addresses
+
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
 LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
 NARROW, CHAIN = 16, 512  # columns, below which MKL adds up in one chain, and how long that may be
@@ -61,9 +63,8 @@ def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None
         raise RuntimeError("mm: a product is added to out or to the bias, not to both")
     size, threads = a.element_size(), torch.get_num_threads()
     workspace = a.new_empty(native.product_workspace(rows, depth, columns, threads, size) // size)
-    addresses = (a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-                 workspace.data_ptr())
-    native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)), addresses, add, threads, size)
+    native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
+                   addresses(a, b, bias, out, workspace), add, threads, size)
     return out
 
 
@@ -89,6 +90,6 @@ def few_rows(native: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None 
     if depth > 1 and weight.stride(1) != 1:
         weight = weight.contiguous()
     y = x.new_empty(rows, columns)
-    addresses = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
-    native.few_rows((rows, depth, columns, weight.stride(0)), addresses, torch.get_num_threads(), x.element_size())
+    native.few_rows((rows, depth, columns, weight.stride(0)), addresses(x, weight, bias, y), torch.get_num_threads(),
+                    x.element_size())
     return y

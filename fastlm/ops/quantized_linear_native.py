@@ -7,6 +7,7 @@ from fastlm._native import amx, vnni  # an extension built before these kernels 
 from fastlm.autograd import unwatched
 from fastlm.dispatch import PLAIN
 from fastlm.ops.quantized_linear import MODES, differentiable, reference
+from fastlm.ops.tensors import addresses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACCEPTS = {f"{mode} {name}" for mode in MODES for name in ("one row", "rows", "odd sizes", "one output", "no rows",
@@ -64,8 +65,7 @@ def forward(tensors, needs, mode, group_size):
     sizes = MODES.index(mode), NUMBERS[x.dtype], rows, inputs, outputs, group_size, torch.get_num_threads()
     workspace = torch.empty(_native.quantized_linear_workspace(*sizes), dtype=torch.uint8)
     y = torch.empty(rows, outputs, dtype=x.dtype)
-    addresses = (0 if t is None else t.data_ptr() for t in (x, weight, scale, bias, y, workspace))
-    _native.quantized_linear(*sizes, tuple(addresses))
+    _native.quantized_linear(*sizes, addresses(x, weight, scale, bias, y, workspace))
     return [y]
 
 

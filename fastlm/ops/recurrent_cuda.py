@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlm.autograd import Differentiable
 from fastlm.dispatch import build_report
 from fastlm.ops import recurrent
+from fastlm.ops.tensors import addresses
 
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
@@ -297,8 +298,3 @@ def split_biases(cell: str, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[T
 def pair(states):
     """Return (h, c), or (h, None) for a cell that has no c."""
     return states if len(states) == 2 else [*states, None]
-
-
-def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Return where the tensors lie, 0 for None. The caller keeps them: an address alone keeps no memory."""
-    return tuple(0 if t is None else t.data_ptr() for t in tensors)

@@ -14,10 +14,11 @@ from torch import Tensor
 from fastlm.autograd import Differentiable, unwatched
 from fastlm.dispatch import PLAIN
 from fastlm.ops import gpu, recurrent, recurrent_cuda
-from fastlm.ops.cpu import unmeasured
+from fastlm.ops.cpu import MEASURED, unmeasured
 from fastlm.ops.products import mm
 from fastlm.ops.recurrent import IN_PLACE
 from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
+from fastlm.ops.tensors import needs_gradient
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -25,7 +26,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
-MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-24"
 
 
@@ -38,7 +38,7 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     """
     if data.is_cuda:
         return gpu.unmeasured(data) or recurrent_cuda.losses(cell, data, batch_sizes, hx, params, *options)
-    if unknown := unmeasured(native, *MEASURED):
+    if unknown := unmeasured(native):
         return unknown
     dtype, precision = data.dtype, _precision()
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
@@ -50,7 +50,7 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     narrow = native.cpu == "avx2"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[-1].shape[1:]
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
+    trains = needs_gradient(data, *hx, *params)
     if pairs:
         dense = batch_sizes is None and not recurrent.projects(params, options[0], options[1:])
         return _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense)

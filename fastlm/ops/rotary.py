@@ -8,8 +8,8 @@ The gradient of x is the rotation by the opposite angle.
 import torch
 from torch import Tensor
 
-from fastlm.autograd import plain
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import readable
 
 FEW = 1 << 16  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-23
 
@@ -77,7 +77,7 @@ def _rows(table, positions):
                          "expected [S] or [B, S], and [N, R/2] or [N, R]")
     if positions.device != table.device:
         raise RuntimeError(f"rotary_embedding: positions is on {positions.device}, cos is on {table.device}")
-    if not torch.compiler.is_compiling() and not positions.is_cuda and plain((positions,)):
+    if readable(positions):
         wrong = positions[(positions < 0) | (positions >= table.size(0))]
         if wrong.numel():
             raise IndexError(f"rotary_embedding: positions holds {wrong[0].item()}, expected 0 to {table.size(0) - 1}")

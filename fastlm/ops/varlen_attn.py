@@ -18,17 +18,16 @@ from fastlm.ops.attention import scaled_dot_product_attention
 from fastlm.ops.attention import stock as attention_stock
 from fastlm.ops.attention_common import (
     Options,
-    accumulator,
     check_floats,
     check_integers,
     check_number,
     check_scale,
     check_softcap,
     check_window,
-    readable,
     seen_range,
     simplest,
 )
+from fastlm.ops.tensors import accumulator, needs_gradient, readable
 
 FEW, FEW_TRAINED = 6, 4  # sequences, below which SDPA for each is the faster one below LEAST multiplications
 LEAST = 1 << 22
@@ -37,8 +36,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 def few(multiplications, sequences, *tensors) -> bool:
     """Tell whether there is so little to do that SDPA for each sequence is the faster one on every CPU."""
-    return multiplications < LEAST and (sequences < FEW_TRAINED or (sequences < FEW and not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in tensors))))
+    return multiplications < LEAST and (sequences < FEW_TRAINED or (sequences < FEW and not needs_gradient(*tensors)))
 
 
 def _few(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
@@ -292,7 +290,7 @@ def _each(attend, query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_
         out = out + sum(x[:0].sum() for x in (query, key, value))
     if not options.return_lse:
         return out
-    return out, torch.cat([*lses, query.new_full(rest, -torch.inf, dtype=accumulator(query))])
+    return out, torch.cat([*lses, query.new_full(rest, -torch.inf, dtype=accumulator(query.dtype))])
 
 
 def samples(scale: str, dtype: torch.dtype, device: str):

@@ -4,10 +4,10 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
-from fastlm.ops.attention_common import accumulator
 from fastlm.ops.attention_cpu import differentiable
-from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
+from fastlm.ops.attention_kernels import DTYPES, MOST, Kernels
 from fastlm.ops.cpu import unmeasured
+from fastlm.ops.tensors import accumulator
 from fastlm.ops.varlen_attn import few, reference, sequences, unpaged
 
 LEAST, LEAST_ON_AVX2 = 1 << 23, 1 << 26  # multiplications of few sequences
@@ -28,7 +28,7 @@ def cannot(query, key, value, *rest):
 
 def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
           options):
-    if unknown := unmeasured(_native, *MEASURED):
+    if unknown := unmeasured(_native):
         return unknown
     lacking = sinks is not None or slopes is not None or options.softcap or options.return_lse or options.left >= 0
     if lacking or torch.compiler.is_compiling():  # stock's loop over sequences reads values, which a graph has not
@@ -62,7 +62,7 @@ class _Packed:
         """Return the gradient of `x`, where that is a pool of pages, from the one of the tokens that were read."""
         if self.tokens is None:
             return grad
-        whole = torch.zeros(unpaged(x).shape, dtype=accumulator(grad))
+        whole = torch.zeros(unpaged(x).shape, dtype=accumulator(grad.dtype))
         return whole.index_add_(0, self.tokens, grad.to(whole.dtype)).view(x.shape)
 
 

@@ -1,0 +1,31 @@
+"""What the ops ask of the tensors that they are given."""
+
+import torch
+from torch import Tensor
+
+from fastlm.autograd import plain
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Tell whether a gradient is wanted for one of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def readable(x: Tensor) -> bool:
+    """Tell whether the values of `x` may be looked at: not on a GPU, nor while they are traced or mapped over."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and plain((x,))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums are kept in: float64 for itself, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def adjacent(t: Tensor) -> Tensor:
+    """Return `t` with the elements of its last dimension side by side, which costs a copy where they are not."""
+    return t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
+
+
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Return where the tensors lie, 0 for None. The caller keeps them until the kernel is done."""
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
