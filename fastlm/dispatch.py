@@ -143,6 +143,15 @@ def at_once(shortcut: Callable) -> Callable:
     return decorate
 
 
+def assume_constant(function: Callable) -> Callable:
+    """Let the compiler call a function while it traces, and keep what that returns in the graph.
+
+    This is `torch.compiler.assume_constant_result`, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 class backend:
     """Context manager: ops that have one of the named implementations must use it, in the order given, or raise.
 

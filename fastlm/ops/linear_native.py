@@ -30,20 +30,13 @@ def cannot(x, weight, bias):
 def loses(x, weight, bias):
     if reason := unmeasured(_native, products.CPUS):
         return reason
-    if x.dtype is torch.float32 and _precision() != "highest":
+    if x.dtype is torch.float32 and not products.exact_float32():
         return "float32 may be lowered: torch's products do that"
     if few(x, weight, bias, traced()):
         return None
     if x.dtype is torch.bfloat16:
         return f"slower than torch in training, of more than a few rows, or with a small weight: {ROW[:-2]}26"
     return f"slower than torch below {LEAST} multiplications: {ROW}" if x.numel() * weight.size(0) < LEAST else None
-
-
-def _precision():
-    return torch.get_float32_matmul_precision()
-
-
-_precision._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
 
 
 def at_once(x, weight, bias):
@@ -53,7 +46,7 @@ def at_once(x, weight, bias):
     """
     if _native.cpu not in products.CPUS:
         return small(x, weight, bias)
-    if not unwatched() or (x.dtype is torch.float32 and _precision() != "highest"):
+    if not unwatched() or (x.dtype is torch.float32 and not products.exact_float32()):
         return None
     return _native.linear_at_once(x, weight, bias, torch.get_num_threads(), PLAIN, x.dtype, x.element_size())
 

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastlm.dispatch import assume_constant
 from fastlm.ops.tensors import addresses
 
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
@@ -39,11 +40,17 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
+@assume_constant
+def exact_float32() -> bool:
+    """Tell whether products of float32 may not be made of fewer bits, which torch's then are."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
     """Tell whether `multiply` is the faster one: float32 as it is, large enough."""
     rows, depth, columns = *a.shape, b.shape[1]
     return native.cpu in CPUS and a.dtype is torch.float32 and a.is_cpu and columns >= LEAST_COLUMNS and \
-        rows * depth * columns >= LEAST_OPERATIONS and torch.get_float32_matmul_precision() == "highest"
+        rows * depth * columns >= LEAST_OPERATIONS and exact_float32()
 
 
 def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable
-from fastlm.dispatch import build_report
+from fastlm.dispatch import assume_constant, build_report
 from fastlm.ops import recurrent
+from fastlm.ops.products import exact_float32
 from fastlm.ops.tensors import addresses
 
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
@@ -259,21 +260,14 @@ def misfit(native: ModuleType, cell: int, number: int, hidden: int, bidirectiona
     return None
 
 
+@assume_constant
 def _misfit(*args) -> str | None:
     return misfit(*args)
 
 
 def number_of(dtype: torch.dtype) -> int:
     """Return the kernels' number format: float32 is rounded to TF32 in products where PyTorch's own may be."""
-    return NUMBERS["tf32" if dtype is torch.float32 and _tf32() else dtype]
-
-
-def _tf32() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
-
-
-for constant in (_misfit, _tf32):  # to a graph; torch.compiler.assume_constant_result would import the compiler
-    constant._dynamo_marked_constant = True
+    return NUMBERS["tf32" if dtype is torch.float32 and not exact_float32() else dtype]
 
 
 def missing(native: ModuleType) -> str | None:

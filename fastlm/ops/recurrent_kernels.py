@@ -15,7 +15,7 @@ from fastlm.autograd import Differentiable, unwatched
 from fastlm.dispatch import PLAIN
 from fastlm.ops import gpu, recurrent, recurrent_cuda
 from fastlm.ops.cpu import MEASURED, unmeasured
-from fastlm.ops.products import mm
+from fastlm.ops.products import exact_float32, mm
 from fastlm.ops.recurrent import IN_PLACE
 from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
 from fastlm.ops.tensors import needs_gradient
@@ -40,10 +40,10 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
         return gpu.unmeasured(data) or recurrent_cuda.losses(cell, data, batch_sizes, hx, params, *options)
     if unknown := unmeasured(native):
         return unknown
-    dtype, precision = data.dtype, _precision()
+    dtype = data.dtype
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    pairs = native.pairs and (dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest"))
+    pairs = native.pairs and (dtype is torch.bfloat16 or (dtype is torch.float32 and not exact_float32()))
     if (dtype is torch.bfloat16 and native.bf16_arithmetic and not pairs) or \
             (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
@@ -114,13 +114,6 @@ def _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense):
     return None if few or odd else f"slower than torch's oneDNN without gradients, but for few sequences: {later}"
 
 
-def _precision():
-    return torch.get_float32_matmul_precision()
-
-
-_precision._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
-
-
 class Layers:
     """One cell's `cannot` and `run`, and the differentiable layer in one direction that they are made of.
 
@@ -181,7 +174,7 @@ class Layers:
         A stream calls for every token: here Python, its caches swept by the weights, takes as long as the kernel.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != len(recurrent.DENSE) or \
-                self.native.cpu not in MEASURED or (self.native.pairs and _precision() != "highest"):
+                self.native.cpu not in MEASURED or (self.native.pairs and not exact_float32()):
             return None
         return self.stream(*args, dtypes=(torch.float32,))
 

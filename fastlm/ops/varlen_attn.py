@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
-from fastlm.dispatch import Op, Sample, at_once
+from fastlm.dispatch import Op, Sample, assume_constant, at_once
 from fastlm.ops.attention import reference as attention_reference
 from fastlm.ops.attention import scaled_dot_product_attention
 from fastlm.ops.attention import stock as attention_stock
@@ -262,14 +262,12 @@ def stock(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
     return (found[0], found[1].mT) if options.return_lse else found
 
 
+@assume_constant
 def _is_newer() -> bool:
     """Tell whether torch's varlen_attn knows grouped heads, lengths and pages: it came with less in torch 2.11."""
     from torch.nn.attention import varlen
 
     return "num_splits" in inspect.signature(varlen.varlen_attn).parameters
-
-
-_is_newer._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
 
 
 def _each(attend, query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, options):
