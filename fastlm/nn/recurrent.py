@@ -35,9 +35,9 @@ def _unchecked(module, input, hx=None):
         module._check_state(state, (batch,))
     settings, found = (*module._settings, module.batch_first), None
     if module._runs_stock(input, state, steps):
-        found = module.op.implementations["torch"].run(input, None, state, *settings, *module._cell)
+        found = module.op.implementations["torch"].run(input, None, state, *settings, *module._nonlinearity)
     elif steps == 1:
-        found = module.op.at_once(input, module._join(state), *settings, *module._cell)
+        found = module.op.at_once(input, module._join(state), *settings, *module._nonlinearity)
     output, *state = module._run(input, module._join(state), *settings) if found is None else found
     return output, module._join(state)
 
@@ -47,7 +47,7 @@ class _Recurrent(nn.Module):
 
     op = rnn_op
     gates = 1  # rows of each weight matrix, in hidden sizes
-    _cell = ()  # what the op takes besides torch's arguments
+    _nonlinearity = ()  # what the op takes besides torch's arguments: RNN's alone
 
     def __init__(self, mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
                  proj_size, device, dtype):
@@ -189,7 +189,7 @@ class _Recurrent(nn.Module):
         return trains and steps < 16
 
     def _run(self, *args):
-        return self.op(*recurrent.canonical(self.op.name, self.gates, len(self._widths), args, {}), *self._cell)
+        return self.op(*recurrent.canonical(self.op.name, self.gates, len(self._widths), args, {}), *self._nonlinearity)
 
     @property
     def _settings(self):
@@ -246,7 +246,7 @@ class RNN(_Recurrent):
         self.nonlinearity = nonlinearity
 
     @property
-    def _cell(self):
+    def _nonlinearity(self):
         return (self.nonlinearity,)
 
 
@@ -295,8 +295,7 @@ class _Cell:
     """
 
     _pair = False  # whether the state is (h, c)
-
-    _nonlinearity = ()  # what the op takes besides torch's arguments
+    _nonlinearity = ()  # as above
 
     def _stream(self, input, states, weights):
         """Run one step without gradients in one call of C++, as `_unchecked` does."""

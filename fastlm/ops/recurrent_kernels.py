@@ -16,8 +16,8 @@ from fastlm.dispatch import PLAIN
 from fastlm.ops import gpu, recurrent, recurrent_cuda
 from fastlm.ops.cpu import MEASURED, unmeasured
 from fastlm.ops.products import exact_float32, mm
-from fastlm.ops.recurrent import IN_PLACE
-from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
+from fastlm.ops.recurrent import CELLS, GATES, IN_PLACE, pair, split_biases
+from fastlm.ops.recurrent_cuda import CudaLayers
 from fastlm.ops.tensors import needs_gradient
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
