@@ -85,7 +85,7 @@ class Op:
         self.implementations = {f: _load(files or name, f) for f in fast}
         self.implementations["torch"] = Implementation(torch)
         self.implementations["reference"] = Implementation(reference)
-        self.default = (*fast, "torch")
+        self.fast, self.default = tuple(fast), (*fast, "torch")
         self.at_once = self.implementations[self.default[0]].at_once
 
     def __repr__(self):
