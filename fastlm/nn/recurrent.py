@@ -23,7 +23,7 @@ from fastlm.ops.recurrent import IN_PLACE
 from fastlm.ops.rnn import op as rnn_op
 
 
-def _unchecked(module, input, hx=None):
+def _shortcut(module, input, hx=None):
     """Run the layers over a dense batch: one step in one call of C++ where it can be, else by the op, which checks."""
     steps, batch, _ = input.shape
     if module.batch_first:
@@ -125,7 +125,7 @@ class _Recurrent(nn.Module):
         options = [f"{name}={getattr(self, name)}" for name, default in shown.items() if getattr(self, name) != default]
         return ", ".join([str(self.input_size), str(self.hidden_size), *options])
 
-    @at_once(_unchecked)
+    @at_once(_shortcut)
     def forward(self, input: Tensor | PackedSequence, hx=None):
         """Run the layers over a sequence.
 
@@ -298,7 +298,7 @@ class _Cell:
     _nonlinearity = ()  # as above
 
     def _stream(self, input, states, weights):
-        """Run one step without gradients in one call of C++, as `_unchecked` does."""
+        """Run one step without gradients in one call of C++, as `_shortcut` does."""
         if states is None:
             states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if self._pair else 1)
         found = self.op.at_once(input, states, weights, self.bias, 1, 0.0, self.training, False, False,
@@ -340,7 +340,7 @@ class _Cell:
         return [state.view(shape) for state in states]
 
 
-def _few(stock):
+def _cell_shortcut(stock):
     """Return the shortcut of a cell to torch.nn's, which is the faster one in training and for few hidden units."""
     def shortcut(self, input, hx=None):
         weights, states = self._weights(), hx if hx is None or self._pair else (hx,)
@@ -362,7 +362,7 @@ class RNNCell(_Cell, nn.RNNCell):
     def _nonlinearity(self):
         return (self.nonlinearity,)
 
-    @_few(nn.RNNCell)
+    @_cell_shortcut(nn.RNNCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if self.nonlinearity not in ("tanh", "relu"):
@@ -378,7 +378,7 @@ class GRUCell(_Cell, nn.GRUCell):
 
     op = gru_op
 
-    @_few(nn.GRUCell)
+    @_cell_shortcut(nn.GRUCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if autocasts(input.device.type):
@@ -391,7 +391,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
 
     op, _pair = lstm_op, True
 
-    @_few(nn.LSTMCell)
+    @_cell_shortcut(nn.LSTMCell)
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return (h, c), [B, H] each, after `input` [B, input_size]; without B for unbatched input."""
         if autocasts(input.device.type):

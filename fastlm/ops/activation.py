@@ -13,20 +13,20 @@ from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
 
-FEW = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-25
+LEAST = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-25
 
 
-def _few(input, approximate="none"):
-    return F.gelu(input, approximate=approximate) if input.numel() < FEW else None
+def _shortcut(input, approximate="none"):
+    return F.gelu(input, approximate=approximate) if input.numel() < LEAST else None
 
 
-def _few_gated(kind, gate, up, approximate="none"):
-    if gate.numel() < FEW and gate.shape == up.shape and up.is_floating_point():
+def _gated_shortcut(kind, gate, up, approximate="none"):
+    if gate.numel() < LEAST and gate.shape == up.shape and up.is_floating_point():
         return kind(gate) * up if approximate == "none" else None
     return None
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """Return input ⊙ Φ(input), element by element.
 
@@ -42,7 +42,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return gelu_op(input, None, _gelu("gelu", approximate))
 
 
-@at_once(lambda gate, up: _few_gated(F.silu, gate, up))
+@at_once(lambda gate, up: _gated_shortcut(F.silu, gate, up))
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) ⊙ up.
 
@@ -58,7 +58,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return swiglu_op(gate, up, "silu")
 
 
-@at_once(partial(_few_gated, F.gelu))
+@at_once(partial(_gated_shortcut, F.gelu))
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """Return gelu(gate) ⊙ up.
 

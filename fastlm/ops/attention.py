@@ -36,7 +36,7 @@ from fastlm.ops.tensors import accumulator, readable
 LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python: benchmarks/LOG.md 2026-11-25
 
 
-def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
+def _shortcut(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
          window_size=(-1, -1)):
     """Call SDPA where it can take the call as it is; see `stock`."""
     shape = key.shape
@@ -55,7 +55,7 @@ def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
     return _twice(found) if found.requires_grad else found
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                                  dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                                  enable_gqa: bool = False, *, window_size: tuple[int, int] = (-1, -1),

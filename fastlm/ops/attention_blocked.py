@@ -4,12 +4,13 @@ import torch
 
 from fastlm.ops import attention_tiles
 from fastlm.ops.attention import reference
-from fastlm.ops.attention_common import ACCEPTS
-from fastlm.ops.attention_cpu import differentiable
+from fastlm.ops.attention_common import ACCEPTS, differentiable
+from fastlm.ops.cpu import cannot_here
+from fastlm.ops.tensors import FLOATS
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = FLOATS
 
 # SDPA's math path, which builds all scores, is not slower below: benchmarks/LOG.md 2026-11-23.
 FEW_SCORES = 1 << 23
@@ -18,11 +19,7 @@ FEW_QUERIES = 16
 
 
 def cannot(query, *rest):
-    if query.device.type not in ("cpu", "meta"):
-        return "computes on the CPU"
-    if query.dtype not in DTYPES:
-        return f"no tiles in {query.dtype}"
-    return None
+    return cannot_here(query, DTYPES)
 
 
 def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):

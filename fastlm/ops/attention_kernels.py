@@ -11,7 +11,6 @@ from torch import Tensor
 from fastlm.ops.attention_common import Options
 from fastlm.ops.tensors import accumulator, addresses, adjacent
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST = 256  # numbers in a head
 
 

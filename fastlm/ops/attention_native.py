@@ -5,22 +5,21 @@ import torch
 import fastlm._native as _native
 from fastlm.ops import attention_common
 from fastlm.ops.attention import LEAST, reference
-from fastlm.ops.attention_cpu import differentiable
-from fastlm.ops.attention_kernels import DTYPES, MOST, Kernels
-from fastlm.ops.cpu import unmeasured
-from fastlm.ops.tensors import needs_gradient
+from fastlm.ops.attention_common import differentiable
+from fastlm.ops.attention_kernels import MOST, Kernels
+from fastlm.ops.cpu import cannot_here, unmeasured
+from fastlm.ops.tensors import FLOATS, needs_gradient
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
+DTYPES = FLOATS
 ACCEPTS = attention_common.ACCEPTS - {"everything dropped"}
 LEAST_ON_AVX2 = {torch.float32: 1 << 26}  # where SDPA's products are as fast, other numbers 1 << 24: 2026-11-26
 
 
 def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
-    if query.device.type not in ("cpu", "meta"):
-        return "runs on the CPU alone"
-    if query.dtype not in DTYPES:
-        return f"no kernel for {query.dtype}"
+    if reason := cannot_here(query, DTYPES):
+        return reason
     if options.dropout_p:
         return "draws no dropout"
     if max(query.size(3), value.size(3)) > MOST:

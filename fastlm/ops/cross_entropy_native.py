@@ -4,7 +4,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm.autograd import Differentiable
-from fastlm.ops.cpu import unmeasured
+from fastlm.ops.cpu import cannot_here, unmeasured
 from fastlm.ops.cross_entropy import LEAST_LOGITS, reference
 from fastlm.ops.linear_cross_entropy import counts_of
 from fastlm.ops.loss_kernels import Logits, LossKernels, Targets, new_sums
@@ -21,10 +21,8 @@ _kernels = LossKernels(_native)
 
 
 def cannot(input, target, weight, ignore_index, reduction, label_smoothing):
-    if input.is_cuda:
-        return "runs on the CPU"
-    if input.dtype not in DTYPES:
-        return f"no kernel for {input.dtype}"
+    if reason := cannot_here(input, DTYPES):
+        return reason
     if target.is_floating_point() and target.requires_grad:
         return "the target needs a gradient"
     if target.is_floating_point() and torch.promote_types(target.dtype, input.dtype) is not input.dtype:

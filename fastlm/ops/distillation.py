@@ -22,7 +22,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 LEAST_LOGITS, LEAST = 1 << 16, 1 << 25  # logits and multiplications, below both of which `_forward_kl` is no slower
 
 
-def _few(student_input, student_weight, *, teacher_input=None, teacher_weight=None, teacher_logits=None,
+def _shortcut(student_input, student_weight, *, teacher_input=None, teacher_weight=None, teacher_logits=None,
          teacher_topk=None, divergence="forward_kl", beta=0.5, temperature=1.0, target=None, hard_weight=0.0,
          ignore_index=-100, reduction="mean", student_bias=None, teacher_bias=None):
     if not (teacher_input is teacher_weight is teacher_topk is target is teacher_bias is None) or hard_weight != 0 or (
@@ -38,7 +38,7 @@ def _few(student_input, student_weight, *, teacher_input=None, teacher_weight=No
     return _forward_kl(F.linear(student_input, student_weight, student_bias), teacher_logits, temperature, reduction)
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def linear_distillation(student_input: Tensor, student_weight: Tensor, *, teacher_input: Tensor | None = None,
                         teacher_weight: Tensor | None = None, teacher_logits: Tensor | None = None,
                         teacher_topk: tuple[Tensor, Tensor] | None = None, divergence: str = "forward_kl",

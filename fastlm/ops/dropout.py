@@ -6,17 +6,17 @@ from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
 
-FEW = 1 << 17  # numbers, for which no kernel is launched
+LEAST = 1 << 17  # numbers, for which no kernel is launched
 
 
-def _few(x, residual, p=0.5, training=True):
-    if x.numel() < FEW and x.shape == residual.shape and residual.is_floating_point() and x.is_floating_point() and (
+def _shortcut(x, residual, p=0.5, training=True):
+    if x.numel() < LEAST and x.shape == residual.shape and residual.is_floating_point() and x.is_floating_point() and (
             0 <= p <= 1):
         return residual + torch.dropout(x, p if training else 0.0, True)
     return None
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def dropout_add(x: Tensor, residual: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Return residual + dropout(x), neither argument changed.
 

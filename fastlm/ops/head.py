@@ -24,6 +24,13 @@ LOGITS_ON_AVX2 = 1 << 23
 TILE = 4096  # classes at a time, where weights are converted for the products, or these have 16 bits on a CPU
 
 
+def products_on_cpu(native, x: Tensor) -> torch.dtype:
+    """Return the dtype of products for 16-bit hidden states `x` where the kernels are C++: their own where the CPU has
+    bfloat16 arithmetic, else float32, because converted tiles beat torch's bfloat16 ones."""
+    fast = x.dtype is torch.bfloat16 and native.bf16_arithmetic
+    return x.dtype if fast else accumulator(x.dtype)
+
+
 def few_on_avx2(native, x: Tensor, weight: Tensor) -> str | None:
     """Return that stock is as fast with AVX2, whose products in float32 and float64 are the same: benchmarks/LOG.md
     2026-11-26; None for many logits, for bfloat16, which stock multiplies slowly there, and on other CPUs.

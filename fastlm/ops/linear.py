@@ -36,13 +36,13 @@ def small(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     return None
 
 
-def _at_once(input, weight, bias=None):
+def _shortcut(input, weight, bias=None):
     if weight.numel() < LEAST_WEIGHT or not few(input, weight, bias):
         return small(input, weight, bias)
     return op.at_once(input, weight, bias)
 
 
-@at_once(_at_once)
+@at_once(_shortcut)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return input · weightᵀ + bias, with the arguments of `torch.nn.functional.linear`.
 

@@ -33,7 +33,7 @@ class Auxiliary(NamedTuple):
     correct: Tensor
 
 
-def _few(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+def _shortcut(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
          label_smoothing=0.0, options=None, z_loss=0.0, softcap=None, return_aux=False, process_group=None):
     if not (options is softcap is process_group is None and z_loss == 0 and not return_aux):
         return None
@@ -48,7 +48,7 @@ def _few(input, linear_weight, target, *, linear_bias=None, weight=None, reducti
                            label_smoothing=label_smoothing)
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                          weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None,
                          label_smoothing: float = 0.0, options=None, z_loss: float = 0.0,

@@ -6,7 +6,7 @@ import fastlm._native as _native
 from fastlm.autograd import Differentiable, autocasts, unwatched
 from fastlm.dispatch import PLAIN, traced
 from fastlm.ops import products
-from fastlm.ops.cpu import unmeasured
+from fastlm.ops.cpu import cannot_here, unmeasured
 from fastlm.ops.linear import LEAST, few, reference, small
 
 ACCEPTS = {"3x4x5", "1x1x1", "127x33x65", "128x129x128", "13x300x49", "no bias", "outliers", "no rows", "no features",
@@ -17,11 +17,11 @@ ROW = "benchmarks/LOG.md 2026-11-25"
 
 
 def cannot(x, weight, bias):
-    if x.is_cuda:
-        return "runs on the CPU alone"
-    for t in (x, weight, bias):
-        if t is not None and (t.dtype not in DTYPES or t.dtype is not x.dtype):
-            return f"no kernel for {t.dtype}" + ("" if t.dtype is x.dtype else f" beside {x.dtype}")
+    if reason := cannot_here(x, DTYPES):
+        return reason
+    for t in (weight, bias):
+        if t is not None and t.dtype is not x.dtype:
+            return f"no kernel for {t.dtype} beside {x.dtype}"
     if weight.dim() != 2:
         return "weight is a vector"
     return "autocast lowers it" if autocasts("cpu") else None

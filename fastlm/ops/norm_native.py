@@ -4,7 +4,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops.cpu import cannot_here, loses_below
-from fastlm.ops.norm import FEW
+from fastlm.ops.norm import LEAST
 from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
 from fastlm.ops.tensors import addresses, adjacent
 
@@ -19,7 +19,7 @@ def cannot(input, residual, weight, bias, shape, eps, centred):
 
 def loses(input, residual, weight, bias, shape, eps, centred):
     """RMS norm is a chain of calls in torch; layer norm one good kernel, to which only the addition leaves a gain."""
-    least, half = (FEW, FEW), input.dtype is torch.bfloat16
+    least, half = (LEAST, LEAST), input.dtype is torch.bfloat16
     if centred and _native.cpu == "avx2":
         least = (0, 0)
     elif centred and _native.cpu == "zen5":

@@ -6,6 +6,7 @@ import fastlm._native as _native
 from fastlm._native import amx, vnni  # an extension built before these kernels fails here, with a reason
 from fastlm.autograd import unwatched
 from fastlm.dispatch import PLAIN
+from fastlm.ops.cpu import cannot_here
 from fastlm.ops.quantized_linear import MODES, differentiable, reference
 from fastlm.ops.tensors import addresses
 
@@ -24,12 +25,10 @@ if _native.cpu == "zen5":
 
 
 def cannot(x, weight, scale, bias, mode, group_size):
-    if x.is_cuda:
-        return "no kernel for a GPU"
+    if reason := cannot_here(x, DTYPES):
+        return reason
     if not vnni:
         return "this CPU has no AVX-512 VNNI, or FASTLM_MAX_ISA forbids it"
-    if x.dtype not in DTYPES:
-        return f"no kernel for {x.dtype}"
     if mode == "int8_dynamic" and x.shape[1] > MOST_INPUTS:
         return f"more than {MOST_INPUTS} inputs would overflow 32 bits"
     return None

@@ -18,11 +18,11 @@ from fastlm.ops.cpu import MEASURED, unmeasured
 from fastlm.ops.products import exact_float32, mm
 from fastlm.ops.recurrent import CELLS, GATES, IN_PLACE, pair, split_biases
 from fastlm.ops.recurrent_cuda import CudaLayers
-from fastlm.ops.tensors import needs_gradient
+from fastlm.ops.tensors import FLOATS, needs_gradient
 
+DTYPES = FLOATS
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md

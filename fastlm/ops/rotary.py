@@ -11,20 +11,20 @@ from torch import Tensor
 from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.tensors import readable
 
-FEW = 1 << 16  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-23
+LEAST = 1 << 16  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-23
 
 
-def _few(x, cos, sin):
+def _shortcut(x, cos, sin):
     """Rotate whole heads by angles `[S, D/2]`."""
     half = x.size(3) // 2
-    if x.numel() < FEW and cos.shape == sin.shape == (x.size(2), half) and x.size(3) == 2 * half and x.dim() == 4 and (
-            x.dtype is cos.dtype is sin.dtype and x.is_floating_point()):
+    if x.numel() < LEAST and cos.shape == sin.shape == (x.size(2), half) and x.size(3) == 2 * half and (
+            x.dim() == 4 and x.dtype is cos.dtype is sin.dtype and x.is_floating_point()):
         a, b = x.chunk(2, 3)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], 3)
     return None
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
                      positions: Tensor | None = None, rotary_dim: int | None = None) -> Tensor:
     """Rotate the first R columns of each head by the angles of its position; the columns from R on stay as they are.

@@ -4,7 +4,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops.cpu import cannot_here, loses_below
-from fastlm.ops.rotary import FEW
+from fastlm.ops.rotary import LEAST
 from fastlm.ops.rotary_kernels import ACCEPTS, differentiable
 from fastlm.ops.tensors import addresses, adjacent
 
@@ -18,7 +18,7 @@ def cannot(x, cos, sin, interleaved):
 
 
 def loses(x, cos, sin, interleaved):
-    return loses_below(_native, (FEW, FEW), x, cos, sin)
+    return loses_below(_native, (LEAST, LEAST), x, cos, sin)
 
 
 def turn(x, cos, sin, y, interleaved, inverse):

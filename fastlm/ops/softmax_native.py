@@ -5,7 +5,7 @@ import torch
 import fastlm._native as _native
 from fastlm.autograd import Differentiable, blank
 from fastlm.ops.cpu import cannot_here, loses_below
-from fastlm.ops.softmax import FEW, collapse, gradient
+from fastlm.ops.softmax import LEAST, collapse, gradient
 from fastlm.ops.tensors import addresses, adjacent
 
 ACCEPTS = {"row of 1", "row of 127", "row of 129", "row of 1000", "no mask", "by key", "by head", "by query and key",
@@ -20,7 +20,7 @@ def cannot(x, dim, mask, scale, log):
 
 
 def loses(x, dim, mask, scale, log):
-    least = FEW if _native.cpu == "intel" else 1 << 17
+    least = LEAST if _native.cpu == "intel" else 1 << 17
     return loses_below(_native, (least, least), x)
 
 

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from fastlm.autograd import plain
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Tell whether a gradient is wanted for one of them."""

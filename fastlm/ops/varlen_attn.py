@@ -39,7 +39,7 @@ def few(multiplications, sequences, *tensors) -> bool:
     return multiplications < LEAST and (sequences < FEW_TRAINED or (sequences < FEW and not needs_gradient(*tensors)))
 
 
-def _few(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+def _shortcut(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
          enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, softcap=None, alibi_slopes=None,
          sinks=None):
     lacking = return_aux, seqused_k, block_table, num_splits, softcap, alibi_slopes, sinks
@@ -65,7 +65,7 @@ def _few(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None
                       for part in zip(*parts, strict=True)], 1).squeeze(0)
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int,
                 max_k: int, *, return_aux=None, scale: float | None = None,
                 window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False, seqused_k: Tensor | None = None,

@@ -9,23 +9,19 @@ import torch
 
 from fastlm.ops import attention_lanes, attention_tiles
 from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
-from fastlm.ops.attention_common import simplest
-from fastlm.ops.attention_cpu import differentiable
-from fastlm.ops.tensors import accumulator, needs_gradient
+from fastlm.ops.attention_common import differentiable, simplest
+from fastlm.ops.cpu import cannot_here
+from fastlm.ops.tensors import FLOATS, accumulator, needs_gradient
 from fastlm.ops.varlen_attn import reference, rows, sequences, unpaged
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
+DTYPES = FLOATS
 FEW_QUERIES = 16
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def cannot(query, *rest):
-    if query.device.type not in ("cpu", "meta"):
-        return "computes on the CPU"
-    if query.dtype not in DTYPES:
-        return f"no tiles in {query.dtype}"
-    return None
+    return cannot_here(query, DTYPES)
 
 
 def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
