@@ -12,7 +12,7 @@ from torch.nn import _reduction as legacy
 
 from fastlm.autograd import autocasts
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.tensors import readable
+from fastlm.ops.tensors import check_tensors, readable
 
 LEAST_LOGITS = 4_000_000  # on the CPU: benchmarks/LOG.md 2026-11-24
 
@@ -63,11 +63,7 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None,
 
 
 def _checked(input, target, weight, ignore_index):
-    for name, x in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(x, Tensor) and (name != "weight" or x is not None):
-            raise TypeError(f"cross_entropy: {name} must be a Tensor, got {type(x).__name__}")
-        if x is not None and x.device != input.device:
-            raise RuntimeError(f"cross_entropy: {name} is on {x.device}, input is on {input.device}")
+    check_tensors("cross_entropy", dict(input=input, target=target, weight=weight), ("weight",))
     if input.dim() == 0 or not input.is_floating_point():
         raise RuntimeError(f"cross_entropy: input is {input.dtype}{list(input.shape)}, expected floating "
                            "logits [C], [N, C] or [N, C, d1, ...]")

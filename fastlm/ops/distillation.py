@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.cross_entropy import check_range
-from fastlm.ops.tensors import readable
+from fastlm.ops.tensors import check_tensors, readable
 
 REDUCTIONS = ("none", "mean", "sum")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -125,23 +125,16 @@ def _check_values(divergence, beta, temperature, hard_weight, reduction):
 
 
 def _check_tensors(tensors):
-    input = tensors["student_input"]
-    for name, tensor in tensors.items():
-        if tensor is None and name not in ("student_input", "student_weight"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"linear_distillation: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.device != input.device:
-            raise RuntimeError(f"linear_distillation: {name} is on {tensor.device}, student_input on {input.device}")
-        if name in ("indices", "target"):
-            if tensor.dtype is not torch.int64:
-                kind = "teacher_topk's indices" if name == "indices" else name
-                raise RuntimeError(f"linear_distillation: {kind} must be int64, got {tensor.dtype}")
-        elif not tensor.is_floating_point():
-            raise RuntimeError(f"linear_distillation: {name} must be floating point, got {tensor.dtype}")
-    for side, names in (("student", ("weight", "bias")), ("teacher", ("weight", "bias"))):
+    floats = {name: t for name, t in tensors.items() if name not in ("indices", "target")}
+    integers = {"teacher_topk's indices": tensors["indices"], "target": tensors["target"]}
+    check_tensors("linear_distillation", floats, tuple(floats)[2:], RuntimeError)
+    check_tensors("linear_distillation", {"student_input": floats["student_input"], **integers}, tuple(integers))
+    for name, tensor in integers.items():
+        if tensor is not None and tensor.dtype is not torch.int64:
+            raise RuntimeError(f"linear_distillation: {name} must be int64, got {tensor.dtype}")
+    for side in ("student", "teacher"):
         first = tensors[f"{side}_input"]
-        for name in names:
+        for name in ("weight", "bias"):
             tensor = tensors[f"{side}_{name}"]
             if first is not None and tensor is not None and tensor.dtype is not first.dtype:
                 raise RuntimeError(f"linear_distillation: {side}_{name} is {tensor.dtype}, {side}_input {first.dtype}")

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import check_tensors
 
 LEAST = 1 << 17  # numbers, for which no kernel is launched
 
@@ -33,17 +34,11 @@ def dropout_add(x: Tensor, residual: Tensor, p: float = 0.5, training: bool = Tr
         ValueError: `p` is no probability, or the shapes differ.
         RuntimeError: the tensors are on different devices.
     """
-    for name, t in (("x", x), ("residual", residual)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"dropout_add: {name} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"dropout_add: {name} must be floating point, got {t.dtype}")
+    check_tensors("dropout_add", dict(x=x, residual=residual), floating=TypeError)
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_add: p is {p}, expected a probability, 0 to 1")
     if residual.shape != x.shape:
         raise ValueError(f"dropout_add: residual has shape {list(residual.shape)}, x has {list(x.shape)}")
-    if residual.device != x.device:
-        raise RuntimeError(f"dropout_add: residual is on {residual.device}, x is on {x.device}")
     return op(x, residual, float(p) if training else 0.0)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.tensors import needs_gradient
+from fastlm.ops.tensors import check_tensors, needs_gradient
 
 LEAST = 1 << 23  # multiplications, from which a kernel makes products of many rows: benchmarks/LOG.md 2026-11-25
 LEAST_WEIGHT = 1 << 14  # numbers, from which one may make those of few
@@ -58,11 +58,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: an argument is no tensor.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
-    for name, t in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
-            raise TypeError(f"linear: {name} must be a Tensor, got {type(t).__name__}")
-        if t is not None and t.device != input.device:
-            raise RuntimeError(f"linear: {name} is on {t.device}, input is on {input.device}")
+    check_tensors("linear", dict(input=input, weight=weight, bias=bias), ("bias",))
     if input.is_nested:  # has no shape to check
         return op(input, weight, bias)
     if weight.dim() not in (1, 2) or not input.dim():

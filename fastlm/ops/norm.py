@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastlm.autograd import autocasts
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import check_tensors
 
 LEAST = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
 
@@ -117,15 +118,7 @@ def _checked(name, input, residual, normalized_shape, weight, bias, eps):
     """Return the op's arguments but the last: tensors in the dtype to compute in, the shape, eps resolved."""
     tensors = dict(input=input, residual=residual, weight=weight, bias=bias)
     optional = ("weight", "bias") if name.startswith("add") else ("weight", "bias", "residual")
-    for key, t in tensors.items():
-        if t is None and key in optional:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {key} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: {key} must be floating point, got {t.dtype}")
-        if t.device != input.device:
-            raise RuntimeError(f"{name}: {key} is on {t.device}, input is on {input.device}")
+    check_tensors(name, tensors, optional, TypeError)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or (not input.is_nested and tuple(input.shape[-len(shape):]) != shape):  # nested: no shape to check
         raise RuntimeError(f"{name}: input has shape {list(input.shape)}, expected [*, {str(list(shape))[1:]} for "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.tensors import readable
+from fastlm.ops.tensors import check_tensors, readable
 
 LEAST = 1 << 16  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-23
 
@@ -51,13 +51,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
         IndexError: a position is not in the tables (on the CPU; on CUDA values are never read by the host).
         RuntimeError: the tensors are on different devices.
     """
-    for name, t in (("x", x), ("cos", cos), ("sin", sin)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"rotary_embedding: {name} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"rotary_embedding: {name} must be floating point, got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(f"rotary_embedding: {name} is on {t.device}, x is on {x.device}")
+    check_tensors("rotary_embedding", dict(x=x, cos=cos, sin=sin), floating=TypeError)
     if x.dim() != 4:
         raise ValueError(f"rotary_embedding: x has shape {list(x.shape)}, expected [B, H, S, D]")
     if cos.shape != sin.shape:

@@ -1,11 +1,33 @@
 """What the ops ask of the tensors that they are given."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastlm.autograd import plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensors(op: str, tensors: dict[str, Any], optional: tuple[str, ...] = (),
+                  floating: type[Exception] | None = None) -> None:
+    """Raise where one of an op's named arguments is no tensor, or not on the first one's device.
+
+    Args:
+        optional: names of those that may be None.
+        floating: what to raise where one is not floating point; None: nothing.
+    """
+    first = next(iter(tensors))
+    for name, x in tensors.items():
+        if x is None and name in optional:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+        if floating is not None and not x.is_floating_point():
+            raise floating(f"{op}: {name} must be floating point, got {x.dtype}")
+        if x.device != tensors[first].device:
+            raise RuntimeError(f"{op}: {name} is on {x.device}, {first} is on {tensors[first].device}")
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
