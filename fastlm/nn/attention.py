@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fastlm import dispatch, ops
 from fastlm.autograd import autocasts, plain, transformed
 from fastlm.ops.linear import op as LINEAR
-from fastlm.ops.tensors import needs_gradient
 
 FEW_SCORES = 1 << 21  # below, stock's fused functions are faster: benchmarks/LOG.md 2026-11-24
 FUSED = {"attention": "stock's fused function is faster: benchmarks/LOG.md 2026-11-24"}
@@ -93,7 +92,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if x.size(2) != self.embed_dim or x.dtype != weight.dtype or autocasts("cpu") or transformed() or not (
                 plain((x, weight, bias))):
             return False
-        if needs_gradient(x, *self.parameters()):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
             return False
         few = need_weights or x.size(0) * self.num_heads * x.size(1) ** 2 < FEW_SCORES
         product = LINEAR.implementations["native"]  # where that is the faster one, so it is beside what is fused
