@@ -1,7 +1,7 @@
-"""What `fastlm bench` measures: each file here is a suite and yields its cases; those with goals name what to reach.
+"""What `fastlm bench` measures: a file here is a suite and yields its cases; those with goals name what to reach.
 
-`ops`, `modules` and `models` cover everything there is. The others hold one family to the figures that the project
-set itself, shape by shape.
+`ops`, `modules` and `models` (whose training `bench.curves` compares) cover everything there is. The others hold one
+family to the figures that the project set itself, shape by shape. `head` takes in quantized.py; liger.py is a baseline.
 """
 
 import functools
