@@ -297,14 +297,6 @@ class _Cell:
     _pair = False  # whether the state is (h, c)
     _nonlinearity = ()  # as above
 
-    def _stream(self, input, states, weights):
-        """Run one step without gradients in one call of C++, as `_shortcut` does."""
-        if states is None:
-            states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if self._pair else 1)
-        found = self.op.at_once(input, states, weights, self.bias, 1, 0.0, self.training, False, False,
-                                *self._nonlinearity)
-        return found if found is None or self._pair else found[0]
-
     def _weights(self):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
         try:
@@ -341,15 +333,19 @@ class _Cell:
 
 
 def _cell_shortcut(stock):
-    """Return the shortcut of a cell to torch.nn's, which is the faster one in training and for few hidden units."""
+    """Let a cell try torch.nn's, the faster one in training and for few hidden units, or one call of C++."""
     def shortcut(self, input, hx=None):
         weights, states = self._weights(), hx if hx is None or self._pair else (hx,)
-        if self.hidden_size >= IN_PLACE and not (torch.is_grad_enabled() and weights[0].requires_grad):
-            return self._stream(input, states, weights)
-        for t in (weights[0], input, *(states or ())):
-            if t.dtype is not torch.float32 or t.device != input.device:
-                return None
-        return stock.forward(self, input, hx)
+        if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weights[0].requires_grad):
+            for t in (weights[0], input, *(states or ())):
+                if t.dtype is not torch.float32 or t.device != input.device:
+                    return None
+            return stock.forward(self, input, hx)
+        if states is None:
+            states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if self._pair else 1)
+        found = self.op.at_once(input, states, weights, self.bias, 1, 0.0, self.training, False, False,
+                                *self._nonlinearity)
+        return found if found is None or self._pair else found[0]
     return at_once(shortcut)
 
 

@@ -13,7 +13,7 @@ __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 DTYPES = FLOATS
 
 # SDPA's math path, which builds all scores, is not slower below: benchmarks/LOG.md 2026-11-23.
-FEW_SCORES = 1 << 23
+LEAST_SCORES = 1 << 23
 # The mask of so few queries is small beside the keys: benchmarks/LOG.md 2026-11-24.
 FEW_QUERIES = 16
 
@@ -33,7 +33,7 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
         return None
     if options.dropout_p or value.size(3) != query.size(3) or (attn_mask is not None and attn_mask.requires_grad):
         scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
-        return None if scores >= FEW_SCORES else "so few scores: benchmarks/LOG.md 2026-11-23"
+        return None if scores >= LEAST_SCORES else "so few scores: benchmarks/LOG.md 2026-11-23"
     return "SDPA's flash kernel takes the call"
 
 
