@@ -31,7 +31,7 @@ from fastlm.ops.attention_common import (
     simplest,
     visible,
 )
-from fastlm.ops.tensors import accumulator, readable
+from fastlm.ops.tensors import accumulator, check_tensors, readable
 
 LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python: benchmarks/LOG.md 2026-11-25
 
@@ -130,9 +130,9 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
 
 
 def _checked(query, key, value, attn_mask, dropout_p):
-    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if not isinstance(x, Tensor) and (name != "attn_mask" or x is not None):
-            raise TypeError(f"attention: {name} must be a Tensor, got {type(x).__name__}")
+    tensors = dict(query=query, key=key, value=value, attn_mask=attn_mask)
+    check_tensors("attention", tensors, ("attn_mask",))
+    for name, x in tensors.items():
         if x is not None and (x.is_nested or x.layout is not torch.strided):
             raise TypeError(f"attention: {name} is nested or sparse, expected a dense tensor (varlen_attn takes packed "
                             "sequences)")
@@ -150,9 +150,6 @@ def _checked(query, key, value, attn_mask, dropout_p):
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(f"attention: attn_mask is {attn_mask.dtype}, expected torch.bool, torch.float32 or "
                            f"query's {query.dtype}")
-    for name, x in (("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if x is not None and x.device != query.device:
-            raise RuntimeError(f"attention: {name} is on {x.device}, query is on {query.device}")
     if not 0.0 <= check_number("dropout_p", dropout_p, "attention") <= 1.0:
         raise RuntimeError(f"attention: dropout_p is {dropout_p}, expected a probability")
     return query, key, value, attn_mask

@@ -125,11 +125,8 @@ def _check_values(divergence, beta, temperature, hard_weight, reduction):
 
 
 def _check_tensors(tensors):
-    floats = {name: t for name, t in tensors.items() if name not in ("indices", "target")}
-    integers = {"teacher_topk's indices": tensors["indices"], "target": tensors["target"]}
-    check_tensors("linear_distillation", floats, tuple(floats)[2:], RuntimeError)
-    check_tensors("linear_distillation", {"student_input": floats["student_input"], **integers}, tuple(integers))
-    for name, tensor in integers.items():
+    check_tensors("linear_distillation", tensors, tuple(tensors)[2:], RuntimeError, ("indices", "target"))
+    for name, tensor in (("teacher_topk's indices", tensors["indices"]), ("target", tensors["target"])):
         if tensor is not None and tensor.dtype is not torch.int64:
             raise RuntimeError(f"linear_distillation: {name} must be int64, got {tensor.dtype}")
     for side in ("student", "teacher"):

@@ -129,9 +129,8 @@ def shift_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 
 def _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing):
-    tensors = dict(input=input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
-    check_tensors("linear_cross_entropy", tensors, ("linear_bias", "weight"), RuntimeError)
-    check_tensors("linear_cross_entropy", dict(input=input, target=target))
+    tensors = dict(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
+    check_tensors("linear_cross_entropy", tensors, ("linear_bias", "weight"), RuntimeError, ("target",))
     if input.dim() == 0:
         raise RuntimeError("linear_cross_entropy: input must be [..., H], got a scalar")
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:

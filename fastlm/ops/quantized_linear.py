@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastlm.autograd import Differentiable, autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.tensors import FLOATS, accumulator
+from fastlm.ops.tensors import FLOATS, accumulator, check_tensors
 
 MODES = ("int8", "int8_dynamic", "int4")
 GROUP_SIZES = (32, 64, 128)
@@ -141,8 +141,7 @@ def _check(input, weight, scale, bias, mode, group_size):
         if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes[name]:
             wanted = " or ".join(str(d)[6:] for d in dtypes[name])
             raise TypeError(f"quantized_linear: {name} must be a {wanted} tensor, got {_describe(tensor)}")
-        if tensor.device != input.device:
-            raise RuntimeError(f"quantized_linear: {name} is on {tensor.device}, input on {input.device}")
+    check_tensors("quantized_linear", dict(input=input, weight=weight, scale=scale, bias=bias), ("bias",))
     if input.dim() == 0 or weight.dim() != 2:
         raise RuntimeError("quantized_linear: expected input [..., K] and weight of two dimensions, "
                            f"got {list(input.shape)} and {list(weight.shape)}")

@@ -11,23 +11,26 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(op: str, tensors: dict[str, Any], optional: tuple[str, ...] = (),
-                  floating: type[Exception] | None = None) -> None:
+                  floating: type[Exception] | None = None, other: tuple[str, ...] = ()) -> None:
     """Raise where one of an op's named arguments is no tensor, or not on the first one's device.
 
     Args:
         optional: names of those that may be None.
         floating: what to raise where one is not floating point; None: nothing.
+        other: names of those that may be of any dtype all the same.
     """
-    first = next(iter(tensors))
+    first = device = None
     for name, x in tensors.items():
         if x is None and name in optional:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
-        if floating is not None and not x.is_floating_point():
+        if floating is not None and not x.is_floating_point() and name not in other:
             raise floating(f"{op}: {name} must be floating point, got {x.dtype}")
-        if x.device != tensors[first].device:
-            raise RuntimeError(f"{op}: {name} is on {x.device}, {first} is on {tensors[first].device}")
+        if first is None:
+            first, device = name, x.device
+        elif x.device != device:
+            raise RuntimeError(f"{op}: {name} is on {x.device}, {first} is on {device}")
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

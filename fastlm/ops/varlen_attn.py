@@ -27,7 +27,7 @@ from fastlm.ops.attention_common import (
     seen_range,
     simplest,
 )
-from fastlm.ops.tensors import accumulator, needs_gradient, readable
+from fastlm.ops.tensors import accumulator, check_tensors, needs_gradient, readable
 
 FEW, FEW_TRAINED = 6, 4  # sequences, below which SDPA for each is the faster one below LEAST multiplications
 LEAST = 1 << 22
@@ -120,9 +120,7 @@ def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_
 
 
 def _checked(query, key, value, enable_gqa, paged):
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"varlen_attn: {name} must be a Tensor, got {type(x).__name__}")
+    check_tensors("varlen_attn", dict(query=query, key=key, value=value))
     query, key, value = autocast(query.device.type, query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         expected = "[pages, page_size, H_kv, D]" if paged and name != "query" else "[T, H, D]"
@@ -131,8 +129,6 @@ def _checked(query, key, value, enable_gqa, paged):
         if x.dtype != query.dtype or not x.is_floating_point():
             raise RuntimeError(f"varlen_attn: {name} is {x.dtype}, expected one floating dtype for query "
                                f"({query.dtype}), key and value")
-        if x.device != query.device:
-            raise RuntimeError(f"varlen_attn: {name} is on {x.device}, query is on {query.device}")
     if key.size(-1) != query.size(-1):
         raise RuntimeError(f"varlen_attn: key has head_dim {key.size(-1)}, query has {query.size(-1)}")
     if value.shape[:-1] != key.shape[:-1]:
