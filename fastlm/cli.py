@@ -82,7 +82,7 @@ def train(
     num_layers: Annotated[int | None, typer.Option(help="Depth of the model (default: 1; transformer: 2).")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout between layers (default: 0.3).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers (default: 0).")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast) (default: float32).")] = None,
     layers: Annotated[str | None, typer.Option(help="fastlm or stock (default: fastlm).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: a new one in runs/).")] = None,

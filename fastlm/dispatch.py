@@ -52,7 +52,7 @@ class Sample(NamedTuple):
 class Implementation(NamedTuple):
     """One way to compute an op. `cannot` and `loses` read metadata only and return a reason or None.
 
-    `at_once` is for what is to be tried before all checks and choices, see `at_once` below.
+    `at_once`, of C++ alone, is what a shortcut may call before all checks and choices, see `at_once` below.
     """
 
     run: Callable[..., Any]
@@ -85,8 +85,8 @@ class Op:
         self.implementations = {f: _load(files or name, f) for f in fast}
         self.implementations["torch"] = Implementation(torch)
         self.implementations["reference"] = Implementation(reference)
-        self.default = (*fast, "torch")
-        self.at_once = self.implementations[self.default[0]].at_once
+        self.fast, self.default = tuple(fast), (*fast, "torch")
+        self.at_once = self.implementations["native"].at_once if "native" in fast else None
 
     def __repr__(self):
         return f"Op({self.name!r}: {', '.join(self.implementations)})"
@@ -122,7 +122,7 @@ def at_once(shortcut: Callable) -> Callable:
     None. What it raises is not shown: the function finds the same, and says it in its own words. `explain`, `backend`
     and the compiler see the choice itself.
 
-    >>> @at_once(lambda x: torch.relu(x) if x.numel() < FEW else None)
+    >>> @at_once(lambda x: torch.relu(x) if x.numel() < LEAST else None)
     ... def relu(x): ...
     """
     is_compiling, saving_hooks = torch.compiler.is_compiling, torch._C._autograd._top_saved_tensors_default_hooks
@@ -141,6 +141,15 @@ def at_once(shortcut: Callable) -> Callable:
             return function(*args, **kwargs)
         return call
     return decorate
+
+
+def assume_constant(function: Callable) -> Callable:
+    """Let the compiler call a function while it traces, and keep what that returns in the graph.
+
+    This is `torch.compiler.assume_constant_result`, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 class backend:

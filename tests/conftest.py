@@ -49,6 +49,15 @@ def seed():
 
 
 @pytest.fixture
+def one_thread():
+    """Work of small models is fastest so, and a child process then computes the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poisoned():
     """Fill fresh memory with NaN, so that a kernel which leaves part of a result unwritten is caught."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -13,17 +13,9 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.training import checkpoint, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--steps", 20, "--batch-size", 4, "--seq-len", 8, "--hidden-size", 16, "--vocab-size", 300, "--lr", 0.02,
          "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Work this small is fastest so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -22,8 +22,7 @@ ALLOWED = {
     "nn": {"ops", "dispatch", "autograd"},
     "models": {"nn", "ops", "dispatch", "autograd"},
 }
-ALLOWED["swap"] = ALLOWED["integrations"] = ALLOWED["training"] = ALLOWED["tools"] = {
-    *ALLOWED, "training", "tools", "swap"}
+ALLOWED["training"] = ALLOWED["tools"] = {*ALLOWED, "training", "tools"}
 ALLOWED["cli"] = ALLOWED["__main__"] = {*ALLOWED, "cli"} - {"__main__"}
 
 
@@ -51,7 +50,6 @@ def test_imports_point_down(path):
         top = name.split(".")
         if top[0] == "fastlm" and len(top) > 1 and top[1] in parts and own != "__init__":
             assert top[1] == own or top[1] in ALLOWED[own], f"{own} imports {name}"
-            assert top[1] != "integrations" or own in ("integrations", "cli"), f"{own} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -59,7 +57,7 @@ def test_only_kernel_files_know_triton_and_the_extension(path):
     for name in imports(path):
         if name.split(".")[0] == "triton":
             assert part(path) == "ops", f"{path} imports {name}"
-            assert path.stem.endswith(("_triton", "_gluon")), f"{path} imports {name}"
+            assert path.stem.endswith("_triton"), f"{path} imports {name}"
         if name.startswith("fastlm._native"):
             assert part(path) == "ops", f"{path} imports {name}"
             assert path.stem.endswith("_native"), f"{path} imports {name}"
@@ -68,7 +66,7 @@ def test_only_kernel_files_know_triton_and_the_extension(path):
 def test_implementations_do_not_import_one_another():
     """Files that end in _kernels_triton and _launch_triton are shared ones."""
     kernels = [p for p in FILES if part(p) == "ops" and re.search(
-        r"(?<!_kernels)(?<!_launch)_(triton|gluon|native|blocked)$", p.stem)]
+        r"(?<!_kernels)(?<!_launch)_(triton|native|blocked)$", p.stem)]
     names = {f"fastlm.ops.{p.stem}" for p in kernels}
     for path in kernels:
         assert names.isdisjoint(imports(path)), path

@@ -9,18 +9,10 @@ import torch.nn.functional as F
 from fastlm.models import RNNLM, RNNConfig, TransformerConfig, TransformerLM, UnigramConfig, UnigramLM
 from fastlm.models.language_model import sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 23
 NAMES = ("unigram", "rnn", "gru", "lstm", "transformer")
 NEURAL = NAMES[1:]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Work this small is fastest so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name, layers="fastlm", **given):

@@ -25,8 +25,9 @@ from fastlm.training.config import configure
 from fastlm.training.data import build_tokenizer, load_corpus, tokenizer_from_json
 from fastlm.training.evaluate import evaluate, perplexity, windows
 from fastlm.training.generate import continue_text
-from fastlm.training.train import Trainer, begin, learning_rate, load_data, losses, resume, train
+from fastlm.training.train import Trainer, begin, learning_rate, load_data, resume, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 AUSTEN = Path(__file__).parents[2] / "shared/corpus/austen.txt.xz"
 MODELS = ("unigram", "rnn", "gru", "lstm", "transformer")
 
@@ -42,15 +43,6 @@ def text_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Work this small is fastest so, and a child process then computes the same bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def settings(text_file):
     """Settings of a run that takes milliseconds a step."""
@@ -59,6 +51,12 @@ def settings(text_file):
         return configure(model, data=str(text_file), **sizes | given)
 
     return make
+
+
+def losses(config, data, steps):
+    """Train a fresh model for `steps` steps of the schedule of `config.steps` and return the loss of each."""
+    trainer = Trainer(config, data)
+    return [trainer.step().item() for _ in range(steps)]
 
 
 # --- data --------------------------------------------------------------------------------------------------------

@@ -19,11 +19,6 @@ P* pointer(uintptr_t address) {
   return reinterpret_cast<P*>(address);
 }
 
-template <class P>
-P* at(const py::tuple& a, int i) {
-  return pointer<P>(a[i].cast<uintptr_t>());
-}
-
 // One of the addresses that Python passes, as a pointer to whatever is wanted.
 struct Address {
   uintptr_t value;
@@ -33,16 +28,15 @@ struct Address {
   }
 };
 
+inline Address at(const py::tuple& a, int i) { return {a[i].cast<uintptr_t>()}; }
+
 // Addresses in the order of the struct's pointers; sizes and strides in the order of its integers.
 class Pack {
  public:
   Pack(const char* name, const py::tuple& values, size_t count) : values_(values) {
     if (values.size() != count) throw std::invalid_argument(std::string(name) + ": wrong number of arguments");
   }
-  template <class P>
-  P* address(int i) const {
-    return at<P>(values_, i);
-  }
+  Address operator[](int i) const { return at(values_, i); }
   int64_t size(int i) const { return values_[i].cast<int64_t>(); }
 
  private:

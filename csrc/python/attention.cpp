@@ -9,14 +9,14 @@ template <class P>
 Strided<P> strided_of(const py::handle& x) {
   if (x.is_none()) return {};
   const auto a = py::reinterpret_borrow<py::tuple>(x);
-  return {at<P>(a, 0), a[1].cast<int64_t>(), a[2].cast<int64_t>(), a[3].cast<int64_t>()};
+  return {at(a, 0), a[1].cast<int64_t>(), a[2].cast<int64_t>(), a[3].cast<int64_t>()};
 }
 
 // The fields of csrc/attention.h by kind, each kind in its order there; none of the gradients' in a forward pass.
 template <class S>
 Attention<S> attention_of(const py::tuple& sizes, const py::tuple& numbers, const py::tuple& strided,
                           const py::tuple& addresses) {
-  const Pack n("attention", sizes, 16), at("attention", addresses, 6);
+  const Pack n("attention", sizes, 16), p("attention", addresses, 6);
   if (strided.size() != 13 || numbers.size() != 2) throw std::invalid_argument("attention: wrong number of arguments");
   using T = Compute<S>;
   Attention<S> a{};
@@ -34,8 +34,7 @@ Attention<S> attention_of(const py::tuple& sizes, const py::tuple& numbers, cons
   a.dout = strided_of<const S>(strided[7]), a.dlse = strided_of<const T>(strided[8]);
   a.dquery = strided_of<S>(strided[9]), a.dkey = strided_of<S>(strided[10]), a.dvalue = strided_of<S>(strided[11]);
   a.dbias = strided_of<T>(strided[12]);
-  a.spans = at.address<int64_t>(0), a.sinks = at.address<T>(1), a.slopes = at.address<T>(2);
-  a.query_ids = at.address<int64_t>(3), a.key_ids = at.address<int64_t>(4), a.workspace = at.address<void>(5);
+  a.spans = p[0], a.sinks = p[1], a.slopes = p[2], a.query_ids = p[3], a.key_ids = p[4], a.workspace = p[5];
   return a;
 }
 

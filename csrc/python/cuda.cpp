@@ -65,9 +65,8 @@ void define_cuda(py::module_ m) {
           cuda::RnnForward d[2] = {};
           for (size_t i = 0; i < directions.size(); ++i) {
             const Pack a("rnn_forward", std::get<0>(directions[i]), 10);
-            d[i] = {a.address<void>(0), a.address<void>(1), a.address<void>(2), a.address<void>(3),
-                    a.address<void>(4), a.address<void>(5), a.address<void>(6), a.address<void>(7),
-                    a.address<void>(8), a.address<void>(9), std::get<1>(directions[i]), std::get<2>(directions[i])};
+            d[i] = {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], std::get<1>(directions[i]),
+                    std::get<2>(directions[i])};
           }
           py::gil_scoped_release release;
           cuda::rnn_forward(pass, d, train, pointer<void>(stream));
@@ -81,9 +80,7 @@ void define_cuda(py::module_ m) {
           cuda::RnnBackward d[2] = {};
           for (size_t i = 0; i < directions.size(); ++i) {
             const Pack a("rnn_backward", std::get<0>(directions[i]), 12);
-            d[i] = {a.address<void>(0), a.address<void>(1), a.address<void>(2),  a.address<void>(3),
-                    a.address<void>(4), a.address<void>(5), a.address<void>(6),  a.address<void>(7),
-                    a.address<void>(8), a.address<void>(9), a.address<void>(10), a.address<void>(11),
+            d[i] = {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11],
                     std::get<1>(directions[i]), std::get<2>(directions[i])};
           }
           py::gil_scoped_release release;

@@ -106,9 +106,8 @@ void define_linear(py::module_& m) {
           const Pack n("product", sizes, 8), a("product", addresses, 5);
           if (threads < 1 || (number != sizeof(float) && number != sizeof(double)))
             throw std::invalid_argument("product: threads or size of a number out of range");
-          const Product call{n.size(0),          n.size(1), n.size(2),          a.address<void>(0), n.size(3), n.size(4),
-                             a.address<void>(1), n.size(5), n.size(6),          a.address<void>(2),
-                             a.address<void>(3), n.size(7), add,                threads,            a.address<void>(4)};
+          const Product call{n.size(0), n.size(1), n.size(2), a[0], n.size(3), n.size(4), a[1],   n.size(5),
+                             n.size(6), a[2],      a[3],      n.size(7), add, threads,   a[4]};
           py::gil_scoped_release release;
           kernels.product(call, number);
         },
@@ -118,8 +117,7 @@ void define_linear(py::module_& m) {
           const Pack n("few_rows", sizes, 4), a("few_rows", addresses, 4);
           if (threads < 1 || (number != sizeof(float) && number != sizeof(Bf16)))
             throw std::invalid_argument("few_rows: threads or size of a number out of range");
-          const FewRows call{n.size(0), n.size(1), n.size(2), a.address<void>(0), a.address<void>(1),
-                             n.size(3), a.address<void>(2), a.address<void>(3), threads};
+          const FewRows call{n.size(0), n.size(1), n.size(2), a[0], a[1], n.size(3), a[2], a[3], threads};
           py::gil_scoped_release release;
           kernels.few_rows(call, number);
         },
@@ -132,12 +130,10 @@ void define_linear(py::module_& m) {
         "Return the bytes of workspace that a call needs.");
   m.def("quantized_linear",
         [](int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads,
-           const py::tuple& a) {
-          if (a.size() != 6) throw std::invalid_argument("quantized_linear: expected 6 addresses");
+           const py::tuple& addresses) {
+          const Pack a("quantized_linear", addresses, 6);
           QuantizedLinear p = quantized(kind, number, rows, in, out, group, threads);
-          const auto at = [&](int i) { return a[i].cast<uintptr_t>(); };
-          p.x = pointer<void>(at(0)), p.weight = pointer<void>(at(1)), p.scale = pointer<float>(at(2));
-          p.bias = pointer<float>(at(3)), p.y = pointer<void>(at(4)), p.workspace = pointer<void>(at(5));
+          p.x = a[0], p.weight = a[1], p.scale = a[2], p.bias = a[3], p.y = a[4], p.workspace = a[5];
           py::gil_scoped_release release;
           kernels.quantized_linear(p);
         },

@@ -14,14 +14,12 @@ LossTile tile_of(const py::tuple& a) {
 
 template <class S>
 Logits<S> logits_of(const py::tuple& a) {
-  return {at<const S>(a, 0), a[1].cast<int64_t>(), at<const Compute<S>>(a, 2), a[3].cast<double>(),
-          a[4].cast<double>()};
+  return {at(a, 0), a[1].cast<int64_t>(), at(a, 2), a[3].cast<double>(), a[4].cast<double>()};
 }
 
 template <class S>
 Targets<S> targets_of(const py::tuple& a) {
-  return {at<const int64_t>(a, 0), at<const Compute<S>>(a, 1), at<const S>(a, 2), a[3].cast<int64_t>(),
-          a[4].cast<double>(), a[5].cast<double>()};
+  return {at(a, 0), at(a, 1), at(a, 2), a[3].cast<int64_t>(), a[4].cast<double>(), a[5].cast<double>()};
 }
 
 // Calls f(kernels, S()) for the storage of `number` bytes: 2 is bfloat16.

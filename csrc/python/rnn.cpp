@@ -19,46 +19,43 @@ auto with_kernels(const RnnProblem& p, size_t number, const F& f) {
 }
 
 // From (cell, reverse, steps, batch, hidden, projection, inputs, batch_sizes, threads, precision, first, last).
-RnnProblem problem(const py::tuple& p) {
-  if (p.size() != 12) throw std::invalid_argument("rnn: expected 12 numbers");
-  const auto at = [&](int i) { return p[i].cast<int64_t>(); };
-  const RnnProblem found{static_cast<Cell>(at(0)), at(1) != 0, at(2), at(3), at(4), at(5), at(6),
-                         pointer<const int64_t>(p[7].cast<uintptr_t>()), static_cast<int>(at(8)),
-                         static_cast<Precision>(at(9)), at(10), at(11)};
-  if (at(0) < 0 || at(0) > 3 || at(9) < 0 || at(9) > 2 || found.steps < 1 || found.batch < 0 || found.hidden < 1 ||
-      found.projection < 0 || (found.projection && found.cell != Cell::lstm) || found.inputs < 0 ||
+RnnProblem problem(const py::tuple& numbers) {
+  const Pack n("rnn", numbers, 12);
+  const RnnProblem found{static_cast<Cell>(n.size(0)), n.size(1) != 0, n.size(2), n.size(3), n.size(4), n.size(5),
+                         n.size(6), n[7], static_cast<int>(n.size(8)), static_cast<Precision>(n.size(9)), n.size(10),
+                         n.size(11)};
+  if (n.size(0) < 0 || n.size(0) > 3 || n.size(9) < 0 || n.size(9) > 2 || found.steps < 1 || found.batch < 0 ||
+      found.hidden < 1 || found.projection < 0 || (found.projection && found.cell != Cell::lstm) || found.inputs < 0 ||
       found.threads < 1 || found.first < 0 || found.first >= found.last || found.last > found.steps)
     throw std::invalid_argument("rnn: sizes out of range");
   return found;
 }
 
 template <class T, class Kernel>
-void forward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld, bool train) {
-  if (a.size() != 14) throw std::invalid_argument("rnn_forward: expected 14 addresses");
-  const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
-  const RnnForward<T> call{at(0), at(1), at(2), at(3),  at(4),  at(5),  at(6),  ld,
-                           at(7), at(8), at(9), at(10), at(11), at(12), train, at(13)};
+void forward(Kernel kernel, const RnnProblem& p, const py::tuple& addresses, int64_t ld, bool train) {
+  const Pack a("rnn_forward", addresses, 14);
+  const RnnForward<T> call{a[0], a[1], a[2], a[3],  a[4],  a[5],  a[6],  ld,
+                           a[7], a[8], a[9], a[10], a[11], a[12], train, a[13]};
   py::gil_scoped_release release;
   kernel(p, call);
 }
 
 template <class T, class Kernel>
-void backward(Kernel kernel, const RnnProblem& p, const py::tuple& a, int64_t ld_gates, int64_t ld) {
-  if (a.size() != 15) throw std::invalid_argument("rnn_backward: expected 15 addresses");
-  const auto at = [&](int i) { return Address{a[i].cast<uintptr_t>()}; };
-  const RnnBackward<T> call{at(0), at(1), at(2), ld_gates, at(3), at(4),  at(5),  at(6),
-                            at(7), at(8), at(9), at(10),   ld,    at(11), at(12), at(13), at(14)};
+void backward(Kernel kernel, const RnnProblem& p, const py::tuple& addresses, int64_t ld_gates, int64_t ld) {
+  const Pack a("rnn_backward", addresses, 15);
+  const RnnBackward<T> call{a[0], a[1], a[2], ld_gates, a[3], a[4],  a[5],  a[6], a[7],
+                            a[8], a[9], a[10], ld,      a[11], a[12], a[13], a[14]};
   py::gil_scoped_release release;
   kernel(p, call);
 }
 
 template <class T, class Kernel>
-void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, const py::tuple& a, int64_t ld, bool train) {
-  if (a.size() != 12) throw std::invalid_argument("rnn_direct: expected 12 addresses");
+void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, const py::tuple& addresses, int64_t ld,
+            bool train) {
+  const Pack a("rnn_direct", addresses, 12);
   if (weights < 0 || weights > 3 || inputs < 1) throw std::invalid_argument("rnn_direct: sizes out of range");
-  const auto at = [&](int i) { return pointer<T>(a[i].cast<uintptr_t>()); };
-  const RnnDirect<T> call{static_cast<Stored>(weights), inputs, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
-                          ld, at(8), at(9), at(10), at(11), train, false};
+  const RnnDirect<T> call{static_cast<Stored>(weights), inputs, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7],
+                          ld, a[8], a[9], a[10], a[11], train, false};
   py::gil_scoped_release release;
   kernel(p, call);
 }

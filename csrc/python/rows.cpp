@@ -8,10 +8,8 @@ void define_rows(py::module_& m) {
   m.def("norm_forward",
         [](const py::tuple& sizes, const py::tuple& addresses, float eps, bool bf16, int threads) {
           const Pack n("norm_forward", sizes, 4), a("norm_forward", addresses, 8);
-          const NormForward call{n.size(0),         n.size(1),         a.address<void>(0),  n.size(2),
-                                 a.address<void>(1), n.size(3),         a.address<float>(2), a.address<float>(3),
-                                 a.address<void>(4), a.address<void>(5), a.address<float>(6), a.address<float>(7),
-                                 eps,               bf16,              threads};
+          const NormForward call{n.size(0), n.size(1), a[0], n.size(2), a[1], n.size(3), a[2],   a[3],
+                                 a[4],      a[5],      a[6], a[7],      eps,  bf16,      threads};
           py::gil_scoped_release release;
           kernels.rows.norm_forward(call);
         },
@@ -20,10 +18,8 @@ void define_rows(py::module_& m) {
   m.def("norm_backward",
         [](const py::tuple& sizes, const py::tuple& addresses, bool bf16, int threads) {
           const Pack n("norm_backward", sizes, 3), a("norm_backward", addresses, 10);
-          const NormBackward call{n.size(0),           n.size(1),           a.address<void>(0),  n.size(2),
-                                  a.address<void>(1),  a.address<void>(2),  a.address<float>(3), a.address<float>(4),
-                                  a.address<float>(5), a.address<void>(6),  a.address<float>(7), a.address<float>(8),
-                                  a.address<float>(9), bf16,                threads};
+          const NormBackward call{n.size(0), n.size(1), a[0], n.size(2), a[1], a[2], a[3],   a[4],
+                                  a[5],      a[6],      a[7], a[8],      a[9], bf16, threads};
           py::gil_scoped_release release;
           kernels.rows.norm_backward(call);
         },
@@ -33,9 +29,8 @@ void define_rows(py::module_& m) {
         [](bool backward, int kind, const py::tuple& sizes, const py::tuple& addresses, bool bf16, int threads) {
           if (kind < 0 || kind > 2) throw std::invalid_argument("gated: unknown kind");
           const Pack n("gated", sizes, 4), a("gated", addresses, 5);
-          const Gated call{static_cast<Gate>(kind), n.size(0),          n.size(1), a.address<void>(0), n.size(2),
-                           a.address<void>(1),      n.size(3),          a.address<void>(2), a.address<void>(3),
-                           a.address<void>(4),      bf16,               threads};
+          const Gated call{static_cast<Gate>(kind), n.size(0), n.size(1), a[0], n.size(2), a[1], n.size(3), a[2], a[3],
+                           a[4], bf16, threads};
           py::gil_scoped_release release;
           backward ? kernels.rows.gated_backward(call) : kernels.rows.gated_forward(call);
         },
@@ -44,9 +39,8 @@ void define_rows(py::module_& m) {
         [](bool interleaved, bool inverse, const py::tuple& sizes, const py::tuple& addresses, bool bf16, int threads) {
           const Pack n("rotary", sizes, 14), a("rotary", addresses, 4);
           const Rotary call{n.size(0), n.size(1), n.size(2), n.size(3), n.size(4),
-                            a.address<void>(0), {n.size(5), n.size(6), n.size(7)},
-                            a.address<void>(1), {n.size(8), n.size(9), n.size(10)},
-                            a.address<float>(2), a.address<float>(3), {n.size(11), n.size(12), n.size(13)},
+                            a[0], {n.size(5), n.size(6), n.size(7)}, a[1], {n.size(8), n.size(9), n.size(10)},
+                            a[2], a[3], {n.size(11), n.size(12), n.size(13)},
                             interleaved, inverse, bf16, threads};
           py::gil_scoped_release release;
           kernels.rows.rotary(call);
@@ -55,9 +49,9 @@ void define_rows(py::module_& m) {
   m.def("softmax",
         [](const py::tuple& sizes, const py::tuple& addresses, float scale, bool bf16, int threads) {
           const Pack n("softmax", sizes, 9), a("softmax", addresses, 4);
-          const Softmax call{n.size(0), n.size(1), a.address<void>(0), n.size(2), a.address<bool>(1),
+          const Softmax call{n.size(0), n.size(1), a[0], n.size(2), a[1],
                              {n.size(3), n.size(4)}, {n.size(5), n.size(6), n.size(7), n.size(8)},
-                             a.address<void>(2), a.address<float>(3), scale, bf16, threads};
+                             a[2], a[3], scale, bf16, threads};
           py::gil_scoped_release release;
           kernels.rows.softmax(call);
         },

@@ -17,7 +17,7 @@ from fastlm import dispatch, ops
 from fastlm.autograd import autocasts, plain, transformed
 from fastlm.ops.linear import op as LINEAR
 
-FEW_SCORES = 1 << 21  # below, stock's fused functions are faster: benchmarks/LOG.md 2026-11-24
+LEAST_SCORES = 1 << 21  # below, stock's fused functions are faster: benchmarks/LOG.md 2026-11-24
 FUSED = {"attention": "stock's fused function is faster: benchmarks/LOG.md 2026-11-24"}
 
 
@@ -94,7 +94,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
             return False
-        few = need_weights or x.size(0) * self.num_heads * x.size(1) ** 2 < FEW_SCORES
+        few = need_weights or x.size(0) * self.num_heads * x.size(1) ** 2 < LEAST_SCORES
         product = LINEAR.implementations["native"]  # where that is the faster one, so it is beside what is fused
         return few and bool(product.cannot(x, weight, bias) or product.loses(x, weight, bias))
 

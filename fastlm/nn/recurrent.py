@@ -23,7 +23,7 @@ from fastlm.ops.recurrent import IN_PLACE
 from fastlm.ops.rnn import op as rnn_op
 
 
-def _unchecked(module, input, hx=None):
+def _shortcut(module, input, hx=None):
     """Run the layers over a dense batch: one step in one call of C++ where it can be, else by the op, which checks."""
     steps, batch, _ = input.shape
     if module.batch_first:
@@ -35,9 +35,9 @@ def _unchecked(module, input, hx=None):
         module._check_state(state, (batch,))
     settings, found = (*module._settings, module.batch_first), None
     if module._runs_stock(input, state, steps):
-        found = module.op.implementations["torch"].run(input, None, state, *settings, *module._cell)
+        found = module.op.implementations["torch"].run(input, None, state, *settings, *module._nonlinearity)
     elif steps == 1:
-        found = module.op.at_once(input, module._join(state), *settings, *module._cell)
+        found = module.op.at_once(input, module._join(state), *settings, *module._nonlinearity)
     output, *state = module._run(input, module._join(state), *settings) if found is None else found
     return output, module._join(state)
 
@@ -47,7 +47,7 @@ class _Recurrent(nn.Module):
 
     op = rnn_op
     gates = 1  # rows of each weight matrix, in hidden sizes
-    _cell = ()  # what the op takes besides torch's arguments
+    _nonlinearity = ()  # what the op takes besides torch's arguments: RNN's alone
 
     def __init__(self, mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
                  proj_size, device, dtype):
@@ -125,7 +125,7 @@ class _Recurrent(nn.Module):
         options = [f"{name}={getattr(self, name)}" for name, default in shown.items() if getattr(self, name) != default]
         return ", ".join([str(self.input_size), str(self.hidden_size), *options])
 
-    @at_once(_unchecked)
+    @at_once(_shortcut)
     def forward(self, input: Tensor | PackedSequence, hx=None):
         """Run the layers over a sequence.
 
@@ -189,7 +189,7 @@ class _Recurrent(nn.Module):
         return trains and steps < 16
 
     def _run(self, *args):
-        return self.op(*recurrent.canonical(self.op.name, self.gates, len(self._widths), args, {}), *self._cell)
+        return self.op(*recurrent.canonical(self.op.name, self.gates, len(self._widths), args, {}), *self._nonlinearity)
 
     @property
     def _settings(self):
@@ -246,7 +246,7 @@ class RNN(_Recurrent):
         self.nonlinearity = nonlinearity
 
     @property
-    def _cell(self):
+    def _nonlinearity(self):
         return (self.nonlinearity,)
 
 
@@ -295,16 +295,7 @@ class _Cell:
     """
 
     _pair = False  # whether the state is (h, c)
-
-    _nonlinearity = ()  # what the op takes besides torch's arguments
-
-    def _stream(self, input, states, weights):
-        """Run one step without gradients in one call of C++, as `_unchecked` does."""
-        if states is None:
-            states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if self._pair else 1)
-        found = self.op.at_once(input, states, weights, self.bias, 1, 0.0, self.training, False, False,
-                                *self._nonlinearity)
-        return found if found is None or self._pair else found[0]
+    _nonlinearity = ()  # as above
 
     def _weights(self):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
@@ -341,16 +332,20 @@ class _Cell:
         return [state.view(shape) for state in states]
 
 
-def _few(stock):
-    """Return the shortcut of a cell to torch.nn's, which is the faster one in training and for few hidden units."""
+def _cell_shortcut(stock):
+    """Let a cell try torch.nn's, the faster one in training and for few hidden units, or one call of C++."""
     def shortcut(self, input, hx=None):
         weights, states = self._weights(), hx if hx is None or self._pair else (hx,)
-        if self.hidden_size >= IN_PLACE and not (torch.is_grad_enabled() and weights[0].requires_grad):
-            return self._stream(input, states, weights)
-        for t in (weights[0], input, *(states or ())):
-            if t.dtype is not torch.float32 or t.device != input.device:
-                return None
-        return stock.forward(self, input, hx)
+        if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weights[0].requires_grad):
+            for t in (weights[0], input, *(states or ())):
+                if t.dtype is not torch.float32 or t.device != input.device:
+                    return None
+            return stock.forward(self, input, hx)
+        if states is None:
+            states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if self._pair else 1)
+        found = self.op.at_once(input, states, weights, self.bias, 1, 0.0, self.training, False, False,
+                                *self._nonlinearity)
+        return found if found is None or self._pair else found[0]
     return at_once(shortcut)
 
 
@@ -363,7 +358,7 @@ class RNNCell(_Cell, nn.RNNCell):
     def _nonlinearity(self):
         return (self.nonlinearity,)
 
-    @_few(nn.RNNCell)
+    @_cell_shortcut(nn.RNNCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if self.nonlinearity not in ("tanh", "relu"):
@@ -379,7 +374,7 @@ class GRUCell(_Cell, nn.GRUCell):
 
     op = gru_op
 
-    @_few(nn.GRUCell)
+    @_cell_shortcut(nn.GRUCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if autocasts(input.device.type):
@@ -392,7 +387,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
 
     op, _pair = lstm_op, True
 
-    @_few(nn.LSTMCell)
+    @_cell_shortcut(nn.LSTMCell)
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return (h, c), [B, H] each, after `input` [B, input_size]; without B for unbatched input."""
         if autocasts(input.device.type):

@@ -12,21 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import check_tensors
 
-FEW = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-25
-
-
-def _few(input, approximate="none"):
-    return F.gelu(input, approximate=approximate) if input.numel() < FEW else None
+LEAST = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-25
 
 
-def _few_gated(kind, gate, up, approximate="none"):
-    if gate.numel() < FEW and gate.shape == up.shape and up.is_floating_point():
+def _shortcut(input, approximate="none"):
+    return F.gelu(input, approximate=approximate) if input.numel() < LEAST else None
+
+
+def _gated_shortcut(kind, gate, up, approximate="none"):
+    if gate.numel() < LEAST and gate.shape == up.shape and up.is_floating_point():
         return kind(gate) * up if approximate == "none" else None
     return None
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """Return input ⊙ Φ(input), element by element.
 
@@ -38,11 +39,11 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         TypeError: `input` is no tensor, or not floating point.
         RuntimeError: `approximate` is unknown.
     """
-    _check("gelu", input=input)
+    check_tensors("gelu", dict(input=input), floating=TypeError)
     return gelu_op(input, None, _gelu("gelu", approximate))
 
 
-@at_once(lambda gate, up: _few_gated(F.silu, gate, up))
+@at_once(lambda gate, up: _gated_shortcut(F.silu, gate, up))
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) ⊙ up.
 
@@ -54,11 +55,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: the shapes differ.
         RuntimeError: the tensors are on different devices.
     """
-    _check("swiglu", gate=gate, up=up)
+    _check("swiglu", gate, up)
     return swiglu_op(gate, up, "silu")
 
 
-@at_once(partial(_few_gated, F.gelu))
+@at_once(partial(_gated_shortcut, F.gelu))
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """Return gelu(gate) ⊙ up.
 
@@ -71,7 +72,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
         ValueError: the shapes differ.
         RuntimeError: the tensors are on different devices, or `approximate` is unknown.
     """
-    _check("geglu", gate=gate, up=up)
+    _check("geglu", gate, up)
     return geglu_op(gate, up, _gelu("geglu", approximate))
 
 
@@ -81,18 +82,10 @@ def _gelu(name, approximate):
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
-def _check(name, **tensors):
-    (first, x), *rest = tensors.items()
-    for key, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {key} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: {key} must be floating point, got {t.dtype}")
-    for key, t in rest:
-        if t.shape != x.shape:
-            raise ValueError(f"{name}: {key} has shape {list(t.shape)}, {first} has {list(x.shape)}")
-        if t.device != x.device:
-            raise RuntimeError(f"{name}: {key} is on {t.device}, {first} is on {x.device}")
+def _check(name, gate, up):
+    check_tensors(name, dict(gate=gate, up=up), floating=TypeError)
+    if up.shape != gate.shape:
+        raise ValueError(f"{name}: up has shape {list(up.shape)}, gate has {list(gate.shape)}")
 
 
 def reference(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:

@@ -4,7 +4,8 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops.activation_kernels import ACCEPTS, differentiable
-from fastlm.ops.row_kernels import address, adjacent, cannot_here, loses_below
+from fastlm.ops.cpu import cannot_here, loses_below
+from fastlm.ops.tensors import addresses, adjacent
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
@@ -46,7 +47,7 @@ def backward(dy, gate, up, dgate, dup, kind):
 
 
 def _call(backward, kind, gate, up, dy, y, db):
-    _native.gated(backward, KINDS[kind], (*gate.shape, gate.stride(0), up.stride(0)), address(gate, up, dy, y, db),
+    _native.gated(backward, KINDS[kind], (*gate.shape, gate.stride(0), up.stride(0)), addresses(gate, up, dy, y, db),
                   gate.dtype is torch.bfloat16, torch.get_num_threads())
 
 

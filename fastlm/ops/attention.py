@@ -20,24 +20,23 @@ from fastlm.autograd import ABSENT, FROZEN, NEEDED, Differentiable, autocast, ma
 from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.attention_common import (
     Options,
-    accumulator,
     check_floats,
     check_integers,
     check_number,
     check_scale,
     check_softcap,
     check_window,
-    readable,
     relative,
     seen_range,
     simplest,
     visible,
 )
+from fastlm.ops.tensors import accumulator, check_tensors, readable
 
 LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python: benchmarks/LOG.md 2026-11-25
 
 
-def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
+def _shortcut(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
          window_size=(-1, -1)):
     """Call SDPA where it can take the call as it is; see `stock`."""
     shape = key.shape
@@ -56,7 +55,7 @@ def _few(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
     return _twice(found) if found.requires_grad else found
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                                  dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                                  enable_gqa: bool = False, *, window_size: tuple[int, int] = (-1, -1),
@@ -131,9 +130,9 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
 
 
 def _checked(query, key, value, attn_mask, dropout_p):
-    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if not isinstance(x, Tensor) and (name != "attn_mask" or x is not None):
-            raise TypeError(f"attention: {name} must be a Tensor, got {type(x).__name__}")
+    tensors = dict(query=query, key=key, value=value, attn_mask=attn_mask)
+    check_tensors("attention", tensors, ("attn_mask",))
+    for name, x in tensors.items():
         if x is not None and (x.is_nested or x.layout is not torch.strided):
             raise TypeError(f"attention: {name} is nested or sparse, expected a dense tensor (varlen_attn takes packed "
                             "sequences)")
@@ -151,9 +150,6 @@ def _checked(query, key, value, attn_mask, dropout_p):
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(f"attention: attn_mask is {attn_mask.dtype}, expected torch.bool, torch.float32 or "
                            f"query's {query.dtype}")
-    for name, x in (("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if x is not None and x.device != query.device:
-            raise RuntimeError(f"attention: {name} is on {x.device}, query is on {query.device}")
     if not 0.0 <= check_number("dropout_p", dropout_p, "attention") <= 1.0:
         raise RuntimeError(f"attention: dropout_p is {dropout_p}, expected a probability")
     return query, key, value, attn_mask
@@ -252,7 +248,7 @@ def reference(query, key, value, attn_mask, sinks, slopes, key_lengths, query_id
     out = weights @ value
     if not options.return_lse:
         return out
-    return out, (highest + total.log()).masked_fill(empty, -torch.inf).squeeze(3).to(accumulator(query))
+    return out, (highest + total.log()).masked_fill(empty, -torch.inf).squeeze(3).to(accumulator(query.dtype))
 
 
 def _masks(query, key, attn_mask, slopes, key_lengths, query_ids, key_ids, options):
@@ -344,7 +340,7 @@ def _flash_forward(tensors, needs, is_causal, scale):
 
 def _flash_fake(tensors, needs, is_causal, scale):
     query = tensors[0]
-    return [query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query))]
+    return [query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))]
 
 
 def _flash_backward(grads, saved, tensors, needs, is_causal, scale):

@@ -4,25 +4,22 @@ import torch
 
 from fastlm.ops import attention_tiles
 from fastlm.ops.attention import reference
-from fastlm.ops.attention_common import ACCEPTS
-from fastlm.ops.attention_cpu import differentiable
+from fastlm.ops.attention_common import ACCEPTS, differentiable
+from fastlm.ops.cpu import cannot_here
+from fastlm.ops.tensors import FLOATS
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = FLOATS
 
 # SDPA's math path, which builds all scores, is not slower below: benchmarks/LOG.md 2026-11-23.
-FEW_SCORES = 1 << 23
+LEAST_SCORES = 1 << 23
 # The mask of so few queries is small beside the keys: benchmarks/LOG.md 2026-11-24.
 FEW_QUERIES = 16
 
 
 def cannot(query, *rest):
-    if query.device.type not in ("cpu", "meta"):
-        return "computes on the CPU"
-    if query.dtype not in DTYPES:
-        return f"no tiles in {query.dtype}"
-    return None
+    return cannot_here(query, DTYPES)
 
 
 def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
@@ -36,7 +33,7 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
         return None
     if options.dropout_p or value.size(3) != query.size(3) or (attn_mask is not None and attn_mask.requires_grad):
         scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
-        return None if scores >= FEW_SCORES else "so few scores: benchmarks/LOG.md 2026-11-23"
+        return None if scores >= LEAST_SCORES else "so few scores: benchmarks/LOG.md 2026-11-23"
     return "SDPA's flash kernel takes the call"
 
 

@@ -1,13 +1,15 @@
-"""What `attention` and `varlen_attn` share: their options, the checks of their arguments, and who sees whom."""
+"""What `attention` and `varlen_attn` share: options, checks of arguments, who sees whom, and kernels as functions."""
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlm.autograd import plain
+from fastlm.autograd import Differentiable
+from fastlm.ops.tensors import accumulator
 
 # Samples of `attention` and of `varlen_attn` that no implementation for the CPU may refuse.
 ACCEPTS = {
@@ -35,11 +37,6 @@ class Options(NamedTuple):
     right: int = -1
     softcap: float = 0.0  # 0: none
     return_lse: bool = False
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """Return the dtype of the log-sum-exp of attention over `x`: float32, or float64 for float64."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 # --- who sees whom ---------------------------------------------------------------------------------------------
@@ -143,7 +140,7 @@ def check_floats(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor 
     _check_tensor(name, x, query, shapes, op)
     if not x.is_floating_point():
         raise RuntimeError(f"{op}: {name} is {x.dtype}, expected floating point")
-    return x if x.dtype is torch.float64 else x.to(accumulator(query))
+    return x if x.dtype is torch.float64 else x.to(accumulator(query.dtype))
 
 
 def check_integers(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tensor | None:
@@ -156,11 +153,6 @@ def check_integers(name: str, x, query: Tensor, shapes: tuple, op: str) -> Tenso
     return x
 
 
-def readable(x: Tensor) -> bool:
-    """Tell whether the values of `x` may be looked at: not on a GPU, nor while they are traced or mapped over."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and plain((x,))
-
-
 def _check_tensor(name, x, query, shapes, op):
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
@@ -169,3 +161,52 @@ def _check_tensor(name, x, query, shapes, op):
     if not any(x.shape == shape for shape in shapes):  # `in` does not know the compiler's symbols
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise RuntimeError(f"{op}: {name} has shape {list(x.shape)}, expected {expected}")
+
+
+# --- kernels for the CPU as differentiable functions -----------------------------------------------------------
+
+
+def differentiable(name: str, forward: Callable, backward: Callable, reference: Callable) -> Callable:
+    """Return `call(tensors, options)`, which returns the output, with the log-sum-exp if the options ask for it.
+
+    Between forward and backward a query that sees nothing has a log-sum-exp of +∞: exp(s - lse) is 0.
+
+    Args:
+        name: of the operators, see `Differentiable`.
+        forward: `forward(tensors, options, out, lse)` fills the results.
+        backward: `backward(tensors, options, saved, grads, needs) -> list`: the gradients of the first tensors, None
+            where `needs` is False; the others are constants. `saved` and `grads` are each a pair for (out, lse).
+        reference: `reference(tensors, options)` returns output and log-sum-exp, -∞ where nothing is seen.
+    """
+
+    def fake(tensors, needs, *options):
+        query, _, value, *_ = tensors
+        out = query.new_empty(*query.shape[:-1], value.size(-1))
+        return [out, query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))]
+
+    def run_forward(tensors, needs, *options):
+        found = fake(tensors, needs, *options)
+        forward(tensors, Options(*options), *found)
+        return found
+
+    def run_backward(grads, saved, tensors, needs, *options):
+        found = backward(tensors, Options(*options), saved, grads, needs)
+        # Only functorch and exporting ask for gradients of constants, such as slopes.
+        rest = tensors[len(found):], needs[len(found):]
+        found = [*found, *(torch.zeros_like(t) if need else None for t, need in zip(*rest, strict=True))]
+        return [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+
+    def run_reference(tensors, *options):
+        out, lse = reference(tensors, Options(*options)._replace(return_lse=True))
+        return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+    function = Differentiable(
+        name, statics="float dropout_p, bool is_causal, float scale, int left, int right, float softcap, "
+        "bool return_lse", outputs=2, forward=run_forward, fake=fake, backward=run_backward, reference=run_reference,
+        reads_results=True)
+
+    def call(tensors, options):
+        out, lse = function(tensors, *options)
+        return (out, lse.masked_fill(lse == torch.inf, -torch.inf)) if options.return_lse else out
+
+    return call

@@ -8,12 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastlm.ops.attention_common import Options, accumulator
+from fastlm.ops.attention_common import Options
+from fastlm.ops.tensors import accumulator, addresses, adjacent
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST = 256  # numbers in a head
-# CPUs timed in benchmarks/LOG.md; on "intel" AVX-512 was not, and kernels are taken whose margin with AVX2 was wide.
-MEASURED = ("zen5", "avx2", "intel")
 
 
 class Kernels:
@@ -32,9 +30,9 @@ class Kernels:
     def __init__(self, native: ModuleType, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
                  sinks: Tensor | None, slopes: Tensor | None, spans: Tensor | None,
                  ids: tuple[Tensor | None, Tensor | None], options: Options):
-        self.native, self.options, self.dtype = native, options, accumulator(query)
-        self.stored = torch.float32 if query.dtype is torch.float16 else query.dtype
-        self.query, self.key, self.value = (self._adjacent(t) for t in (query, key, value))
+        self.native, self.options, self.dtype = native, options, accumulator(query.dtype)
+        self.stored = torch.float32 if query.dtype is torch.float16 else query.dtype  # what the kernels read
+        self.query, self.key, self.value = (adjacent(t.to(self.stored)) for t in (query, key, value))
         self.mask = mask
         if mask is not None:
             mask = mask if mask.dtype is torch.bool else mask.to(self.dtype)
@@ -64,7 +62,7 @@ class Kernels:
             for grad in (dquery, dkey, dvalue, dmask):
                 None if grad is None else grad.zero_()
             return
-        out, dout = (self._adjacent(t) for t in (out, dout))
+        out, dout = (adjacent(t.to(self.stored)) for t in (out, dout))
         if dmask is not None and dmask.size(3) == 1:
             dmask.copy_(self._dmask_of_rows(out, lse, dout, dlse))
             dmask = None
@@ -112,15 +110,10 @@ class Kernels:
                  _stride(self.mask, 3), heads if by_row else 0, any(shared), *shared[:2], torch.get_num_threads())
         strided = (*map(_place, (self.query, self.key, self.value)), _shared_place(bias), _shared_place(mask),
                    *map(_place, (out, lse, dout, dlse, dquery, dkey, dvalue)), _shared_place(dmask))
-        addresses = tuple(0 if t is None else t.data_ptr() for t in (self.spans, self.sinks, self.slopes, *self.ids))
+        places = addresses(self.spans, self.sinks, self.slopes, *self.ids)
         call = (backward, self.stored.itemsize, sizes, (options.scale, options.softcap), strided)
-        workspace = torch.empty(self.native.attention(*call, (*addresses, 0)), dtype=torch.uint8)
-        self.native.attention(*call, (*addresses, workspace.data_ptr()))
-
-    def _adjacent(self, t):
-        """Return `t` as the kernel reads it: float16 as float32, the numbers of a head side by side."""
-        t = t.to(self.stored)
-        return t if t.stride(3) == 1 or t.size(3) == 1 else t.contiguous()
+        workspace = torch.empty(self.native.attention(*call, (*places, 0)), dtype=torch.uint8)
+        self.native.attention(*call, (*places, workspace.data_ptr()))
 
     def _check(self):
         """Raise where the kernel would read beyond a tensor: an operator may be called with anything."""

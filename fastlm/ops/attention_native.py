@@ -5,21 +5,21 @@ import torch
 import fastlm._native as _native
 from fastlm.ops import attention_common
 from fastlm.ops.attention import LEAST, reference
-from fastlm.ops.attention_cpu import differentiable
-from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
-from fastlm.ops.cpu import unmeasured
+from fastlm.ops.attention_common import differentiable
+from fastlm.ops.attention_kernels import MOST, Kernels
+from fastlm.ops.cpu import cannot_here, unmeasured
+from fastlm.ops.tensors import FLOATS, needs_gradient
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
+DTYPES = FLOATS
 ACCEPTS = attention_common.ACCEPTS - {"everything dropped"}
 LEAST_ON_AVX2 = {torch.float32: 1 << 26}  # where SDPA's products are as fast, other numbers 1 << 24: 2026-11-26
 
 
 def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
-    if query.device.type not in ("cpu", "meta"):
-        return "runs on the CPU alone"
-    if query.dtype not in DTYPES:
-        return f"no kernel for {query.dtype}"
+    if reason := cannot_here(query, DTYPES):
+        return reason
     if options.dropout_p:
         return "draws no dropout"
     if max(query.size(3), value.size(3)) > MOST:
@@ -28,12 +28,13 @@ def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, 
 
 
 def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
-    if unknown := unmeasured(_native, *MEASURED):
+    if unknown := unmeasured(_native):
         return unknown
     lacking = any(x is not None for x in (sinks, slopes, key_lengths, query_ids))
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
         return None
-    if _native.cpu == "intel" and not (attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()):
+    # There AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide.
+    if _native.cpu == "intel" and not needs_gradient(attn_mask):
         return "SDPA may be as fast: not yet measured on this CPU (intel)"
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
     least = LEAST_ON_AVX2.get(query.dtype, 1 << 24) if _native.cpu != "zen5" else LEAST

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops.attention_common import Options, accumulator, relative, seen_range, visible
+from fastlm.ops.attention_common import Options, relative, seen_range, visible
 from fastlm.ops.attention_lanes import LANES, lanes, side_by_side
+from fastlm.ops.tensors import accumulator, adjacent
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -73,10 +74,10 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
              needs: list[bool]) -> list[Tensor | None]:
     """Return the gradients of query, key, value, mask and sinks, those that `needs` asks for."""
     tensors, options = call[:5], call.options
-    found = [torch.zeros(t.shape, dtype=accumulator(t)) if n and i != 3 else None
+    found = [torch.zeros(t.shape, dtype=accumulator(t.dtype)) if n and i != 3 else None
              for i, (t, n) in enumerate(zip(tensors, needs, strict=True))]
     if needs[3]:  # the largest by far, and rarely in need of zeros
-        found[3] = torch.empty(call.mask.shape, dtype=accumulator(call.mask))
+        found[3] = torch.empty(call.mask.shape, dtype=accumulator(call.mask.dtype))
         if _skips(call) or call.mask.shape != (*call.query.shape[:3], call.key.size(2)):
             found[3].zero_()
     if not out.numel() or not call.key.size(2):
@@ -204,7 +205,7 @@ def _masks(call: Call, tile: Tile):
     distances = None
     if slopes is not None:
         # Exact: positions are below 2^24.
-        dtype = accumulator(call.query)
+        dtype = accumulator(call.query.dtype)
         distances = relative(rows.to(dtype), cols.to(dtype), *sizes, lengths).abs_()
         slopes = slopes[:, :, None, None].to(dtype)
     return mask, slopes, distances, seen
@@ -253,14 +254,14 @@ def _added(call, tile):
         bias = slopes.neg() * distances
         mask = bias if mask is None else bias + mask
     if seen is not None and not seen.all():
-        barred = _barred(seen, accumulator(call.query))
+        barred = _barred(seen, accumulator(call.query.dtype))
         mask = barred if mask is None else mask + barred
     # Beside halves the kernel reads float32 too, beside float64 it does not.
-    return mask if mask is None or mask.dtype == call.query.dtype else mask.to(accumulator(call.query))
+    return mask if mask is None or mask.dtype == call.query.dtype else mask.to(accumulator(call.query.dtype))
 
 
 def _forward_flash(call, out, lse):
-    query, key, value = (_last_contiguous(t) for t in call[:3])
+    query, key, value = (adjacent(t) for t in call[:3])
     (parts, causal), masks = _flash_tiles(call), {}
     for tile in parts:
         at = (tile.batch, slice(None), tile.rows)
@@ -282,7 +283,7 @@ def _forward_flash(call, out, lse):
 
 
 def _backward_flash(call, out, lse, dout, delta, found):
-    query, key, value, dout = (_last_contiguous(t) for t in (*call[:3], dout))
+    query, key, value, dout = (adjacent(t) for t in (*call[:3], dout))
     dq, dk, dv = found[:3]
     (parts, causal), masks = _flash_tiles(call), {}
     for tile in parts:
@@ -315,7 +316,7 @@ class _Products:
     def __init__(self, call: Call, buffers: int):
         batch, heads, queries, _ = call.query.shape
         _, kv_heads, keys, _ = call.key.shape
-        dtype = accumulator(call.query)
+        dtype = accumulator(call.query.dtype)
         room = TILE_BYTES // dtype.itemsize
         self.call, self.group = call, heads // kv_heads
         self.far = call.slopes is not None or _skips(call) or (call.mask is not None and call.mask.dtype is torch.bool)
@@ -498,7 +499,3 @@ def dropped(call: Call) -> Tensor:
                 work.queries(lane.of_queries(found), piece)[..., run] = drawn[..., start:end]
                 start = end
     return found
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,9 +1,17 @@
-"""Which CPUs the rules of `loses` were measured on."""
+"""Which CPUs the rules of `loses` were measured on, and the rule that the kernels of csrc/rows.h share."""
 
 from types import ModuleType
 
+import torch
+from torch import Tensor
 
-def unmeasured(native: ModuleType, *cpus: str) -> str | None:
+from fastlm.ops.tensors import needs_gradient
+
+MEASURED = ("intel", "zen5", "avx2")  # timed in benchmarks/LOG.md
+ROW = "benchmarks/LOG.md 2026-11-23, 25 and 26"
+
+
+def unmeasured(native: ModuleType, cpus: tuple[str, ...] = MEASURED) -> str | None:
     """Return that nothing was measured on this CPU, None where it is among `cpus`.
 
     Args:
@@ -13,3 +21,27 @@ def unmeasured(native: ModuleType, *cpus: str) -> str | None:
             CPUs with AVX-512, such as Zen 4, are held to these as well: those margins were there on both others.
     """
     return None if native.cpu in cpus else f"not yet measured on this CPU ({native.cpu})"
+
+
+def cannot_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Return why a kernel for the CPU cannot take `x`."""
+    if x.is_cuda:
+        return "runs on the CPU alone"
+    return None if x.dtype in dtypes else f"no kernel for {x.dtype}"
+
+
+def loses_below(native: ModuleType, least: tuple[int, int], *tensors: Tensor | None) -> str | None:
+    """Return why stock is the better choice for the first tensor, None where a measured row says that it is not.
+
+    Args:
+        least: how many numbers it must have, without gradients and with them; 0: never enough.
+    """
+    x = tensors[0]
+    if unknown := unmeasured(native):
+        return unknown
+    if x.dtype is torch.bfloat16 and native.bf16_arithmetic and native.cpu != "zen5":
+        return "not yet measured on a CPU with bfloat16 arithmetic"
+    enough = least[1] if needs_gradient(*tensors) else least[0]
+    if not enough:
+        return f"slower than torch: {ROW}"
+    return f"slower than torch below {enough} numbers: {ROW}" if x.numel() < enough else None

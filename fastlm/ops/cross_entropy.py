@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
 
-from fastlm.autograd import autocasts, plain
+from fastlm.autograd import autocasts
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import check_tensors, readable
 
 LEAST_LOGITS = 4_000_000  # on the CPU: benchmarks/LOG.md 2026-11-24
 
 
-def _few(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
+def _shortcut(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
          label_smoothing=0.0):
     if input.numel() >= LEAST_LOGITS or not input.is_cpu or not 0 <= label_smoothing <= 1:
         return None
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None,
                   size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None,
                   reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
@@ -62,11 +63,7 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None,
 
 
 def _checked(input, target, weight, ignore_index):
-    for name, x in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(x, Tensor) and (name != "weight" or x is not None):
-            raise TypeError(f"cross_entropy: {name} must be a Tensor, got {type(x).__name__}")
-        if x is not None and x.device != input.device:
-            raise RuntimeError(f"cross_entropy: {name} is on {x.device}, input is on {input.device}")
+    check_tensors("cross_entropy", dict(input=input, target=target, weight=weight), ("weight",))
     if input.dim() == 0 or not input.is_floating_point():
         raise RuntimeError(f"cross_entropy: input is {input.dtype}{list(input.shape)}, expected floating "
                            "logits [C], [N, C] or [N, C, d1, ...]")
@@ -103,7 +100,7 @@ def _probabilities(target, ignore_index):
 
 def check_range(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise IndexError where a target that the host may read is no class and not `ignore_index`."""
-    if torch.compiler.is_compiling() or target.is_cuda or not plain((target,)):
+    if not readable(target):
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if wrong.any():

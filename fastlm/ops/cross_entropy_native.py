@@ -4,26 +4,25 @@ import torch
 
 import fastlm._native as _native
 from fastlm.autograd import Differentiable
-from fastlm.ops.cpu import unmeasured
+from fastlm.ops.cpu import cannot_here, unmeasured
 from fastlm.ops.cross_entropy import LEAST_LOGITS, reference
+from fastlm.ops.linear_cross_entropy import counts_of
 from fastlm.ops.loss_kernels import Logits, LossKernels, Targets, new_sums
+from fastlm.ops.tensors import accumulator, adjacent
 
 ACCEPTS = {"1 classes", "127 classes", "128 classes", "129 classes", "many classes", "none", "sum", "ignored",
            "ignored, none", "ignore class 3", "all ignored", "class weights", "everything, none", "everything, sum",
            "everything, mean", "smoothing of one", "outliers", "no rows", "no rows, none", "images",
            "classes last in memory", "every other column", "probabilities"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 LEAST_CLASSES = 1000
 
 _kernels = LossKernels(_native)
 
 
 def cannot(input, target, weight, ignore_index, reduction, label_smoothing):
-    if input.is_cuda:
-        return "runs on the CPU"
-    if input.dtype not in DTYPES:
-        return f"no kernel for {input.dtype}"
+    if reason := cannot_here(input, DTYPES):
+        return reason
     if target.is_floating_point() and target.requires_grad:
         return "the target needs a gradient"
     if target.is_floating_point() and torch.promote_types(target.dtype, input.dtype) is not input.dtype:
@@ -34,7 +33,7 @@ def cannot(input, target, weight, ignore_index, reduction, label_smoothing):
 
 
 def loses(input, *rest):
-    if unknown := unmeasured(_native, *MEASURED):
+    if unknown := unmeasured(_native):
         return unknown
     if input.dtype is torch.float64:
         return "not yet measured in float64"
@@ -91,20 +90,19 @@ class _Rows:
     """What forward and backward both need of rows of logits and their targets."""
 
     def __init__(self, logits, target, weight, ignore_index, smoothing):
-        self.dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        self.dtype = accumulator(logits.dtype)
         soft, index, kept = None, None, torch.ones(len(logits), dtype=torch.bool)
         if target.is_floating_point():
-            soft = target if target.stride(1) == 1 else target.contiguous()
+            soft = adjacent(target)
             self.counts, self.hits = kept.to(self.dtype), torch.zeros(len(logits), dtype=self.dtype)
         else:
             index, kept = target.contiguous(), target != ignore_index
-            self.counts = kept.to(self.dtype) if weight is None else (
-                weight.to(self.dtype)[index.where(kept, 0)] * kept)
+            self.counts = counts_of(target, weight, ignore_index, self.dtype)
             self.hits = (1 - smoothing) * self.counts
         self.kept, even = kept, smoothing / logits.shape[1]
         self.spreads = soft is not None or even > 0
         weight = weight.to(self.dtype).contiguous() if weight is not None and self.spreads else None
-        self.logits = Logits(logits if logits.stride(1) == 1 else logits.contiguous())
+        self.logits = Logits(adjacent(logits))
         self.targets = Targets(index, 0, weight, soft, 1 - smoothing, even)
 
 
@@ -114,7 +112,7 @@ def _reference(tensors, ignore_index, reduction, smoothing):
 
 def _fake(tensors, needs, ignore_index, reduction, smoothing):
     logits, *_ = tensors
-    dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    dtype = accumulator(logits.dtype)
     loss = logits.new_empty(logits.shape[:1] if reduction == "none" else ())
     saved = [logits.new_empty((logits.shape[0], 6), dtype=dtype), logits.new_empty((), dtype=dtype)]
     return [loss, *saved] if needs[0] else [loss]

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.attention_common import readable
 from fastlm.ops.cross_entropy import check_range
+from fastlm.ops.tensors import check_tensors, readable
 
 REDUCTIONS = ("none", "mean", "sum")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 LEAST_LOGITS, LEAST = 1 << 16, 1 << 25  # logits and multiplications, below both of which `_forward_kl` is no slower
 
 
-def _few(student_input, student_weight, *, teacher_input=None, teacher_weight=None, teacher_logits=None,
+def _shortcut(student_input, student_weight, *, teacher_input=None, teacher_weight=None, teacher_logits=None,
          teacher_topk=None, divergence="forward_kl", beta=0.5, temperature=1.0, target=None, hard_weight=0.0,
          ignore_index=-100, reduction="mean", student_bias=None, teacher_bias=None):
     if not (teacher_input is teacher_weight is teacher_topk is target is teacher_bias is None) or hard_weight != 0 or (
@@ -38,7 +38,7 @@ def _few(student_input, student_weight, *, teacher_input=None, teacher_weight=No
     return _forward_kl(F.linear(student_input, student_weight, student_bias), teacher_logits, temperature, reduction)
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def linear_distillation(student_input: Tensor, student_weight: Tensor, *, teacher_input: Tensor | None = None,
                         teacher_weight: Tensor | None = None, teacher_logits: Tensor | None = None,
                         teacher_topk: tuple[Tensor, Tensor] | None = None, divergence: str = "forward_kl",
@@ -125,23 +125,13 @@ def _check_values(divergence, beta, temperature, hard_weight, reduction):
 
 
 def _check_tensors(tensors):
-    input = tensors["student_input"]
-    for name, tensor in tensors.items():
-        if tensor is None and name not in ("student_input", "student_weight"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"linear_distillation: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.device != input.device:
-            raise RuntimeError(f"linear_distillation: {name} is on {tensor.device}, student_input on {input.device}")
-        if name in ("indices", "target"):
-            if tensor.dtype is not torch.int64:
-                kind = "teacher_topk's indices" if name == "indices" else name
-                raise RuntimeError(f"linear_distillation: {kind} must be int64, got {tensor.dtype}")
-        elif not tensor.is_floating_point():
-            raise RuntimeError(f"linear_distillation: {name} must be floating point, got {tensor.dtype}")
-    for side, names in (("student", ("weight", "bias")), ("teacher", ("weight", "bias"))):
+    check_tensors("linear_distillation", tensors, tuple(tensors)[2:], RuntimeError, ("indices", "target"))
+    for name, tensor in (("teacher_topk's indices", tensors["indices"]), ("target", tensors["target"])):
+        if tensor is not None and tensor.dtype is not torch.int64:
+            raise RuntimeError(f"linear_distillation: {name} must be int64, got {tensor.dtype}")
+    for side in ("student", "teacher"):
         first = tensors[f"{side}_input"]
-        for name in names:
+        for name in ("weight", "bias"):
             tensor = tensors[f"{side}_{name}"]
             if first is not None and tensor is not None and tensor.dtype is not first.dtype:
                 raise RuntimeError(f"linear_distillation: {side}_{name} is {tensor.dtype}, {side}_input {first.dtype}")

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastlm.autograd import Differentiable
 from fastlm.ops.distillation import DIVERGENCES, reference, scatter_topk
 from fastlm.ops.head import Head, gradient_dtypes, scaled
-from fastlm.ops.loss_kernels import Logits, accumulator
+from fastlm.ops.loss_kernels import Logits
+from fastlm.ops.tensors import accumulator
 
 STATICS = ("str divergence, float beta, float temperature, float hard_weight, int ignore_index, str reduction, "
            "bool single")

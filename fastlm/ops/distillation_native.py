@@ -1,31 +1,29 @@
 """Distillation with the losses of csrc/loss.h; 16-bit inputs are multiplied in float32, bfloat16 in itself where
 the CPU computes in it."""
 
+from functools import partial
+
 import torch
 
 import fastlm._native as _native
-from fastlm.ops.cpu import unmeasured
+from fastlm.ops.cpu import cannot_here, unmeasured
 from fastlm.ops.distillation import LEAST, LEAST_LOGITS, short
 from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
-from fastlm.ops.head import few_on_avx2
+from fastlm.ops.head import few_on_avx2, products_on_cpu
 from fastlm.ops.loss_kernels import LossKernels
+from fastlm.ops.tensors import FLOATS
 
+DTYPES = FLOATS
 ROW = "benchmarks/LOG.md 2026-11-26, small calls"
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 
 
 def cannot(student, weight, *rest):
-    if student.is_cuda:
-        return "runs on the CPU"
-    if weight.shape[0] == 0:
-        return "there are no classes"
-    return None
+    return cannot_here(student, DTYPES) or (None if weight.shape[0] else "there are no classes")
 
 
 def loses(student, weight, *rest):
     *_, teacher_logits, _, _, target, divergence, _, _, hard_weight, _, reduction = rest
-    if unknown := unmeasured(_native, *MEASURED):
+    if unknown := unmeasured(_native):
         return unknown
     if student.dtype is torch.float16 or (student.dtype is torch.bfloat16 and _native.cpu != "zen5"):
         return "not yet measured in 16 bits"
@@ -39,12 +37,7 @@ def loses(student, weight, *rest):
     return f"slower than torch for so few logits: {ROW}" if few else few_on_avx2(_native, student, weight)
 
 
-def _products(x):
-    fast = x.dtype is torch.bfloat16 and _native.bf16_arithmetic
-    return x.dtype if fast or x.dtype is torch.float64 else torch.float32
-
-
-_sweep = Sweep("distillation_native", LossKernels(_native), _products)
+_sweep = Sweep("distillation_native", LossKernels(_native), partial(products_on_cpu, _native))
 run = _sweep.run
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]

@@ -5,18 +5,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import check_tensors
 
-FEW = 1 << 17  # numbers, for which no kernel is launched
+LEAST = 1 << 17  # numbers, for which no kernel is launched
 
 
-def _few(x, residual, p=0.5, training=True):
-    if x.numel() < FEW and x.shape == residual.shape and residual.is_floating_point() and x.is_floating_point() and (
+def _shortcut(x, residual, p=0.5, training=True):
+    if x.numel() < LEAST and x.shape == residual.shape and residual.is_floating_point() and x.is_floating_point() and (
             0 <= p <= 1):
         return residual + torch.dropout(x, p if training else 0.0, True)
     return None
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def dropout_add(x: Tensor, residual: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Return residual + dropout(x), neither argument changed.
 
@@ -33,17 +34,11 @@ def dropout_add(x: Tensor, residual: Tensor, p: float = 0.5, training: bool = Tr
         ValueError: `p` is no probability, or the shapes differ.
         RuntimeError: the tensors are on different devices.
     """
-    for name, t in (("x", x), ("residual", residual)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"dropout_add: {name} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"dropout_add: {name} must be floating point, got {t.dtype}")
+    check_tensors("dropout_add", dict(x=x, residual=residual), floating=TypeError)
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_add: p is {p}, expected a probability, 0 to 1")
     if residual.shape != x.shape:
         raise ValueError(f"dropout_add: residual has shape {list(residual.shape)}, x has {list(x.shape)}")
-    if residual.device != x.device:
-        raise RuntimeError(f"dropout_add: residual is on {residual.device}, x is on {x.device}")
     return op(x, residual, float(p) if training else 0.0)
 
 

@@ -5,6 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fastlm.dispatch import assume_constant
+
 MEASURED = ((9, 0),)  # compute capabilities of the cards that the rows in benchmarks/results are from: an H200
 
 
@@ -15,10 +17,11 @@ def unmeasured(x: Tensor) -> str | None:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return a GPU's compute capability, which the compiler takes for a constant."""
+    """Return a GPU's compute capability."""
     return _capability(str(device))
 
 
+@assume_constant
 def _capability(device: str) -> tuple[int, int]:
     return _asked(device)
 
@@ -26,6 +29,3 @@ def _capability(device: str) -> tuple[int, int]:
 @functools.cache
 def _asked(device: str) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-_capability._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result marks, which imports the compiler

@@ -44,7 +44,7 @@ def gru(*args, **kwargs):
         TypeError: arguments are missing or no tensors.
         RuntimeError: a shape, dtype, device or count does not fit the others.
     """
-    return recurrent.call(op, 3, 1, args, kwargs)
+    return op(*recurrent.canonical("gru", 3, 1, args, kwargs))
 
 
 def step(projected, states, w_hh, b_hh, w_hr=None):

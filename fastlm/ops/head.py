@@ -6,8 +6,8 @@ Of the logits `[N, V]`, its largest tensor by far, only one block exists at a ti
 import torch
 from torch import Tensor
 
-from fastlm.ops.loss_kernels import accumulator
 from fastlm.ops.products import CPUS, mm
+from fastlm.ops.tensors import accumulator
 
 # Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
 # and each block reads and writes the whole gradient of W. benchmarks/LOG.md 2026-11-24.
@@ -22,6 +22,13 @@ SUM_BYTES = 4
 LOGITS_ON_AVX2 = 1 << 23
 
 TILE = 4096  # classes at a time, where weights are converted for the products, or these have 16 bits on a CPU
+
+
+def products_on_cpu(native, x: Tensor) -> torch.dtype:
+    """Return the dtype of products for 16-bit hidden states `x` where the kernels are C++: their own where the CPU has
+    bfloat16 arithmetic, else float32, because converted tiles beat torch's bfloat16 ones."""
+    fast = x.dtype is torch.bfloat16 and native.bf16_arithmetic
+    return x.dtype if fast else accumulator(x.dtype)
 
 
 def few_on_avx2(native, x: Tensor, weight: Tensor) -> str | None:

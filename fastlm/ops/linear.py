@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import check_tensors, needs_gradient
 
 LEAST = 1 << 23  # multiplications, from which a kernel makes products of many rows: benchmarks/LOG.md 2026-11-25
 LEAST_WEIGHT = 1 << 14  # numbers, from which one may make those of few
@@ -16,18 +17,13 @@ def few(input: Tensor, weight: Tensor, bias: Tensor | None, compiled: bool = Fal
     Measured in benchmarks/LOG.md 2026-11-26. In a compiled graph an operator of ours costs 10 microseconds more.
     """
     float32 = input.dtype is torch.float32
-    if not (input.is_cpu and (float32 or input.dtype is torch.bfloat16)) or trains(input, weight, bias):
+    if not (input.is_cpu and (float32 or input.dtype is torch.bfloat16)) or needs_gradient(input, weight, bias):
         return False
     numbers = weight.numel()
     rows = input.numel() // (weight.shape[-1] or 1)
     least = 1 << 20 if compiled else LEAST_WEIGHT if not float32 else 3 << 16 if rows == 1 else 1 << 16
     most = 16 if float32 else 4 if numbers >= 1 << 24 else 8 if rows * numbers <= 1 << 20 else 2
     return numbers >= least and rows <= most
-
-
-def trains(*tensors: Tensor | None) -> bool:
-    """Tell whether a gradient is wanted for one of them."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def small(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -40,13 +36,13 @@ def small(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     return None
 
 
-def _at_once(input, weight, bias=None):
+def _shortcut(input, weight, bias=None):
     if weight.numel() < LEAST_WEIGHT or not few(input, weight, bias):
         return small(input, weight, bias)
     return op.at_once(input, weight, bias)
 
 
-@at_once(_at_once)
+@at_once(_shortcut)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return input · weightᵀ + bias, with the arguments of `torch.nn.functional.linear`.
 
@@ -62,11 +58,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: an argument is no tensor.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
-    for name, t in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
-            raise TypeError(f"linear: {name} must be a Tensor, got {type(t).__name__}")
-        if t is not None and t.device != input.device:
-            raise RuntimeError(f"linear: {name} is on {t.device}, input is on {input.device}")
+    check_tensors("linear", dict(input=input, weight=weight, bias=bias), ("bias",))
     if input.is_nested:  # has no shape to check
         return op(input, weight, bias)
     if weight.dim() not in (1, 2) or not input.dim():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.loss_kernels import accumulator
+from fastlm.ops.tensors import accumulator, check_tensors
 
 REDUCTIONS = ("none", "mean", "sum")
 LEAST = 1 << 23  # multiplications, below which stock is never the slower one in float32
@@ -33,7 +33,7 @@ class Auxiliary(NamedTuple):
     correct: Tensor
 
 
-def _few(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+def _shortcut(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
          label_smoothing=0.0, options=None, z_loss=0.0, softcap=None, return_aux=False, process_group=None):
     if not (options is softcap is process_group is None and z_loss == 0 and not return_aux):
         return None
@@ -48,7 +48,7 @@ def _few(input, linear_weight, target, *, linear_bias=None, weight=None, reducti
                            label_smoothing=label_smoothing)
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
                          weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None,
                          label_smoothing: float = 0.0, options=None, z_loss: float = 0.0,
@@ -130,15 +130,7 @@ def shift_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 def _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing):
     tensors = dict(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("linear_bias", "weight"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"linear_cross_entropy: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.device != input.device:
-            raise RuntimeError(f"linear_cross_entropy: {name} is on {tensor.device}, input on {input.device}")
-        if name != "target" and not tensor.is_floating_point():
-            raise RuntimeError(f"linear_cross_entropy: {name} must be floating point, got {tensor.dtype}")
+    check_tensors("linear_cross_entropy", tensors, ("linear_bias", "weight"), RuntimeError, ("target",))
     if input.dim() == 0:
         raise RuntimeError("linear_cross_entropy: input must be [..., H], got a scalar")
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:

@@ -6,8 +6,9 @@ from fastlm.ops.linear_cross_entropy import few
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep
 from fastlm.ops.linear_cross_entropy_kernels import refuses as cannot
 from fastlm.ops.loss_kernels import PlainKernels
+from fastlm.ops.tensors import FLOATS
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = FLOATS
 
 
 def loses(input, *rest):

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastlm.autograd import Differentiable, autocasts
 from fastlm.ops.head import Head, gradient_dtypes, scaled
 from fastlm.ops.linear_cross_entropy import counts_of, reference
-from fastlm.ops.loss_kernels import Logits, Targets, accumulator, new_sums
+from fastlm.ops.loss_kernels import Logits, Targets, new_sums
+from fastlm.ops.tensors import accumulator
 
 ACCEPTS = {"mean", "sum", "none", "bias", "class weights", "ignored targets", "all targets ignored", "label smoothing",
            "z-loss", "softcap", "auxiliary", "everything, none", "everything, mean", "everything, sum",
@@ -71,16 +72,16 @@ class Sweep:
 
     def forward(self, tensors, needs, reduction, ignore_index, smoothing, z_loss, softcap, aux, single, group):
         x, *_ = tensors
-        sweep = Blocks(self, tensors, ignore_index, smoothing, z_loss, softcap, aux, group)
+        blocks = Blocks(self, tensors, ignore_index, smoothing, z_loss, softcap, aux, group)
         now = needs if reduction != "none" else [False] * len(needs)
-        total = sweep.counts.sum() if reduction == "mean" else sweep.counts.new_ones(())
+        total = blocks.counts.sum() if reduction == "mean" else blocks.counts.new_ones(())
         # Gradients of logits in float16 are not scaled down to where they underflow; the float32 sums are.
-        early = sweep.dtype is not torch.float16
-        losses, grads = sweep.run(1 / total if early else torch.ones_like(total), now)
+        early = blocks.dtype is not torch.float16
+        losses, grads = blocks.run(1 / total if early else torch.ones_like(total), now)
         loss = losses if reduction == "none" else losses.sum() / total
         # Where every target is ignored the gradients are zero, not zero times infinity.
-        late = [torch.ones_like(total) if early else torch.where(sweep.kept.any(), 1 / total, 0)] if any(now) else []
-        return [loss.to(sweep.sums if single else x.dtype), *sweep.aux, *grads, *late]
+        late = [torch.ones_like(total) if early else torch.where(blocks.kept.any(), 1 / total, 0)] if any(now) else []
+        return [loss.to(blocks.sums if single else x.dtype), *blocks.aux, *grads, *late]
 
     def fake(self, tensors, needs, reduction, ignore_index, smoothing, z_loss, softcap, aux, single, group):
         x, weight, _, bias, _ = tensors
@@ -97,8 +98,8 @@ class Sweep:
         x, *_ = tensors
         upstream = grads[0].to(accumulator(x.dtype))
         if reduction == "none":
-            sweep = Blocks(self, tensors, ignore_index, smoothing, z_loss, softcap, False, group)
-            _, found = sweep.run(upstream, needs)
+            blocks = Blocks(self, tensors, ignore_index, smoothing, z_loss, softcap, False, group)
+            _, found = blocks.run(upstream, needs)
             found = [g.to(x.dtype) for g in found]
         else:
             *found, late = saved

@@ -6,7 +6,7 @@ import fastlm._native as _native
 from fastlm.autograd import Differentiable, autocasts, unwatched
 from fastlm.dispatch import PLAIN, traced
 from fastlm.ops import products
-from fastlm.ops.cpu import unmeasured
+from fastlm.ops.cpu import cannot_here, unmeasured
 from fastlm.ops.linear import LEAST, few, reference, small
 
 ACCEPTS = {"3x4x5", "1x1x1", "127x33x65", "128x129x128", "13x300x49", "no bias", "outliers", "no rows", "no features",
@@ -17,33 +17,26 @@ ROW = "benchmarks/LOG.md 2026-11-25"
 
 
 def cannot(x, weight, bias):
-    if x.is_cuda:
-        return "runs on the CPU alone"
-    for t in (x, weight, bias):
-        if t is not None and (t.dtype not in DTYPES or t.dtype is not x.dtype):
-            return f"no kernel for {t.dtype}" + ("" if t.dtype is x.dtype else f" beside {x.dtype}")
+    if reason := cannot_here(x, DTYPES):
+        return reason
+    for t in (weight, bias):
+        if t is not None and t.dtype is not x.dtype:
+            return f"no kernel for {t.dtype} beside {x.dtype}"
     if weight.dim() != 2:
         return "weight is a vector"
     return "autocast lowers it" if autocasts("cpu") else None
 
 
 def loses(x, weight, bias):
-    if reason := unmeasured(_native, *products.CPUS):
+    if reason := unmeasured(_native, products.CPUS):
         return reason
-    if x.dtype is torch.float32 and _precision() != "highest":
+    if x.dtype is torch.float32 and not products.exact_float32():
         return "float32 may be lowered: torch's products do that"
     if few(x, weight, bias, traced()):
         return None
     if x.dtype is torch.bfloat16:
         return f"slower than torch in training, of more than a few rows, or with a small weight: {ROW[:-2]}26"
     return f"slower than torch below {LEAST} multiplications: {ROW}" if x.numel() * weight.size(0) < LEAST else None
-
-
-def _precision():
-    return torch.get_float32_matmul_precision()
-
-
-_precision._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
 
 
 def at_once(x, weight, bias):
@@ -53,7 +46,7 @@ def at_once(x, weight, bias):
     """
     if _native.cpu not in products.CPUS:
         return small(x, weight, bias)
-    if not unwatched() or (x.dtype is torch.float32 and _precision() != "highest"):
+    if not unwatched() or (x.dtype is torch.float32 and not products.exact_float32()):
         return None
     return _native.linear_at_once(x, weight, bias, torch.get_num_threads(), PLAIN, x.dtype, x.element_size())
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+from fastlm.ops.tensors import addresses
+
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
@@ -39,11 +40,6 @@ class Targets(NamedTuple):
     soft: Tensor | None = None
     share: float = 0.0
     even: float = 0.0
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64 for itself, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def new_sums(rows: int, dtype: torch.dtype, device) -> Tensor:
@@ -127,16 +123,12 @@ def _tile(z, first=0):
 
 def _logits(logits):
     z, bias, softcap, scale = logits
-    return z.data_ptr(), z.stride(0), _address(bias), softcap, scale
+    return z.data_ptr(), z.stride(0), *addresses(bias), softcap, scale
 
 
 def _targets(targets):
     index, _, weight, soft, share, even = targets
-    return (_address(index), _address(weight), _address(soft), 0 if soft is None else soft.stride(0), share, even)
-
-
-def _address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
+    return *addresses(index, weight, soft), 0 if soft is None else soft.stride(0), share, even
 
 
 class PlainKernels:

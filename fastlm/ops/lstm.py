@@ -47,7 +47,7 @@ def lstm(*args, **kwargs):
         TypeError: arguments are missing or no tensors.
         RuntimeError: a shape, dtype, device or count does not fit the others.
     """
-    return recurrent.call(op, 4, 2, args, kwargs)
+    return op(*recurrent.canonical("lstm", 4, 2, args, kwargs))
 
 
 def step(projected, states, w_hh, b_hh, w_hr=None):

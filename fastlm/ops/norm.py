@@ -17,21 +17,22 @@ from torch import Tensor
 
 from fastlm.autograd import autocasts
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import check_tensors
 
-FEW = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
+LEAST = 1 << 17  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
 
 
-def _few(norm):
+def _shortcut(norm):
     def shortcut(input, normalized_shape, weight=None, *rest):
-        if input.numel() < FEW and (weight is None or weight.is_floating_point()):
+        if input.numel() < LEAST and (weight is None or weight.is_floating_point()):
             return norm(input, normalized_shape, weight, *rest)
         return None
     return at_once(shortcut)
 
 
-def _few_added(norm):
+def _added_shortcut(norm):
     def shortcut(input, residual, normalized_shape, weight=None, *rest):
-        if input.numel() < FEW and input.shape == residual.shape and input.is_floating_point() and (
+        if input.numel() < LEAST and input.shape == residual.shape and input.is_floating_point() and (
                 residual.is_floating_point() and (weight is None or weight.is_floating_point())):
             total = input + residual
             return norm(total, normalized_shape, weight, *rest), total
@@ -39,7 +40,7 @@ def _few_added(norm):
     return at_once(shortcut)
 
 
-@_few(torch.rms_norm)
+@_shortcut(torch.rms_norm)
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
              eps: float | None = None) -> Tensor:
     """Divide by the root of the mean square over the last dimensions.
@@ -61,7 +62,7 @@ def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | No
     return rms_op(*args, False)
 
 
-@_few(torch.layer_norm)
+@_shortcut(torch.layer_norm)
 def layer_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Subtract the mean over the last dimensions and divide by the standard deviation.
@@ -83,7 +84,7 @@ def layer_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | 
     return layer_op(*args, True)
 
 
-@_few_added(torch.rms_norm)
+@_added_shortcut(torch.rms_norm)
 def add_rms_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                  eps: float | None = None) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(input + residual), input + residual), neither argument changed.
@@ -98,7 +99,7 @@ def add_rms_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int
     return add_rms_op(*args, False)
 
 
-@_few_added(torch.layer_norm)
+@_added_shortcut(torch.layer_norm)
 def add_layer_norm(input: Tensor, residual: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                    bias: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Return (layer_norm(input + residual), input + residual), neither argument changed.
@@ -117,15 +118,7 @@ def _checked(name, input, residual, normalized_shape, weight, bias, eps):
     """Return the op's arguments but the last: tensors in the dtype to compute in, the shape, eps resolved."""
     tensors = dict(input=input, residual=residual, weight=weight, bias=bias)
     optional = ("weight", "bias") if name.startswith("add") else ("weight", "bias", "residual")
-    for key, t in tensors.items():
-        if t is None and key in optional:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {key} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: {key} must be floating point, got {t.dtype}")
-        if t.device != input.device:
-            raise RuntimeError(f"{name}: {key} is on {t.device}, input is on {input.device}")
+    check_tensors(name, tensors, optional, TypeError)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or (not input.is_nested and tuple(input.shape[-len(shape):]) != shape):  # nested: no shape to check
         raise RuntimeError(f"{name}: input has shape {list(input.shape)}, expected [*, {str(list(shape))[1:]} for "

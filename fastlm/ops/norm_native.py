@@ -3,9 +3,10 @@
 import torch
 
 import fastlm._native as _native
-from fastlm.ops.norm import FEW
+from fastlm.ops.cpu import cannot_here, loses_below
+from fastlm.ops.norm import LEAST
 from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
-from fastlm.ops.row_kernels import address, adjacent, cannot_here, loses_below
+from fastlm.ops.tensors import addresses, adjacent
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
@@ -18,7 +19,7 @@ def cannot(input, residual, weight, bias, shape, eps, centred):
 
 def loses(input, residual, weight, bias, shape, eps, centred):
     """RMS norm is a chain of calls in torch; layer norm one good kernel, to which only the addition leaves a gain."""
-    least, half = (FEW, FEW), input.dtype is torch.bfloat16
+    least, half = (LEAST, LEAST), input.dtype is torch.bfloat16
     if centred and _native.cpu == "avx2":
         least = (0, 0)
     elif centred and _native.cpu == "zen5":
@@ -36,7 +37,7 @@ def forward(x, residual, weight, bias, eps, centred):
     mean = torch.empty(x.shape[0]) if centred else None
     rstd = torch.empty(x.shape[0])
     sizes = (*x.shape, x.stride(0), 0 if residual is None else residual.stride(0))
-    _native.norm_forward(sizes, address(x, residual, weight, bias, y, total, mean, rstd), eps,
+    _native.norm_forward(sizes, addresses(x, residual, weight, bias, y, total, mean, rstd), eps,
                          x.dtype is torch.bfloat16, torch.get_num_threads())
     return y, total, mean, rstd
 
@@ -48,7 +49,7 @@ def backward(dy, dsum, x, weight, mean, rstd, needs):
     dweight, dbias = (torch.empty(x.shape[1]) if need else None for need in needs[1:])
     workspace = torch.empty(threads, 4, x.shape[1]) if any(needs[1:]) else None
     buffers = (x, dy, dsum, weight, mean, rstd, dx, dweight, dbias, workspace)
-    _native.norm_backward((*x.shape, x.stride(0)), address(*buffers), x.dtype is torch.bfloat16, threads)
+    _native.norm_backward((*x.shape, x.stride(0)), addresses(*buffers), x.dtype is torch.bfloat16, threads)
     return dx, dweight, dbias
 
 

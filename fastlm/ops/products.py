@@ -8,6 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastlm.dispatch import assume_constant
+from fastlm.ops.tensors import addresses
+
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
 LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
 NARROW, CHAIN = 16, 512  # columns, below which MKL adds up in one chain, and how long that may be
@@ -37,11 +40,17 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
+@assume_constant
+def exact_float32() -> bool:
+    """Tell whether products of float32 may not be made of fewer bits, which torch's then are."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
     """Tell whether `multiply` is the faster one: float32 as it is, large enough."""
     rows, depth, columns = *a.shape, b.shape[1]
     return native.cpu in CPUS and a.dtype is torch.float32 and a.is_cpu and columns >= LEAST_COLUMNS and \
-        rows * depth * columns >= LEAST_OPERATIONS and torch.get_float32_matmul_precision() == "highest"
+        rows * depth * columns >= LEAST_OPERATIONS and exact_float32()
 
 
 def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False,
@@ -61,9 +70,8 @@ def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None
         raise RuntimeError("mm: a product is added to out or to the bias, not to both")
     size, threads = a.element_size(), torch.get_num_threads()
     workspace = a.new_empty(native.product_workspace(rows, depth, columns, threads, size) // size)
-    addresses = (a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-                 workspace.data_ptr())
-    native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)), addresses, add, threads, size)
+    native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
+                   addresses(a, b, bias, out, workspace), add, threads, size)
     return out
 
 
@@ -89,6 +97,6 @@ def few_rows(native: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None 
     if depth > 1 and weight.stride(1) != 1:
         weight = weight.contiguous()
     y = x.new_empty(rows, columns)
-    addresses = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
-    native.few_rows((rows, depth, columns, weight.stride(0)), addresses, torch.get_num_threads(), x.element_size())
+    native.few_rows((rows, depth, columns, weight.stride(0)), addresses(x, weight, bias, y), torch.get_num_threads(),
+                    x.element_size())
     return y

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from fastlm.autograd import Differentiable, autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import FLOATS, accumulator, check_tensors
 
 MODES = ("int8", "int8_dynamic", "int4")
 GROUP_SIZES = (32, 64, 128)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK = 1 << 20  # values of the weight that are dequantized at a time: they stay in cache
 
 
 @at_once(lambda input, weight, scale, bias=None, *, mode="int8", group_size=64:
-         op.implementations["native"].at_once(input, weight, scale, bias, mode, group_size))
+         op.at_once(input, weight, scale, bias, mode, group_size))
 def quantized_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, mode: str = "int8",
                      group_size: int = 64) -> Tensor:
     """Compute `linear(input, Ŵ, bias)` with a weight from `quantize_weight`.
@@ -141,8 +141,7 @@ def _check(input, weight, scale, bias, mode, group_size):
         if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes[name]:
             wanted = " or ".join(str(d)[6:] for d in dtypes[name])
             raise TypeError(f"quantized_linear: {name} must be a {wanted} tensor, got {_describe(tensor)}")
-        if tensor.device != input.device:
-            raise RuntimeError(f"quantized_linear: {name} is on {tensor.device}, input on {input.device}")
+    check_tensors("quantized_linear", dict(input=input, weight=weight, scale=scale, bias=bias), ("bias",))
     if input.dim() == 0 or weight.dim() != 2:
         raise RuntimeError("quantized_linear: expected input [..., K] and weight of two dimensions, "
                            f"got {list(input.shape)} and {list(weight.shape)}")
@@ -161,7 +160,7 @@ def _describe(x):
 
 
 def reference(x, weight, scale, bias, mode, group_size):
-    exact = x.dtype if x.dtype is torch.float64 else torch.float32
+    exact = accumulator(x.dtype)
     y = x.to(exact)
     if mode == "int8_dynamic":
         values, row_scale = round_rows(y.detach())
@@ -211,7 +210,7 @@ def backward(grads, saved, tensors, needs, mode, group_size):
     (dy,), (x, weight, scale, _) = grads, tensors
     dx = None
     if needs[0]:
-        exact = x.dtype if x.dtype is torch.float64 else torch.float32
+        exact = accumulator(x.dtype)
         dx = torch.zeros(x.shape, dtype=exact, device=x.device)
         step = max(CHUNK // max(x.shape[1], 1), 1)
         for dy_part, *part in zip(dy.split(step, 1), weight.split(step), scale.split(step), strict=True):

@@ -6,7 +6,9 @@ import fastlm._native as _native
 from fastlm._native import amx, vnni  # an extension built before these kernels fails here, with a reason
 from fastlm.autograd import unwatched
 from fastlm.dispatch import PLAIN
+from fastlm.ops.cpu import cannot_here
 from fastlm.ops.quantized_linear import MODES, differentiable, reference
+from fastlm.ops.tensors import addresses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACCEPTS = {f"{mode} {name}" for mode in MODES for name in ("one row", "rows", "odd sizes", "one output", "no rows",
@@ -23,12 +25,10 @@ if _native.cpu == "zen5":
 
 
 def cannot(x, weight, scale, bias, mode, group_size):
-    if x.is_cuda:
-        return "no kernel for a GPU"
+    if reason := cannot_here(x, DTYPES):
+        return reason
     if not vnni:
         return "this CPU has no AVX-512 VNNI, or FASTLM_MAX_ISA forbids it"
-    if x.dtype not in DTYPES:
-        return f"no kernel for {x.dtype}"
     if mode == "int8_dynamic" and x.shape[1] > MOST_INPUTS:
         return f"more than {MOST_INPUTS} inputs would overflow 32 bits"
     return None
@@ -64,8 +64,7 @@ def forward(tensors, needs, mode, group_size):
     sizes = MODES.index(mode), NUMBERS[x.dtype], rows, inputs, outputs, group_size, torch.get_num_threads()
     workspace = torch.empty(_native.quantized_linear_workspace(*sizes), dtype=torch.uint8)
     y = torch.empty(rows, outputs, dtype=x.dtype)
-    addresses = (0 if t is None else t.data_ptr() for t in (x, weight, scale, bias, y, workspace))
-    _native.quantized_linear(*sizes, tuple(addresses))
+    _native.quantized_linear(*sizes, addresses(x, weight, scale, bias, y, workspace))
     return [y]
 
 

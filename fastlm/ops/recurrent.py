@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, autocast, autocasts
-from fastlm.dispatch import Op, Sample
+from fastlm.dispatch import Sample
 
 DENSE = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 IN_PLACE = 64  # hidden units from which on kernels multiply few rows by weights where they lie
@@ -54,11 +54,6 @@ def canonical(name: str, gates: int, states: int, args: tuple, kwargs: dict) -> 
         raise RuntimeError(f"{name}: hx has {len(hx)} tensors, expected {states}")
     _check_sizes(name, gates, data, batch_sizes, hx, params, *options)
     return data, batch_sizes, hx, list(params), *options
-
-
-def call(op: Op, gates: int, states: int, args: tuple, kwargs: dict, *cell: str) -> tuple[Tensor, ...]:
-    """Run an op on the arguments of either overload of `torch.lstm`, checked; `cell` is RNN's nonlinearity."""
-    return op(*canonical(op.name, gates, states, args, kwargs), *cell)
 
 
 def _check_tensors(name, data, hx, params):
@@ -138,6 +133,13 @@ def check_batch_sizes(name: str, batch_sizes: Tensor, rows: int) -> None:
         raise RuntimeError(f"{name}: batch_sizes sum to {sum(sizes)}, but input has {rows} rows")
 
 
+# --- kernels, on the CPU and on a GPU -----------------------------------------------------------------------------
+
+
+CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}  # as csrc/rnn.h numbers them
+GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
+
+
 def steps_of(name: str, x: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[int, int]:
     """Return what a kernel is told of time: how many steps, and the address of their sizes or 0; check the sizes."""
     if batch_sizes is None:
@@ -154,6 +156,19 @@ def projects(params: Sequence[Tensor], has_biases: bool, options: Sequence) -> b
     """Tell whether each layer and direction has a w_hr besides; `options` are num_layers, dropout, train, ..."""
     num_layers, _, _, bidirectional, _ = options
     return len(params) > (4 if has_biases else 2) * num_layers * (2 if bidirectional else 1)
+
+
+def split_biases(cell: str, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the bias that may be added outside the loop, and the one that may not: GRU's b_hn."""
+    if b_ih is None or cell != "gru":
+        return None if b_ih is None else b_ih + b_hh, None
+    outside = b_ih.shape[0] // 3 * 2
+    return torch.cat([b_ih[:outside] + b_hh[:outside], b_ih[outside:]]), b_hh[outside:].contiguous()
+
+
+def pair(states: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return (h, c), or (h, None) for a cell that has no c."""
+    return states if len(states) == 2 else [*states, None]
 
 
 # --- layers ----------------------------------------------------------------------------------------------------
@@ -256,7 +271,7 @@ def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, drop
             tensors = [x, *hx, *params]
             if cell in ("tanh", "relu") or (cell == "lstm" and batch_sizes is None):
                 tensors = autocast(x.device.type, *tensors)  # as stock does inside, unseen by an opaque operator
-            return _stock_layer([tensors[0], batch_sizes, *tensors[1:]], cell, has_biases, bidirectional)
+            return _stock_layers[cell]([tensors[0], batch_sizes, *tensors[1:]], cell, has_biases, bidirectional)
         return stack(layer, data, batch_sizes, hx, params, *options, batch_first)
     return _call_stock(cell, data, batch_sizes, hx, params, *options, batch_first)
 
@@ -308,10 +323,6 @@ _stock_layers = {
                          reference=lambda tensors, cell, *options: _call_stock(
                              cell, *_split(tensors, cell), options[0], 1, 0.0, True, options[1], False))
     for cell in STOCK}
-
-
-def _stock_layer(tensors, cell, has_biases, bidirectional):
-    return _stock_layers[cell](tensors, cell, has_biases, bidirectional)
 
 
 # --- samples and cost ------------------------------------------------------------------------------------------

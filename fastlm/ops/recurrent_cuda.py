@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable
-from fastlm.dispatch import build_report
+from fastlm.dispatch import assume_constant, build_report
 from fastlm.ops import recurrent
+from fastlm.ops.products import exact_float32
+from fastlm.ops.recurrent import CELLS, GATES, pair, split_biases
+from fastlm.ops.tensors import addresses
 
-CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
-GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 NUMBERS = {torch.float32: 0, torch.float64: 1, "tf32": 2, torch.bfloat16: 3, torch.float16: 4}
 MEASURED = dict(units=1024, sequences=64, steps=64)  # at most, at most and at least
 EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2}  # how the blocks of a kernel hand their results to each other
@@ -259,21 +260,14 @@ def misfit(native: ModuleType, cell: int, number: int, hidden: int, bidirectiona
     return None
 
 
+@assume_constant
 def _misfit(*args) -> str | None:
     return misfit(*args)
 
 
 def number_of(dtype: torch.dtype) -> int:
     """Return the kernels' number format: float32 is rounded to TF32 in products where PyTorch's own may be."""
-    return NUMBERS["tf32" if dtype is torch.float32 and _tf32() else dtype]
-
-
-def _tf32() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
-
-
-for constant in (_misfit, _tf32):  # to a graph; torch.compiler.assume_constant_result would import the compiler
-    constant._dynamo_marked_constant = True
+    return NUMBERS["tf32" if dtype is torch.float32 and not exact_float32() else dtype]
 
 
 def missing(native: ModuleType) -> str | None:
@@ -285,21 +279,3 @@ def missing(native: ModuleType) -> str | None:
         return f"the extension was built with CUDA {built}, " + (
             f"the NVIDIA driver is for CUDA {known}" if known else "there is no NVIDIA driver")
     return None
-
-
-def split_biases(cell: str, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the bias that may be added outside the loop, and the one that may not: GRU's b_hn."""
-    if b_ih is None or cell != "gru":
-        return None if b_ih is None else b_ih + b_hh, None
-    outside = b_ih.shape[0] // 3 * 2
-    return torch.cat([b_ih[:outside] + b_hh[:outside], b_ih[outside:]]), b_hh[outside:].contiguous()
-
-
-def pair(states):
-    """Return (h, c), or (h, None) for a cell that has no c."""
-    return states if len(states) == 2 else [*states, None]
-
-
-def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Return where the tensors lie, 0 for None. The caller keeps them: an address alone keeps no memory."""
-    return tuple(0 if t is None else t.data_ptr() for t in tensors)

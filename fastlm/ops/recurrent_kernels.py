@@ -15,18 +15,18 @@ from torch import Tensor
 from fastlm.autograd import Differentiable, unwatched
 from fastlm.dispatch import PLAIN
 from fastlm.ops import gpu, recurrent, recurrent_cuda
-from fastlm.ops.cpu import unmeasured
-from fastlm.ops.products import mm
-from fastlm.ops.recurrent import IN_PLACE
-from fastlm.ops.recurrent_cuda import CELLS, GATES, CudaLayers, pair, split_biases
+from fastlm.ops.cpu import MEASURED, unmeasured
+from fastlm.ops.products import exact_float32, mm
+from fastlm.ops.recurrent import CELLS, GATES, IN_PLACE, pair, split_biases
+from fastlm.ops.recurrent_cuda import CudaLayers
+from fastlm.ops.tensors import FLOATS, needs_gradient
 
+DTYPES = FLOATS
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
-MEASURED = ("intel", "zen5", "avx2")  # CPUs timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-24"
 
 
@@ -39,19 +39,19 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     """
     if data.is_cuda:
         return gpu.unmeasured(data) or recurrent_cuda.losses(cell, data, batch_sizes, hx, params, *options)
-    if unknown := unmeasured(native, *MEASURED):
+    if unknown := unmeasured(native):
         return unknown
-    dtype, precision = data.dtype, _precision()
+    dtype = data.dtype
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    pairs = native.pairs and (dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest"))
+    pairs = native.pairs and (dtype is torch.bfloat16 or (dtype is torch.float32 and not exact_float32()))
     if (dtype is torch.bfloat16 and native.bf16_arithmetic and not pairs) or \
             (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
     narrow = native.cpu == "avx2"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[-1].shape[1:]
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *hx, *params))
+    trains = needs_gradient(data, *hx, *params)
     if pairs:
         dense = batch_sizes is None and not recurrent.projects(params, options[0], options[1:])
         return _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense)
@@ -115,13 +115,6 @@ def _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense):
     return None if few or odd else f"slower than torch's oneDNN without gradients, but for few sequences: {later}"
 
 
-def _precision():
-    return torch.get_float32_matmul_precision()
-
-
-_precision._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
-
-
 class Layers:
     """One cell's `cannot` and `run`, and the differentiable layer in one direction that they are made of.
 
@@ -182,7 +175,7 @@ class Layers:
         A stream calls for every token: here Python, its caches swept by the weights, takes as long as the kernel.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != len(recurrent.DENSE) or \
-                self.native.cpu not in MEASURED or (self.native.pairs and _precision() != "highest"):
+                self.native.cpu not in MEASURED or (self.native.pairs and not exact_float32()):
             return None
         return self.stream(*args, dtypes=(torch.float32,))
 

@@ -46,7 +46,7 @@ def rnn(*args, nonlinearity="tanh", **kwargs):
     """
     if nonlinearity not in ACTIVATIONS:
         raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-    return recurrent.call(op, 1, 1, args, kwargs, nonlinearity)
+    return op(*recurrent.canonical("rnn", 1, 1, args, kwargs), nonlinearity)
 
 
 def step(nonlinearity, projected, states, w_hh, b_hh, w_hr=None):

@@ -8,23 +8,23 @@ The gradient of x is the rotation by the opposite angle.
 import torch
 from torch import Tensor
 
-from fastlm.autograd import plain
 from fastlm.dispatch import Op, Sample, at_once
+from fastlm.ops.tensors import check_tensors, readable
 
-FEW = 1 << 16  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-23
+LEAST = 1 << 16  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-23
 
 
-def _few(x, cos, sin):
+def _shortcut(x, cos, sin):
     """Rotate whole heads by angles `[S, D/2]`."""
     half = x.size(3) // 2
-    if x.numel() < FEW and cos.shape == sin.shape == (x.size(2), half) and x.size(3) == 2 * half and x.dim() == 4 and (
-            x.dtype is cos.dtype is sin.dtype and x.is_floating_point()):
+    if x.numel() < LEAST and cos.shape == sin.shape == (x.size(2), half) and x.size(3) == 2 * half and (
+            x.dim() == 4 and x.dtype is cos.dtype is sin.dtype and x.is_floating_point()):
         a, b = x.chunk(2, 3)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], 3)
     return None
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
                      positions: Tensor | None = None, rotary_dim: int | None = None) -> Tensor:
     """Rotate the first R columns of each head by the angles of its position; the columns from R on stay as they are.
@@ -51,13 +51,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
         IndexError: a position is not in the tables (on the CPU; on CUDA values are never read by the host).
         RuntimeError: the tensors are on different devices.
     """
-    for name, t in (("x", x), ("cos", cos), ("sin", sin)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"rotary_embedding: {name} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"rotary_embedding: {name} must be floating point, got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(f"rotary_embedding: {name} is on {t.device}, x is on {x.device}")
+    check_tensors("rotary_embedding", dict(x=x, cos=cos, sin=sin), floating=TypeError)
     if x.dim() != 4:
         raise ValueError(f"rotary_embedding: x has shape {list(x.shape)}, expected [B, H, S, D]")
     if cos.shape != sin.shape:
@@ -77,7 +71,7 @@ def _rows(table, positions):
                          "expected [S] or [B, S], and [N, R/2] or [N, R]")
     if positions.device != table.device:
         raise RuntimeError(f"rotary_embedding: positions is on {positions.device}, cos is on {table.device}")
-    if not torch.compiler.is_compiling() and not positions.is_cuda and plain((positions,)):
+    if readable(positions):
         wrong = positions[(positions < 0) | (positions >= table.size(0))]
         if wrong.numel():
             raise IndexError(f"rotary_embedding: positions holds {wrong[0].item()}, expected 0 to {table.size(0) - 1}")

@@ -3,9 +3,10 @@
 import torch
 
 import fastlm._native as _native
-from fastlm.ops.rotary import FEW
+from fastlm.ops.cpu import cannot_here, loses_below
+from fastlm.ops.rotary import LEAST
 from fastlm.ops.rotary_kernels import ACCEPTS, differentiable
-from fastlm.ops.row_kernels import address, adjacent, cannot_here, loses_below
+from fastlm.ops.tensors import addresses, adjacent
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
@@ -17,7 +18,7 @@ def cannot(x, cos, sin, interleaved):
 
 
 def loses(x, cos, sin, interleaved):
-    return loses_below(_native, (FEW, FEW), x, cos, sin)
+    return loses_below(_native, (LEAST, LEAST), x, cos, sin)
 
 
 def turn(x, cos, sin, y, interleaved, inverse):
@@ -26,7 +27,7 @@ def turn(x, cos, sin, y, interleaved, inverse):
     cos, sin = (_table(t, once) for t in (cos, sin))
     tables = (cos.stride(0) if cos.size(0) > 1 else 0, *cos.stride()[1:3])
     sizes = (*x.shape, cos.size(-1), *x.stride()[:3], *y.stride()[:3], *tables)
-    _native.rotary(interleaved, inverse, sizes, address(x, y, cos, sin), x.dtype is torch.bfloat16,
+    _native.rotary(interleaved, inverse, sizes, addresses(x, y, cos, sin), x.dtype is torch.bfloat16,
                    torch.get_num_threads())
 
 

@@ -14,18 +14,18 @@ from torch import Tensor
 from fastlm.autograd import autocasts
 from fastlm.dispatch import Op, Sample, at_once
 
-FEW = 1 << 14  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
+LEAST = 1 << 14  # numbers, below which stock is never the slower one: benchmarks/LOG.md 2026-11-24
 
 
-def _few(stock):
+def _shortcut(stock):
     def shortcut(input, dim, dtype=None):
-        if input.numel() >= FEW:
+        if input.numel() >= LEAST:
             return None
         return stock(input, dim) if dtype is None else stock(input, dim, dtype)
     return at_once(shortcut)
 
 
-@_few(torch.softmax)
+@_shortcut(torch.softmax)
 def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Normalise `input` to probabilities along `dim`.
 
@@ -45,7 +45,7 @@ def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = N
     return op(_checked("softmax", input, dim, dtype), dim)
 
 
-@_few(torch.log_softmax)
+@_shortcut(torch.log_softmax)
 def log_softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Return the logarithm of the softmax of `input` along `dim`, exact also where the probabilities round to zero.
 
@@ -55,13 +55,13 @@ def log_softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None
     return log_op(_checked("log_softmax", input, dim, dtype), dim, None, 1.0, True)
 
 
-def _few_masked(input, mask, dim=-1, *, scale=1.0):
-    if input.numel() >= FEW or mask.dtype is not torch.bool or mask.shape != input.shape[-mask.dim():]:
+def _masked_shortcut(input, mask, dim=-1, *, scale=1.0):
+    if input.numel() >= LEAST or mask.dtype is not torch.bool or mask.shape != input.shape[-mask.dim():]:
         return None
     return stock(input, dim, mask, scale) if input.is_floating_point() else None
 
 
-@at_once(_few_masked)
+@at_once(_masked_shortcut)
 def masked_softmax(input: Tensor, mask: Tensor | None = None, dim: int = -1, *, scale: float = 1.0,
                    dtype: torch.dtype | None = None) -> Tensor:
     """Normalise the elements of scale·`input` that `mask` keeps to probabilities along `dim`.

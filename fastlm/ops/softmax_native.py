@@ -4,8 +4,9 @@ import torch
 
 import fastlm._native as _native
 from fastlm.autograd import Differentiable, blank
-from fastlm.ops.row_kernels import address, adjacent, cannot_here, loses_below
-from fastlm.ops.softmax import FEW, collapse, gradient
+from fastlm.ops.cpu import cannot_here, loses_below
+from fastlm.ops.softmax import LEAST, collapse, gradient
+from fastlm.ops.tensors import addresses, adjacent
 
 ACCEPTS = {"row of 1", "row of 127", "row of 129", "row of 1000", "no mask", "by key", "by head", "by query and key",
            "by query", "few kept", "nothing kept", "negative scale", "row in pieces", "no rows", "empty rows"}
@@ -19,7 +20,7 @@ def cannot(x, dim, mask, scale, log):
 
 
 def loses(x, dim, mask, scale, log):
-    least = FEW if _native.cpu == "intel" else 1 << 17
+    least = LEAST if _native.cpu == "intel" else 1 << 17
     return loses_below(_native, (least, least), x)
 
 
@@ -43,7 +44,7 @@ def forward(tensors, needs, scale):
         shape = [(1, (0,))] * (3 - len(shape)) + shape
         sizes, strides = [n for n, _ in shape[1:]], [s for _, (s,) in shape]
     workspace = torch.empty(threads, cols)
-    _native.softmax((*rows.shape, rows.stride(0), *sizes, *strides, by_column), address(rows, mask, y, workspace),
+    _native.softmax((*rows.shape, rows.stride(0), *sizes, *strides, by_column), addresses(rows, mask, y, workspace),
                     scale, x.dtype is torch.bfloat16, threads)
     return [y]
 

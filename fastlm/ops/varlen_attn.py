@@ -12,23 +12,22 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
-from fastlm.dispatch import Op, Sample, at_once
+from fastlm.dispatch import Op, Sample, assume_constant, at_once
 from fastlm.ops.attention import reference as attention_reference
 from fastlm.ops.attention import scaled_dot_product_attention
 from fastlm.ops.attention import stock as attention_stock
 from fastlm.ops.attention_common import (
     Options,
-    accumulator,
     check_floats,
     check_integers,
     check_number,
     check_scale,
     check_softcap,
     check_window,
-    readable,
     seen_range,
     simplest,
 )
+from fastlm.ops.tensors import accumulator, check_tensors, needs_gradient, readable
 
 FEW, FEW_TRAINED = 6, 4  # sequences, below which SDPA for each is the faster one below LEAST multiplications
 LEAST = 1 << 22
@@ -37,11 +36,10 @@ INTEGERS = (torch.int32, torch.int64)
 
 def few(multiplications, sequences, *tensors) -> bool:
     """Tell whether there is so little to do that SDPA for each sequence is the faster one on every CPU."""
-    return multiplications < LEAST and (sequences < FEW_TRAINED or (sequences < FEW and not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in tensors))))
+    return multiplications < LEAST and (sequences < FEW_TRAINED or (sequences < FEW and not needs_gradient(*tensors)))
 
 
-def _few(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+def _shortcut(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
          enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, softcap=None, alibi_slopes=None,
          sinks=None):
     lacking = return_aux, seqused_k, block_table, num_splits, softcap, alibi_slopes, sinks
@@ -67,7 +65,7 @@ def _few(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None
                       for part in zip(*parts, strict=True)], 1).squeeze(0)
 
 
-@at_once(_few)
+@at_once(_shortcut)
 def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int,
                 max_k: int, *, return_aux=None, scale: float | None = None,
                 window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False, seqused_k: Tensor | None = None,
@@ -122,9 +120,7 @@ def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_
 
 
 def _checked(query, key, value, enable_gqa, paged):
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"varlen_attn: {name} must be a Tensor, got {type(x).__name__}")
+    check_tensors("varlen_attn", dict(query=query, key=key, value=value))
     query, key, value = autocast(query.device.type, query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         expected = "[pages, page_size, H_kv, D]" if paged and name != "query" else "[T, H, D]"
@@ -133,8 +129,6 @@ def _checked(query, key, value, enable_gqa, paged):
         if x.dtype != query.dtype or not x.is_floating_point():
             raise RuntimeError(f"varlen_attn: {name} is {x.dtype}, expected one floating dtype for query "
                                f"({query.dtype}), key and value")
-        if x.device != query.device:
-            raise RuntimeError(f"varlen_attn: {name} is on {x.device}, query is on {query.device}")
     if key.size(-1) != query.size(-1):
         raise RuntimeError(f"varlen_attn: key has head_dim {key.size(-1)}, query has {query.size(-1)}")
     if value.shape[:-1] != key.shape[:-1]:
@@ -264,14 +258,12 @@ def stock(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
     return (found[0], found[1].mT) if options.return_lse else found
 
 
+@assume_constant
 def _is_newer() -> bool:
     """Tell whether torch's varlen_attn knows grouped heads, lengths and pages: it came with less in torch 2.11."""
     from torch.nn.attention import varlen
 
     return "num_splits" in inspect.signature(varlen.varlen_attn).parameters
-
-
-_is_newer._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
 
 
 def _each(attend, query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, options):
@@ -292,7 +284,7 @@ def _each(attend, query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_
         out = out + sum(x[:0].sum() for x in (query, key, value))
     if not options.return_lse:
         return out
-    return out, torch.cat([*lses, query.new_full(rest, -torch.inf, dtype=accumulator(query))])
+    return out, torch.cat([*lses, query.new_full(rest, -torch.inf, dtype=accumulator(query.dtype))])
 
 
 def samples(scale: str, dtype: torch.dtype, device: str):

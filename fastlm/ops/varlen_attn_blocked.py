@@ -9,22 +9,19 @@ import torch
 
 from fastlm.ops import attention_lanes, attention_tiles
 from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
-from fastlm.ops.attention_common import accumulator, simplest
-from fastlm.ops.attention_cpu import differentiable
+from fastlm.ops.attention_common import differentiable, simplest
+from fastlm.ops.cpu import cannot_here
+from fastlm.ops.tensors import FLOATS, accumulator, needs_gradient
 from fastlm.ops.varlen_attn import reference, rows, sequences, unpaged
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
+DTYPES = FLOATS
 FEW_QUERIES = 16
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def cannot(query, *rest):
-    if query.device.type not in ("cpu", "meta"):
-        return "computes on the CPU"
-    if query.dtype not in DTYPES:
-        return f"no tiles in {query.dtype}"
-    return None
+    return cannot_here(query, DTYPES)
 
 
 def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
@@ -34,9 +31,8 @@ def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
         return None  # the loop over sequences reads values, which a graph has not
     if lacking or options.left >= 0 or value.size(-1) != query.size(-1):
         return None
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     masked = options.right >= 0 and max_q != max_k
-    if max_q <= FEW_QUERIES or not (training or masked):
+    if max_q <= FEW_QUERIES or not (masked or needs_gradient(query, key, value)):
         return "SDPA for each sequence: benchmarks/LOG.md 2026-11-24"
     return None
 
@@ -72,7 +68,7 @@ def _forward(tensors, options, out, lse):
 
 
 def _backward(tensors, options, saved, grads, needs):
-    found = [torch.zeros(t.shape, dtype=accumulator(t)) if need else None
+    found = [torch.zeros(t.shape, dtype=accumulator(t.dtype)) if need else None
              for t, need in zip(tensors[:4], needs, strict=False)]
     dquery, dkey, dvalue, dsinks = found
     wanted = [*needs[:3], False, needs[3]]

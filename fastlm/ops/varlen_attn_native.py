@@ -4,12 +4,13 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
-from fastlm.ops.attention_common import accumulator
-from fastlm.ops.attention_cpu import differentiable
-from fastlm.ops.attention_kernels import DTYPES, MEASURED, MOST, Kernels
-from fastlm.ops.cpu import unmeasured
+from fastlm.ops.attention_common import differentiable
+from fastlm.ops.attention_kernels import MOST, Kernels
+from fastlm.ops.cpu import cannot_here, unmeasured
+from fastlm.ops.tensors import FLOATS, accumulator
 from fastlm.ops.varlen_attn import few, reference, sequences, unpaged
 
+DTYPES = FLOATS
 LEAST, LEAST_ON_AVX2 = 1 << 23, 1 << 26  # multiplications of few sequences
 ROW = "benchmarks/LOG.md 2026-11-25 and 26"
 
@@ -17,10 +18,8 @@ __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 
 def cannot(query, key, value, *rest):
-    if query.device.type not in ("cpu", "meta"):
-        return "runs on the CPU alone"
-    if query.dtype not in DTYPES:
-        return f"no kernel for {query.dtype}"
+    if reason := cannot_here(query, DTYPES):
+        return reason
     if max(query.size(-1), value.size(-1)) > MOST:
         return f"heads of more than {MOST} numbers"
     return None
@@ -28,7 +27,7 @@ def cannot(query, key, value, *rest):
 
 def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, num_splits,
           options):
-    if unknown := unmeasured(_native, *MEASURED):
+    if unknown := unmeasured(_native):
         return unknown
     lacking = sinks is not None or slopes is not None or options.softcap or options.return_lse or options.left >= 0
     if lacking or torch.compiler.is_compiling():  # stock's loop over sequences reads values, which a graph has not
@@ -62,7 +61,7 @@ class _Packed:
         """Return the gradient of `x`, where that is a pool of pages, from the one of the tokens that were read."""
         if self.tokens is None:
             return grad
-        whole = torch.zeros(unpaged(x).shape, dtype=accumulator(grad))
+        whole = torch.zeros(unpaged(x).shape, dtype=accumulator(grad.dtype))
         return whole.index_add_(0, self.tokens, grad.to(whole.dtype)).view(x.shape)
 
 

@@ -237,11 +237,10 @@ def trainer(model: str, layers: str, device: str):
 
 @functools.cache
 def _data(seq_len):
-    from fastlm.training.config import RunConfig
-    from fastlm.training.data import build_tokenizer, load_corpus, tokenize
+    from fastlm.training.config import configure
+    from fastlm.training.train import load_data
 
-    corpus = load_corpus(RunConfig.data)
-    return tokenize(corpus, build_tokenizer(RunConfig.tokenizer, corpus.train, RunConfig.vocab_size), seq_len)
+    return load_data(configure(seq_len=seq_len))
 
 
 def curves(steps: int, device: str) -> Iterator[Curve]:

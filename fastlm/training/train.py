@@ -227,15 +227,6 @@ def interruptions():
             signal.signal(number, handler)
 
 
-def losses(config: RunConfig, data: Data, steps: int) -> list[float]:
-    """Train a fresh model for `steps` steps and return the loss of each: what benchmarks compare.
-
-    The learning rate follows the schedule of `config.steps`, so a short run is the beginning of the long one.
-    """
-    trainer = Trainer(config, data)
-    return [trainer.step().item() for _ in range(steps)]
-
-
 def learning_rate(peak: float, step: int, steps: int) -> float:
     """Return the rate of a step: up to `peak` in the first tenth (at most 100 steps), then a cosine to a tenth."""
     warmup = min(100, steps // 10)

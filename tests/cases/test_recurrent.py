@@ -441,7 +441,7 @@ def test_exchange(name, sample, dtype, exchange, device, poisoned, monkeypatch):
 @pytest.mark.parametrize("cpu", [AVX2, AVX512, COOPER_LAKE, ZEN_5, SAPPHIRE_RAPIDS])
 def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision, monkeypatch):
     """Layers look at sizes alone; the kernels' own rule must say the same on every CPU."""
-    monkeypatch.setattr(recurrent_kernels, "_precision", lambda: precision)
+    monkeypatch.setattr(recurrent_kernels, "exact_float32", lambda: precision == "highest")
     at_once = 0
     for (kind, cell), hidden in itertools.product((("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "tanh")), (8, 255, 256)):
         layer = getattr(fastlm.nn, kind)(4, hidden)

@@ -1,7 +1,7 @@
-"""What `fastlm bench` measures: each file here is a suite and yields its cases; those with goals name what to reach.
+"""What `fastlm bench` measures: a file here is a suite and yields its cases; those with goals name what to reach.
 
-`ops`, `modules` and `models` cover everything there is. The others hold one family to the figures that the project
-set itself, shape by shape.
+`ops`, `modules` and `models` (whose training `bench.curves` compares) cover everything there is. The others hold one
+family to the figures that the project set itself, shape by shape. `head` takes in quantized.py; liger.py is a baseline.
 """
 
 import functools
@@ -14,11 +14,13 @@ import torch
 import fastlm
 from fastlm import measure
 from fastlm.dispatch import Op
+from fastlm.ops import ALL
 from fastlm.tools.suites import liger
 
 EVERYTHING = ("ops", "modules", "models")
 FAMILIES = ("rnn-cpu", "rnn-cuda", "norms", "attention", "head", "small")
 SUITES = EVERYTHING + FAMILIES
+OPS = {op.name: op for op in ALL}
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,27 @@ def op_subject(op: Op, args: tuple, **options) -> Subject:
     options = dict(floor=functools.partial(measure.floor, op, args), compiled=op.compiled) | options
     return Subject(args, op, {"torch": op.implementations["torch"].run} | liger.baseline(op.name, args),
                    lambda ran: measure.errors(op, ran, args), op.constants, warm=warm, **options)
+
+
+def pair(name: str, *args, **options) -> list[torch.nn.Module]:
+    """Return torch.nn's module of this name and fastlm.nn's."""
+    torch.manual_seed(0)
+    return [getattr(namespace, name)(*args, **options) for namespace in (torch.nn, fastlm.nn)]
+
+
+def apply(module, x):
+    """Call a module whose result is one tensor."""
+    return module(x)
+
+
+def first(module, x):
+    """Call a recurrent layer or an LSTM's cell."""
+    return module(x)[0]
+
+
+def attend(module, x):
+    """Call a MultiheadAttention."""
+    return module(x, x, x, need_weights=False)[0]
 
 
 def module_subject(stock: torch.nn.Module, ours: torch.nn.Module, call: Callable, x: torch.Tensor,

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fastlm import measure
-from fastlm.ops import ALL
 from fastlm.ops.attention_common import Options
-from fastlm.tools.suites import Case, Goal, Subject, op_subject
+from fastlm.tools.suites import OPS, Case, Goal, Subject, op_subject
 
-OPS = {op.name: op for op in ALL}
 CHECKED = 2048  # queries and keys of one head that are compared with float64; more would not fit into memory
 NO_SLOWER = {"forward": Goal(ratio=0.95), "training": Goal(ratio=0.95)}
 SMALL = {"training": Goal(memory=1 / 8)}
@@ -75,8 +73,7 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
 
 
 def _case(op, name, case, dtype, goals, build) -> Case:
-    return Case("attention", op, f"{name} {case}", dtype, build, modes=tuple(goals), goals=goals,
-                fast=tuple(n for n in OPS[op].default if n != "torch"))
+    return Case("attention", op, f"{name} {case}", dtype, build, modes=tuple(goals), goals=goals, fast=OPS[op].fast)
 
 
 def _subject(features, shape, dtype, device) -> Subject:

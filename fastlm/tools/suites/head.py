@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import measure
-from fastlm.ops import ALL
-from fastlm.tools.suites import Case, Goal, Subject, op_subject, quantized
+from fastlm.tools.suites import OPS, Case, Goal, Subject, op_subject, quantized
 
-OPS = {op.name: op for op in ALL}
 CHUNKED = {"accurate": "aspect_ratio", "balanced": "aspect_ratio", "compact": "aspect_ratio:2"}  # policy -> chunks
 
 # (tokens, hidden, classes), dtype -> our time over stock's and our memory over eager's that are to be reached
@@ -60,7 +58,7 @@ def _emulates_bf16(device):
 
 
 def _case(name, case, dtype, build, goals):
-    return Case("head", name, case, dtype, build, goals=goals, fast=tuple(n for n in OPS[name].default if n != "torch"))
+    return Case("head", name, case, dtype, build, goals=goals, fast=OPS[name].fast)
 
 
 def _linear(n, h, v, dtype, device) -> Subject:

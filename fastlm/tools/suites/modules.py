@@ -5,33 +5,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-import fastlm
-from fastlm.tools.suites import Case, Subject, module_subject
+from fastlm.tools.suites import Case, Subject, apply, attend, first, module_subject, pair
 from fastlm.tools.suites.ops import default_dtypes
-
-
-def _first(module, x):
-    return module(x)[0]
-
-
-def _attend(module, x):
-    return module(x, x, x, need_weights=False)[0]
-
-
-def _apply(module, x):
-    return module(x)
-
 
 # name, case, shape of x, arguments of the constructor, its keywords, how to call it
 MODULES = (
-    *((cell, "2 layers, both ways, T64 B16 H256", (64, 16, 256), (256, 256, 2), dict(bidirectional=True), _first)
+    *((cell, "2 layers, both ways, T64 B16 H256", (64, 16, 256), (256, 256, 2), dict(bidirectional=True), first)
       for cell in ("LSTM", "GRU", "RNN")),
-    *((f"{cell}Cell", "B16 H512", (16, 512), (512, 512), {}, _first if cell == "LSTM" else _apply)
+    *((f"{cell}Cell", "B16 H512", (16, 512), (512, 512), {}, first if cell == "LSTM" else apply)
       for cell in ("LSTM", "GRU", "RNN")),
-    ("Linear", "4x256x256 to 1024", (4, 256, 256), (256, 1024), {}, _apply),
-    ("MultiheadAttention", "B4 T256 E256", (4, 256, 256), (256, 4), dict(batch_first=True), _attend),
+    ("Linear", "4x256x256 to 1024", (4, 256, 256), (256, 1024), {}, apply),
+    ("MultiheadAttention", "B4 T256 E256", (4, 256, 256), (256, 4), dict(batch_first=True), attend),
     ("TransformerEncoderLayer", "B4 T256 E256", (4, 256, 256), (256, 4, 1024),
-     dict(dropout=0.0, batch_first=True, norm_first=True), _apply),
+     dict(dropout=0.0, batch_first=True, norm_first=True), apply),
 )
 
 
@@ -42,7 +28,5 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
 
 
 def _subject(name, device, dtype, shape, args, options, call) -> Subject:
-    torch.manual_seed(0)
-    stock, ours = (getattr(namespace, name)(*args, **options, device=device, dtype=dtype)
-                   for namespace in (torch.nn, fastlm.nn))
+    stock, ours = pair(name, *args, **options, device=device, dtype=dtype)
     return module_subject(stock, ours, call, torch.randn(shape, device=device).to(dtype))

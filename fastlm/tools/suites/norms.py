@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from fastlm import measure
-from fastlm.ops import ALL
-from fastlm.tools.suites import Case, Goal, Subject, op_subject
+from fastlm.tools.suites import OPS, Case, Goal, Subject, op_subject
 
-OPS = {op.name: op for op in ALL}
 NO_SLOWER = Goal(ratio=0.95)
 
 
@@ -26,7 +24,7 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
                 op, _, form = name.partition(" ")
                 yield Case("norms", op, " ".join(["x".join(map(str, shape)), form]).strip(), dtype,
                            functools.partial(_subject, op, make, shape, dtype, device, backward_passes),
-                           goals=wanted, fast=tuple(n for n in OPS[op].default if n != "torch"))
+                           goals=wanted, fast=OPS[op].fast)
 
 
 def _goals(forward: float, backward: float, ratio: float | None, passes: float) -> dict[str, Goal]:

@@ -12,9 +12,9 @@ from fastlm.tools.suites import Case, op_subject
 
 def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[Case]:
     for op, dtype in itertools.product(ALL, dtypes or default_dtypes(device)):
-        fast = tuple(name for name in op.default if name != "torch")
         for i, sample in enumerate(op.samples("bench", dtype, "meta")):
-            yield Case("ops", op.name, sample.name, dtype, functools.partial(_subject, op, i, dtype, device), fast=fast)
+            yield Case("ops", op.name, sample.name, dtype, functools.partial(_subject, op, i, dtype, device),
+                       fast=op.fast)
 
 
 def _subject(op, index, dtype, device):

@@ -29,7 +29,7 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
                 goal = Goal(share=share) if gpu and share else Goal(ratio=ratio) if ratio and not gpu else None
                 yield Case("head", op.name, f"{mode} {rows}x{SIZE}x{SIZE} against F.linear", dtype,
                            functools.partial(_subject, mode, rows, dtype, device), modes=("forward",),
-                           goals={"forward": goal} if goal else {}, fast=tuple(n for n in op.default if n != "torch"))
+                           goals={"forward": goal} if goal else {}, fast=op.fast)
 
 
 def _subject(mode, rows, dtype, device) -> Subject:

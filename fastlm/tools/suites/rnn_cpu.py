@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastlm
 from fastlm import measure
-from fastlm.tools.suites import Case, Goal, Subject, module_subject
+from fastlm.tools.suites import Case, Goal, Subject, first, module_subject, pair
 
 SHAPES = ((128, 32, 256), (128, 32, 512), (32, 64, 1024), (512, 1, 512), (35, 20, 650))
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -80,25 +80,16 @@ def _goal(cell, dtype, mode, steps, batch, hidden):
     return Goal(every, memory=1.0 if train else None, share=SHARE[dtype] if wide else None, means=means)
 
 
-def _pair(cell, *args, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    return [getattr(namespace, cell)(*args, **options, dtype=dtype) for namespace in (torch.nn, fastlm.nn)]
-
-
-def _first(module, x):
-    return module(x)[0]
-
-
 def _layer(cell, dtype, steps, batch, hidden) -> Subject:
-    stock, ours = _pair(cell, hidden, hidden, dtype=dtype)
+    stock, ours = pair(cell, hidden, hidden, dtype=dtype)
     work = 4 * GATES[cell] * hidden * hidden * steps * batch
-    return module_subject(stock, ours, _first, torch.randn(steps, batch, hidden).to(dtype),
+    return module_subject(stock, ours, first, torch.randn(steps, batch, hidden).to(dtype),
                           floor=lambda: work / measure.peaks("cpu", dtype)[0], warm=_warm(cell, dtype))
 
 
 def _stream(cell, hidden, onednn) -> Subject:
     """Tokens one by one, state in and out, as generation calls it: the modules themselves, no parameters passed."""
-    stock, ours = _pair(cell, hidden, hidden)
+    stock, ours = pair(cell, hidden, hidden)
     x, h = torch.randn(1, 1, hidden), torch.randn(1, 1, hidden)
     state = (h, torch.randn(1, 1, hidden)) if cell == "LSTM" else h
     checked = module_subject(stock, ours, lambda module, x: module(x, measure.cast(state, x.dtype)), x)
@@ -119,7 +110,7 @@ def _stream(cell, hidden, onednn) -> Subject:
 
 
 def _packed(cell) -> Subject:
-    stock, ours = _pair(cell, 512, 512)
+    stock, ours = pair(cell, 512, 512)
     lengths = torch.linspace(128, 10, 32).long()
     batch_sizes = (lengths[None] > torch.arange(128)[:, None]).sum(1)
     return module_subject(stock, ours, lambda module, x: module(PackedSequence(x, batch_sizes))[0].data,
@@ -127,18 +118,18 @@ def _packed(cell) -> Subject:
 
 
 def _deep(cell) -> Subject:
-    stock, ours = _pair(cell, 256, 256, 2, bidirectional=True, dropout=0.2)
-    return module_subject(stock, ours, _first, torch.randn(128, 32, 256), warm=_warm(cell, torch.float32))
+    stock, ours = pair(cell, 256, 256, 2, bidirectional=True, dropout=0.2)
+    return module_subject(stock, ours, first, torch.randn(128, 32, 256), warm=_warm(cell, torch.float32))
 
 
 def _projected(hidden, projection) -> Subject:
-    stock, ours = _pair("LSTM", hidden, hidden, proj_size=projection)
-    return module_subject(stock, ours, _first, torch.randn(128, 32, hidden), warm=_warm("LSTM", torch.float32))
+    stock, ours = pair("LSTM", hidden, hidden, proj_size=projection)
+    return module_subject(stock, ours, first, torch.randn(128, 32, hidden), warm=_warm("LSTM", torch.float32))
 
 
 def _warm(cell, dtype):
     def warm(which):
-        module = _pair(cell, 8, 8, dtype=dtype)[which == "ours"]
+        module = pair(cell, 8, 8, dtype=dtype)[which == "ours"]
         with fastlm.backend("native", "torch"):  # the small one would run stock
             module(torch.randn(2, 2, 8).to(dtype))[0].sum().backward()
     return warm

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-import fastlm
 from fastlm import measure
-from fastlm.tools.suites import Case, Goal, Subject, module_errors, module_subject
+from fastlm.tools.suites import Case, Goal, Subject, first, module_errors, module_subject, pair
 
 STEPS, CHECKED = 512, 64  # of which so many are compared with float64, where cuDNN is slow
 HIDDEN, BATCH = (256, 512, 650, 768, 1024), (1, 16, 64)
@@ -56,12 +55,10 @@ def _layer(cell, dtype, device, steps, batch, hidden, against) -> Subject:
     if torch.device(device).type != "cuda":
         raise ValueError("rnn-cuda: needs an NVIDIA GPU (--device cuda), there is none here" if not
                          torch.cuda.is_available() else "rnn-cuda: measures a GPU: --device cuda")
-    torch.manual_seed(0)
-    stock, ours = (getattr(namespace, cell)(hidden, hidden, device=device, dtype=dtype)
-                   for namespace in (torch.nn, fastlm.nn))
+    stock, ours = pair(cell, hidden, hidden, device=device, dtype=dtype)
     x = torch.randn(steps, batch, hidden, device=device).to(dtype)
     floors = [functools.partial(floor, cell, dtype, device, steps, batch, hidden, mode) for mode in MODES]
-    subject = module_subject(stock, ours, lambda module, x: module(x)[0], x, floor=floors[0],
+    subject = module_subject(stock, ours, first, x, floor=floors[0],
                              training_floor=floors[1])
     few = (x[:CHECKED], subject.args[1])
     subject.errors = lambda ran: module_errors(few, subject.ours, subject.baselines["torch"])

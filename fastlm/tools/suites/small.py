@@ -9,12 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-import fastlm
 from fastlm import ops
 from fastlm.ops.quantized_linear import dequantize_weight, quantize_weight
-from fastlm.tools.suites import Case, Goal, Subject, module_errors, module_subject
+from fastlm.tools.suites import Case, Goal, Subject, apply, attend, first, module_errors, module_subject, pair
 
 CALLS = 16
 GOAL = Goal(ratio=0.95, slack=CALLS * 3e-6)
@@ -194,25 +192,11 @@ class _Called:
 
 
 def _module(name, arguments, options, call, shape, dtype, device) -> Subject:
-    torch.manual_seed(0)
-    stock, ours = (getattr(namespace, name)(*arguments(*shape), **options).to(device, dtype)
-                   for namespace in (nn, fastlm.nn))
+    stock, ours = (module.to(device, dtype) for module in pair(name, *arguments(*shape), **options))
     x = torch.randn(shape, device=device).to(dtype)
     checked = module_subject(stock, ours, call, x)
     return Subject((x,), _Called(ours, call), {"torch": _Called(stock, call)}, checked.errors, modules=(ours, stock),
                    whole=True)
-
-
-def _apply(module, x):
-    return module(x)
-
-
-def _first(module, x):
-    return module(x)[0]
-
-
-def _attend(module, x):
-    return module(x, x, x, need_weights=False)[0]
 
 
 def _attend_with_weights(module, x):
@@ -246,16 +230,16 @@ def _block(*shape):
 # name, form, shapes of x, arguments of the constructor from them, its keywords, how to call it
 LAYER = dict(dropout=0.0, batch_first=True)
 MODULES = (
-    ("Softmax", "", ROWS, lambda *shape: (-1,), {}, _apply),
-    ("GELU", "", ROWS, lambda *shape: (), {}, _apply),
-    ("RMSNorm", "", ROWS, _width, {}, _apply),
-    ("LayerNorm", "", ROWS, _width, {}, _apply),
-    ("Linear", "", ROWS, _square, {}, _apply),
+    ("Softmax", "", ROWS, lambda *shape: (-1,), {}, apply),
+    ("GELU", "", ROWS, lambda *shape: (), {}, apply),
+    ("RMSNorm", "", ROWS, _width, {}, apply),
+    ("LayerNorm", "", ROWS, _width, {}, apply),
+    ("Linear", "", ROWS, _square, {}, apply),
     ("CrossEntropyLoss", "", ((16, 1000),), lambda *shape: (), {}, _loss),
-    *((f"{cell}Cell", "", ROWS, _square, {}, _first if cell == "LSTM" else _apply) for cell in ("RNN", "GRU", "LSTM")),
-    *((cell, "", STEPS, _square, {}, _first) for cell in ("RNN", "GRU", "LSTM")),
-    ("MultiheadAttention", "", TOKENS, _of_heads, dict(batch_first=True), _attend),
+    *((f"{cell}Cell", "", ROWS, _square, {}, first if cell == "LSTM" else apply) for cell in ("RNN", "GRU", "LSTM")),
+    *((cell, "", STEPS, _square, {}, first) for cell in ("RNN", "GRU", "LSTM")),
+    ("MultiheadAttention", "", TOKENS, _of_heads, dict(batch_first=True), attend),
     ("MultiheadAttention", "weights", TOKENS, _of_heads, dict(batch_first=True), _attend_with_weights),
-    ("TransformerEncoderLayer", "", TOKENS, _block, LAYER, _apply),
+    ("TransformerEncoderLayer", "", TOKENS, _block, LAYER, apply),
     ("TransformerDecoderLayer", "", TOKENS, _block, LAYER, _decode),
 )
