@@ -251,7 +251,8 @@ class Layers:
     def direct(self, tensors, train, reverse):
         """Do what `forward` does without packing, copying or converting a weight matrix."""
         x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, _ = [t if t is None else t.contiguous() for t in tensors]
-        problem, hidden, rows = self.problem(x, batch_sizes, states, None, reverse), w_hh.shape[1], math.prod(x.shape[:-1])
+        problem, hidden = self.problem(x, batch_sizes, states, None, reverse), w_hh.shape[1]
+        rows = math.prod(x.shape[:-1])
         last, once = [torch.empty_like(s) for s in states], batch_sizes is None and x.shape[0] == 1
         y = torch.empty_like(states[0]) if once else x.new_empty(*x.shape[:-1], hidden)
         columns = padded(4 * hidden, x.element_size())
