@@ -256,7 +256,7 @@ def triton_can_run() -> bool:
 
 
 def forward_mode() -> str | None:
-    """Return the reason why no kernel of ours runs while dual numbers are about, else None: it has no such derivative."""
+    """Return why no kernel of ours runs while dual numbers are about (it has no such derivative), else None."""
     if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation (jvp, hessian)"
     return None
