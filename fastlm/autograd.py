@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
+from fastlm.flops import teach
+
 _library = torch.library.Library("fastlm", "DEF")
 
 ABSENT, FROZEN, NEEDED = -1, 0, 1  # what a slot of an operator's tensors holds
@@ -94,7 +96,12 @@ class Differentiable:
             return _apply(_Forward, self, _slots(tensors, True), statics, *present)[: self.outputs]
         if plain(present):  # the shortest way: a stream calls for every token
             return self.run_alone(tensors, *statics)[: self.outputs]
-        return self.forward_op(present, _slots(tensors, False), *statics)[: self.outputs]
+        return self.watched(self.forward_op, present, _slots(tensors, False), *statics)[: self.outputs]
+
+    def watched(self, op, *args):
+        """Call an operator through torch's dispatcher, where modes see it."""
+        teach(self)
+        return op(*args)
 
     def kept(self, tensors, outputs, slots, statics):
         """Return what is saved in place of the tensors that are present."""
@@ -145,8 +152,9 @@ class Differentiable:
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(kernels, slots, statics, *tensors):
-        run = kernels.run_forward if plain(tensors) else kernels.forward_op
-        return tuple(run(tensors, slots, *statics))
+        if not plain(tensors):
+            return tuple(kernels.watched(kernels.forward_op, tensors, slots, *statics))
+        return tuple(kernels.run_forward(tensors, slots, *statics))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -193,7 +201,7 @@ class _Backward(torch.autograd.Function):
     def run(kernels, slots, statics, n_grads, n_saved, *tensors, spent):
         grads, saved, inputs = tensors[:n_grads], tensors[n_grads: n_grads + n_saved], tensors[n_grads + n_saved:]
         if not plain(tensors):  # the compiler's operators must not return what they are given
-            return tuple(kernels.backward_op(grads, saved, inputs, slots, *statics))
+            return tuple(kernels.watched(kernels.backward_op, grads, saved, inputs, slots, *statics))
         return tuple(kernels.run_backward(grads, saved, inputs, slots, *statics, spent=spent))
 
     @staticmethod
