@@ -6,11 +6,14 @@ that register autograd break `torch.func.grad` and give silently zero forward-mo
 itself differentiable: its own backward differentiates the reference.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
+
+from fastlm.flops import teach
 
 _library = torch.library.Library("fastlm", "DEF")
 
@@ -40,6 +43,7 @@ class Differentiable:
             which no operator may return; `backward` is not asked for them.
         spends: backward takes one argument more, `spent`: whether nothing will read `saved` again, so that it may
             write into it and return it. Without that, what forward has made as large as a weight exists twice.
+            Threads take turns at such a backward, as at nodes of C++.
     """
 
     def __init__(self, name: str, *, statics: str = "", outputs: int, forward: Callable, fake: Callable,
@@ -47,7 +51,7 @@ class Differentiable:
                  keep: Callable | None = None, gradient: Callable | None = None,
                  borrowed: dict[int, Callable] | None = None, spends: bool = False):
         self.name, self.outputs, self.reference, self.gradient = name, outputs, reference, gradient
-        self.keep, self.borrowed = keep, borrowed or {}
+        self.keep, self.borrowed, self.spends = keep, borrowed or {}, spends
         self.first_saved = 0 if reads_results else outputs
         statics = f", {statics}" if statics else ""
 
@@ -92,7 +96,12 @@ class Differentiable:
             return _apply(_Forward, self, _slots(tensors, True), statics, *present)[: self.outputs]
         if plain(present):  # the shortest way: a stream calls for every token
             return self.run_alone(tensors, *statics)[: self.outputs]
-        return self.forward_op(present, _slots(tensors, False), *statics)[: self.outputs]
+        return self.watched(self.forward_op, present, _slots(tensors, False), *statics)[: self.outputs]
+
+    def watched(self, op, *args):
+        """Call an operator through torch's dispatcher, where modes see it."""
+        teach(self)
+        return op(*args)
 
     def kept(self, tensors, outputs, slots, statics):
         """Return what is saved in place of the tensors that are present."""
@@ -101,13 +110,13 @@ class Differentiable:
         found = self.keep(_unpack(tensors, slots), outputs, [s == NEEDED for s in slots], *statics)
         return [t for t in found if t is not None]
 
-    def pull(self, grads, saved, tensors, slots, statics):
+    def pull(self, grads, saved, tensors, slots, statics, spent):
         """Return the gradients of the tensors that are present, themselves differentiable where that is wanted."""
         args = self, self.asked(slots), statics, len(grads), len(saved), *grads, *saved, *tensors
         # A transform that has ended leaves its wrappers.
         wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, args[5:]))
         once = not (wrapped or torch.is_grad_enabled() or transformed())
-        return self.lend(grads, _Backward.run(*args, spends=True) if once else _apply(_Backward, *args), slots)
+        return self.lend(grads, _Backward.run(*args, spent=spent) if once else _apply(_Backward, *args), slots)
 
     def lend(self, grads, found, slots):
         """Return the gradients of all tensors that need one, None for the others that are present."""
@@ -143,8 +152,9 @@ class Differentiable:
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(kernels, slots, statics, *tensors):
-        run = kernels.run_forward if plain(tensors) else kernels.forward_op
-        return tuple(run(tensors, slots, *statics))
+        if not plain(tensors):
+            return tuple(kernels.watched(kernels.forward_op, tensors, slots, *statics))
+        return tuple(kernels.run_forward(tensors, slots, *statics))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -155,14 +165,27 @@ class _Forward(torch.autograd.Function):
         kept = ctx.kernels.kept(tensors, output, ctx.slots, ctx.statics)
         ctx.save_for_backward(*kept, *output[ctx.kernels.first_saved:])
         ctx.count = len(tensors)
+        if ctx.kernels.spends:
+            ctx.turn, ctx.freed, ctx.owned = threading.Lock(), False, _owns_saved()
 
     @staticmethod
     def backward(ctx, *grads):
+        if not ctx.kernels.spends:
+            return _Forward.pull(ctx, grads, False)
+        with ctx.turn:  # Torch lets threads into a Function together, where one may write what the other reads.
+            if ctx.freed:
+                raise RuntimeError(f"fastlm::{ctx.kernels.name}: Trying to backward through the graph a second time: "
+                                   "specify retain_graph=True the first time")
+            ctx.freed = not torch._C._autograd._get_current_graph_task_keep_graph()
+            return _Forward.pull(ctx, grads, ctx.freed and ctx.owned)
+
+    @staticmethod
+    def pull(ctx, grads, spent):
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count:]
         grads = [torch.zeros(shape, dtype=dtype, device=device) if g is None else g
                  for g, (shape, dtype, device) in zip(grads, ctx.results, strict=False)]
-        return None, None, None, *ctx.kernels.pull(grads, saved, tensors, ctx.slots, ctx.statics)
+        return None, None, None, *ctx.kernels.pull(grads, saved, tensors, ctx.slots, ctx.statics, spent)
 
     @staticmethod
     def vmap(info, in_dims, kernels, slots, statics, *tensors):
@@ -172,14 +195,13 @@ class _Forward(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(*args):
-        return _Backward.run(*args, spends=False)  # vmap maps over it with what was saved once
+        return _Backward.run(*args, spent=False)  # vmap maps over it with what was saved once
 
     @staticmethod
-    def run(kernels, slots, statics, n_grads, n_saved, *tensors, spends):
+    def run(kernels, slots, statics, n_grads, n_saved, *tensors, spent):
         grads, saved, inputs = tensors[:n_grads], tensors[n_grads: n_grads + n_saved], tensors[n_grads + n_saved:]
         if not plain(tensors):  # the compiler's operators must not return what they are given
-            return tuple(kernels.backward_op(grads, saved, inputs, slots, *statics))
-        spent = spends and not torch._C._autograd._get_current_graph_task_keep_graph()
+            return tuple(kernels.watched(kernels.backward_op, grads, saved, inputs, slots, *statics))
         return tuple(kernels.run_backward(grads, saved, inputs, slots, *statics, spent=spent))
 
     @staticmethod
@@ -225,6 +247,12 @@ def _apply(function, *args):
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+
+
+def _owns_saved():
+    """Tell whether nobody else holds what is saved now, as hooks may; a checkpoint's make it again for one use."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is None or getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def blank(tensor: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class Op:
     def choose(self, args) -> tuple[str, dict[str, str]]:
         """Return the implementation that takes this call, and the reasons of those that were asked before it."""
         wanted = [name for name in _order if name in self.implementations] if _order else []
-        no_kernels = _forward_mode() or _foreign(args)
+        no_kernels = forward_mode() or _foreign(args)
         declined: dict[str, str] = {}
         for name in wanted or self.default:
             implementation = self.implementations[name]
@@ -264,8 +264,8 @@ def triton_can_run() -> bool:
     return torch.version.cuda is not None or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _forward_mode() -> str | None:
-    """Return the reason why no kernel of ours runs while dual numbers are about: they have no such derivative."""
+def forward_mode() -> str | None:
+    """Return why no kernel of ours runs while dual numbers are about (it has no such derivative), else None."""
     if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation (jvp, hessian)"
     return None

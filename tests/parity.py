@@ -44,7 +44,7 @@ def forced(op, *names):
 def skip_misinterpreted(dtype):
     """Skip what Triton's interpreter computes wrongly without a word."""
     if INTERPRETED and dtype is torch.bfloat16:
-        pytest.skip("the interpreter computes bf16 dot products wrongly (triton issue 11584)")
+        pytest.skip("the interpreter computes bf16 wrongly: products (triton issue 11584), and it rounds towards 0")
 
 
 def keep_error_rule(errors, draws=5):

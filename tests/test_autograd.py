@@ -1,5 +1,8 @@
 """fastlm.autograd on a pair of kernels small enough to check by hand: every way PyTorch has to differentiate it."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -168,6 +171,63 @@ def test_backward_twice():
     args = inputs()
     total = scalar(call)(*args)
     same(torch.autograd.grad(total, args, retain_graph=True), torch.autograd.grad(total, args))
+
+
+both = threading.Barrier(2)
+
+
+def spending_backward(grads, saved, tensors, needs, spent):
+    """The gradient of y = x², in the memory of what was saved where nothing will read that again."""
+    with contextlib.suppress(threading.BrokenBarrierError):
+        both.wait(0.2)  # for another thread
+    return [saved[0].mul_(grads[0]) if spent else saved[0] * grads[0]]
+
+
+spending = Differentiable(
+    "test_spending", outputs=1, forward=lambda tensors, needs: [tensors[0] ** 2] + [2 * tensors[0]] * needs[0],
+    fake=lambda tensors, needs: [torch.empty_like(tensors[0])] * (1 + needs[0]), backward=spending_backward,
+    reference=lambda tensors: [tensors[0] ** 2], spends=True)
+
+
+@pytest.mark.parametrize("retains", [(False, False), (True, False), (True, True)])
+def test_backward_in_two_threads_is_right_or_an_error(retains):
+    both.reset()
+    x = torch.randn(5, requires_grad=True)
+    (y,), found = spending([x]), {}
+
+    def run(i):
+        try:
+            (found[i],) = torch.autograd.grad(y, x, torch.full((5,), 3.0), retain_graph=retains[i])
+        except RuntimeError as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    right = [isinstance(f, torch.Tensor) and torch.equal(f, 6 * x) for f in found.values()]
+    assert all(ok or isinstance(f, RuntimeError) for ok, f in zip(right, found.values(), strict=True)), found
+    assert sum(right) >= 1 + all(retains)
+
+
+def test_what_hooks_keep_is_not_spent():
+    x, kept = torch.randn(5, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        (y,) = spending([x])
+    before = [t.clone() for t in kept]
+    for retain in (True, True, False):
+        assert torch.equal(torch.autograd.grad(y, x, torch.full((5,), 3.0), retain_graph=retain)[0], 6 * x)
+    assert all(map(torch.equal, kept, before))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_makes_again_is_spent(reentrant, monkeypatch):
+    seen = []
+    monkeypatch.setattr(spending, "run_backward", lambda grads, saved, *rest, spent: seen.append(spent) or saved)
+    x = torch.randn(5, requires_grad=True)
+    checkpoint(lambda x: spending([x])[0], x, use_reentrant=reentrant).sum().backward()
+    assert seen == [True]
 
 
 def test_input_changed_in_place_before_backward_is_an_error():

@@ -1,6 +1,7 @@
 """Attention, softmax and losses beside torch.nn's: the same arguments, parameters, numbers, gradients and errors."""
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -224,6 +225,18 @@ def test_transformer_encoder_layer(options, device):
         expected = call(theirs, *leaves)
         torch.manual_seed(0)
         torch.testing.assert_close(call(ours, *leaves), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in fastlm.nn.__all__ if hasattr(nn, n)])
+def test_arguments_are_there_to_be_read(name):
+    """Of the class and of its forward: torch.nn's first, where it names them itself."""
+    for part in ("__init__", "forward"):
+        ours, theirs = (list(inspect.signature(getattr(getattr(space, name), part)).parameters.values())
+                        for space in (fastlm.nn, nn))
+        assert not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ours)
+        if not any(p.kind is p.VAR_KEYWORD for p in theirs):
+            assert [(p.name, p.kind, p.default) for p in ours][:len(theirs)] == [
+                (p.name, p.kind, p.default) for p in theirs]
 
 
 def test_transformer_encoder_layer_parameters():

@@ -39,6 +39,7 @@ struct BackwardMemory {
   T *query, *dout, *dquery;  // of all rows of a head of keys: [rows, padded D], [rows, padded Dv], [rows, padded D]
   T *lse, *delta;            // [rows]
   T* out;                    // of a group of rows: [kGroup, padded Dv]
+  T* common;                 // of all keys of a head: [padded D]
   Row<T>* rows;
   Range* documents;                        // of each block
   T *keys, *keys_across, *values_across;   // of a block: [kBlock, padded D], [D, kBlock], [Dv, kBlock]
@@ -53,6 +54,7 @@ struct BackwardMemory {
     lse = arena.take<T>(plan.rows);
     delta = arena.take<T>(plan.rows);
     out = arena.take<T>(kGroup * wide);
+    common = arena.take<T>(deep);
     rows = arena.take<Row<T>>(plan.rows);
     documents = arena.take<Range>(a.key_ids ? plan.blocks : 0);
     keys = arena.take<T>(kBlock<T> * deep);
@@ -140,6 +142,7 @@ struct Backward {
       describe_rows(a, span, kv_head, 0, span.queries, m.rows);
       if (a.key_ids) bound_documents(a, span, m.documents);
       start(span, rows);
+      find_common(span, kv_head);
       std::memset(dquery, 0, rows * f.deep * sizeof(T));
       const int64_t blocks = quotient_up(span.keys, kBlock<T>);
       for (int64_t block = part; block < blocks; block += f.plan.parts) visit(span, kv_head, block, dquery);
@@ -169,12 +172,35 @@ struct Backward {
       }
     }
 
+    // What keys have in common: of 16 of them the number nearest to 0, where they have one sign. A row's gradients of
+    // scores add up to 0 (but for a cap, sinks and dlse), so ds k = ds (k - common), and what delta lacks, because the
+    // output was rounded, is not multiplied by it.
+    void find_common(const Span& span, int64_t kv_head) {
+      const Attention<S>& a = f.a;
+      std::memset(m.common, 0, f.deep * sizeof(T));
+      if (a.softcap || a.sinks || a.dlse.data || !span.keys) return;
+      const int64_t count = lower<int64_t>(16, span.keys);
+      for (int64_t d = 0; d < a.dim; d += kLanes<T>) {
+        const auto key = [&](int64_t i) {
+          const S* k = at(a.key, span.b, kv_head, span.first_key + i * span.keys / count);
+          return load(k + d, int(lower<int64_t>(kLanes<T>, a.dim - d)));
+        };
+        Vector<T> low = key(0), high = low;
+        for (int64_t i = 1; i < count; ++i) {
+          const Vector<T> k = key(i);
+          low = k < low ? k : low;
+          high = k > high ? k : high;
+        }
+        store(m.common + d, low > 0 ? low : high < 0 ? high : Vector<T>{});
+      }
+    }
+
     void visit(const Span& span, int64_t kv_head, int64_t block, T* dquery) {
       const Attention<S>& a = f.a;
       const int64_t first = block * kBlock<T>, place = span.first_key + first;
       const int64_t valid = lower<int64_t>(kBlock<T>, span.keys - first);
       const S *keys = at(a.key, span.b, kv_head, place), *values = at(a.value, span.b, kv_head, place);
-      pack_rows(keys, a.key.row, valid, a.dim, T(1), m.keys);
+      pack_rows(keys, a.key.row, valid, a.dim, T(1), m.keys, m.common);
       pack_transposed(keys, a.key.row, valid, a.dim, m.keys_across);
       pack_transposed(values, a.value.row, valid, a.value_dim, m.values_across);
       std::memset(m.dkeys, 0, kBlock<T> * f.deep * sizeof(T));

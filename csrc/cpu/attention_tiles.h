@@ -196,12 +196,14 @@ void pack_transposed(const S* rows, int64_t row, int64_t n, int64_t width, T* pa
     }
 }
 
-// to [n, padded(width)] = factor · rows, zeros behind
+// to [n, padded(width)] = factor · rows, less `common` [padded(width)] if there is one, zeros behind
 template <class S, class T>
-void pack_rows(const S* rows, int64_t row, int64_t n, int64_t width, T factor, T* to) {
+void pack_rows(const S* rows, int64_t row, int64_t n, int64_t width, T factor, T* to, const T* common = nullptr) {
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t d = 0; d < width; d += kLanes<T>, to += kLanes<T>)
-      store(to, factor * load(rows + i * row + d, int(lower<int64_t>(kLanes<T>, width - d))));
+    for (int64_t d = 0; d < width; d += kLanes<T>, to += kLanes<T>) {
+      const Vector<T> x = factor * load(rows + i * row + d, int(lower<int64_t>(kLanes<T>, width - d)));
+      store(to, common ? x - load(common + d) : x);
+    }
 }
 
 // to [width] = factor · from [padded(width)]

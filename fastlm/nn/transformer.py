@@ -1,6 +1,9 @@
 """TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's, with our attention inside."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import dispatch
@@ -14,8 +17,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     It takes its place in a `torch.nn.TransformerEncoder`, whose nested tensors run stock's fused layer.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+                 activation: str | Callable[[Tensor], Tensor] = F.relu, layer_norm_eps: float = 1e-5,
+                 batch_first: bool = False, norm_first: bool = False, bias: bool = True, device=None, dtype=None):
+        super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first,
+                         bias, device, dtype)
         # Ours add no state: what stock has drawn from the generator becomes ours as it is.
         self.self_attn.__class__ = MultiheadAttention
         self.linear1.__class__ = self.linear2.__class__ = Linear
@@ -61,8 +67,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     `forward` is torch.nn's; it takes its place in a `torch.nn.TransformerDecoder`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+                 activation: str | Callable[[Tensor], Tensor] = F.relu, layer_norm_eps: float = 1e-5,
+                 batch_first: bool = False, norm_first: bool = False, bias: bool = True, device=None, dtype=None):
+        super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first,
+                         bias, device, dtype)
         # As in TransformerEncoderLayer.
         self.self_attn.__class__ = self.multihead_attn.__class__ = MultiheadAttention
         self.linear1.__class__ = self.linear2.__class__ = Linear

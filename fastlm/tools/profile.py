@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
 from fastlm import measure
@@ -16,7 +17,7 @@ VARIANTS = {"fastlm": None, "stock": "torch", "reference": "reference"}
 
 @dataclass
 class Operator:
-    """One operator's share of a run: seconds and bytes are its own, without what it calls."""
+    """One operator's share of a run: seconds and bytes are its own, without what it calls; FLOPs are of products."""
 
     name: str
     calls: int
@@ -33,7 +34,7 @@ class Profile:
         seconds: variant ("fastlm", "stock", "reference") -> median time of one call.
         operators: variant -> operators, the longest first.
         calls: which implementation ran in the variant "fastlm".
-        flops: operations of the reference, the work to be done, as torch.profiler counts them.
+        flops: operations of the products in the reference, the work to be done, as `FlopCounterMode` counts them.
         peak: this machine's measured GEMM FLOP/s.
         trace: the Chrome/Perfetto trace of the variant "fastlm", or None.
     """
@@ -88,12 +89,15 @@ def profile(fn: Callable, *args, device: str = "cpu", trace: str | Path | None =
 
 def _operators(run, device, trace) -> list[Operator]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.startswith("cuda") else [])
-    with torch.profiler.profile(activities=activities, profile_memory=True, with_flops=True) as prof:
+    with torch.profiler.profile(activities=activities, profile_memory=True) as prof:
         run()
     if trace:
         prof.export_chrome_trace(str(trace))
+    with FlopCounterMode(display=False) as counter:
+        run()
+    flops = {str(op).replace(".", "::"): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
     found = [Operator(e.key, e.count, (e.self_device_time_total or e.self_cpu_time_total) / 1e6,
-                      e.self_device_memory_usage or e.self_cpu_memory_usage, e.flops)
+                      e.self_device_memory_usage or e.self_cpu_memory_usage, flops.get(e.key, 0))
              for e in prof.key_averages()]
     return sorted(found, key=lambda o: -o.seconds)
 

@@ -14,7 +14,7 @@ import fastlm
 from fastlm import measure
 from fastlm.ops import scaled_dot_product_attention as attention
 from fastlm.ops.attention_common import Options
-from tests.parity import forced, keep_error_rule
+from tests.parity import OPS, forced, keep_error_rule
 
 implementation = forced("attention", "torch", "reference", "native", "blocked", "triton")
 
@@ -50,6 +50,25 @@ def test_few_queries_of_odd_heads(queries, dim, implementation, device):
     for mine, exact in zip(*(torch.autograd.grad(x.sin().sum(), (q, k, v)) + (x,) for x in (
             attention(q, k, v), manual(q, k, v, None, causal=False))), strict=True):
         torch.testing.assert_close(mine, exact.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("spread", [0, 0.02])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_keys_have_in_common_does_not_multiply_rounding(dtype, learned, spread, causal):
+    """A query's gradient cancels where keys are equal: SDPA's formula in float32, which takes these calls, keeps that.
+
+    Keys that nobody sees may hold anything.
+    """
+    pytest.importorskip("fastlm._native")
+    op = OPS["attention"]
+    q, k, v = torch.randn(1, 2, 20, 16), 5 + spread * torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 48)
+    mask = torch.randn(1, 1, 20, 70) if learned else torch.arange(70) < 65
+    k[:, :, 65:] = 5 if learned else 1e4
+    tensors = (t if t.dtype is torch.bool else t.to(dtype) for t in (q, k, v, mask.expand(1, 1, 20, 70)))
+    args = (*tensors, *[None] * 5, Options(0.0, causal, 0.25, -1, -1, 0.0, False))
+    keep_error_rule(lambda draw: measure.errors(op, "native", args))
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive"])

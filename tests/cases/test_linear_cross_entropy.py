@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import fastlm
 from fastlm.ops import linear_cross_entropy, shift_targets
 from fastlm.ops.linear_cross_entropy import op
+from tests.parity import skip_misinterpreted
 
 
 @pytest.fixture(autouse=True)
@@ -297,13 +298,15 @@ def test_gradients_that_forward_made_serve_more_than_one_backward(device):
 def test_accumulation_over_1000_steps_does_not_drift(device):
     """bf16 sums of a weight gradient lose what is small beside them (Liger-Kernel issue 1391): each call sums in
     float32 and rounds once, so that 1000 accumulated calls stay as near to float64 as stock's do."""
+    skip_misinterpreted(torch.bfloat16)
     x, weight, target = problem(1000, 4, 17, torch.bfloat16, device)
     found, stock = (torch.zeros(17, 4, device=device) for _ in range(2))
     for i in range(1000):
         row = slice(i, i + 1)
         found += grads(linear_cross_entropy(x[row], weight, target[row]), weight)[0]
         stock += grads(F.cross_entropy(F.linear(x[row], weight), target[row]), weight)[0]
-    exact = grads(F.cross_entropy(F.linear(x.double(), weight.double()), target, reduction="sum"), weight)[0].double()
+    w = weight.detach().double().requires_grad_()
+    (exact,) = grads(F.cross_entropy(F.linear(x.double(), w), target, reduction="sum"), w)
     whole = grads(linear_cross_entropy(x, weight, target, reduction="sum"), weight)[0]
     assert (found - exact).abs().max() <= 2 * (stock - exact).abs().max()
     assert (whole - exact).abs().max() <= 2**-8 * exact.abs().max()

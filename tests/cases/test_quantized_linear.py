@@ -212,6 +212,15 @@ def test_second_order_and_functional_transforms():
     torch.testing.assert_close(torch.autograd.grad(dx.sum(), x)[0], (2 * w.T @ w).sum(0).expand(3, 48))
 
 
+@modes
+def test_forward_mode(mode):
+    ours, x = layer(mode), torch.randn(3, 48)
+    value, tangent = torch.func.jvp(ours, (x,), (x,))
+    torch.testing.assert_close(value, ours(x))
+    torch.testing.assert_close(tangent, x @ dequantize_weight(ours.weight, ours.scale, 48, mode=mode, group_size=32).T)
+    torch.testing.assert_close(torch.func.jacfwd(ours)(x), torch.func.jacrev(ours)(x))
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     (dict(input=torch.zeros(2, 9)), RuntimeError, "weight has shape"),
     (dict(input=torch.zeros(2, 8, dtype=torch.int32)), TypeError, "input must be a float32"),
