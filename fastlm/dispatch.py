@@ -100,7 +100,7 @@ class Op:
     def choose(self, args) -> tuple[str, dict[str, str]]:
         """Return the implementation that takes this call, and the reasons of those that were asked before it."""
         wanted = [name for name in _order if name in self.implementations] if _order else []
-        no_kernels = _forward_mode() or _foreign(args)
+        no_kernels = _mode() or _foreign(args)
         declined: dict[str, str] = {}
         for name in wanted or self.default:
             implementation = self.implementations[name]
@@ -255,11 +255,13 @@ def triton_can_run() -> bool:
     return torch.version.cuda is not None or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _forward_mode() -> str | None:
-    """Return the reason why no kernel of ours runs while dual numbers are about: they have no such derivative."""
-    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+def _mode() -> str | None:
+    """Return the reason why no kernel of ours runs: dual numbers, or a tracer that would record none of its work."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation (jvp, hessian)"
-    return None
+    return "torch.jit.trace records torch's own operators alone" if torch._C._is_tracing() else None
 
 
 def _foreign(args) -> str | None:

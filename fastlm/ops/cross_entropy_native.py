@@ -82,7 +82,7 @@ def backward(grads, saved, tensors, needs, ignore_index, reduction, smoothing):
         scale = torch.where(call.kept, grads[0].to(call.dtype) / counted, 0)
         up = (call.hits + sums[:, 5]) * scale
         rows = torch.stack((sums[:, 0], sums[:, 1], up, scale, call.hits * scale), 1)
-        d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        d_logits = logits.new_empty(logits.shape)
         _kernels.gradient((call.logits, call.targets), rows, d_logits)
     return [d_logits, *(torch.zeros_like(t) if need else None for t, need in zip(tensors[1:], needs[1:], strict=True))]
 
@@ -92,10 +92,10 @@ class _Rows:
 
     def __init__(self, logits, target, weight, ignore_index, smoothing):
         self.dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
-        soft, index, kept = None, None, torch.ones(len(logits), dtype=torch.bool)
+        soft, index, kept = None, None, logits.new_ones(len(logits), dtype=torch.bool)
         if target.is_floating_point():
             soft = target if target.stride(1) == 1 else target.contiguous()
-            self.counts, self.hits = kept.to(self.dtype), torch.zeros(len(logits), dtype=self.dtype)
+            self.counts, self.hits = kept.to(self.dtype), logits.new_zeros(len(logits), dtype=self.dtype)
         else:
             index, kept = target.contiguous(), target != ignore_index
             self.counts = kept.to(self.dtype) if weight is None else (
