@@ -56,7 +56,10 @@ class Differentiable:
         statics = f", {statics}" if statics else ""
 
         def run_forward(tensors, slots, *statics):
-            return forward(_unpack(tensors, slots), [s == NEEDED for s in slots], *statics)
+            return own(forward(_unpack(tensors, slots), [s == NEEDED for s in slots], *statics))
+
+        def run_alone(tensors, *statics):
+            return own(forward(tensors, (False,) * len(tensors), *statics))
 
         def run_backward(grads, saved, tensors, slots, *statics, spent=False):
             unpacked, needs = _unpack(tensors, slots), [s == NEEDED for s in slots]
@@ -71,7 +74,7 @@ class Differentiable:
             present = [s for s in slots if s != ABSENT]
             return [t.new_empty(t.shape if s == NEEDED else (0,)) for t, s in zip(tensors, present, strict=True)]
 
-        self.run_alone = _labelled(f"fastlm::{name}", lambda tensors, *s: forward(tensors, (False,) * len(tensors), *s))
+        self.run_alone = _labelled(f"fastlm::{name}", run_alone)
         self.run_forward = _labelled(f"fastlm::{name}", run_forward)
         self.run_backward = _labelled(f"fastlm::{name}_backward", run_backward)
         self.forward_op = _define(name, f"(Tensor[] tensors, int[] slots{statics}) -> Tensor[]",
@@ -309,10 +312,15 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def own(tensors) -> list[Tensor]:
+    """Return the tensors, views no longer marked as such: autograd forbids to change those in place."""
+    return [t.detach() if t._is_view() else t for t in tensors]
+
+
 def unwatched() -> bool:
     """Tell whether nothing but the numbers is asked of a call on the CPU: one call of C++ may then answer it."""
     return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or transformed()
-                or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled())
+                or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled())
 
 
 def mapped() -> bool:

@@ -100,7 +100,7 @@ class Op:
     def choose(self, args) -> tuple[str, dict[str, str]]:
         """Return the implementation that takes this call, and the reasons of those that were asked before it."""
         wanted = [name for name in _order if name in self.implementations] if _order else []
-        no_kernels = forward_mode() or _foreign(args)
+        no_kernels = _mode() or _foreign(args)
         declined: dict[str, str] = {}
         for name in wanted or self.default:
             implementation = self.implementations[name]
@@ -269,6 +269,13 @@ def forward_mode() -> str | None:
     if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation (jvp, hessian)"
     return None
+
+
+def _mode() -> str | None:
+    """Return the reason why no kernel of ours runs: dual numbers, or a tracer that would record none of its work."""
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        return "torch.jit.trace records torch's own operators alone"
+    return forward_mode()
 
 
 def _foreign(args) -> str | None:

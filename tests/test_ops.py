@@ -136,6 +136,44 @@ def test_mapped_over_a_batch(op, name, device):
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("op", "name"), FAST + STOCK, ids=lambda x: getattr(x, "name", x))
+def test_torchs_defaults_are_not_those_of_buffers(op, name, device):
+    """What a kernel makes for itself is neither of the default dtype nor on the default device."""
+    implementation = op.implementations[name]
+    if implementation.run is None:
+        pytest.skip("not available here")
+    default = torch.get_default_dtype()
+    for dtype in (torch.float32, torch.bfloat16):
+        for sample in op.samples("test", dtype, device):
+            if sum(t.numel() for t in measure.floating(sample.args)) > 200_000 or implementation.cannot(*sample.args):
+                continue
+            with fastlm.backend(name):
+                results, upstream, grads = measure.differentiate(op, sample.args, constants=op.constants)
+                try:
+                    torch.set_default_dtype(torch.bfloat16)
+                    with torch.device("meta"):
+                        found = measure.differentiate(op, sample.args, upstream, constants=op.constants)
+                finally:
+                    torch.set_default_dtype(default)
+            for a, b in zip(found[0] + found[2], results + grads, strict=True):
+                torch.testing.assert_close(a, b, equal_nan=True, msg=lambda m, s=sample: f"{s.name}: {m}")
+
+
+@pytest.mark.parametrize(("op", "name"), FAST, ids=lambda x: getattr(x, "name", x))
+def test_results_may_be_changed_in_place(op, name, device):
+    """As stock's may, by a ReLU or a dropout in place; where backward needs them it says so."""
+    implementation = op.implementations[name]
+    for sample in op.samples("test", torch.float32, device):
+        if sample.name not in implementation.accepts or implementation.run is None:
+            continue
+        if implementation.cannot(*sample.args):
+            continue
+        args, _ = measure.leaves(sample.args, op.constants)
+        with fastlm.backend(name):
+            for result in measure.floating(op(*args)):
+                result.mul_(2)
+
+
 def _lay(t, form):
     """Return the numbers of `t` in another place or order in memory."""
     if form == "lazily negated":

@@ -34,7 +34,7 @@ def _shortcut(module, input, hx=None):
         state = module._split(hx)
         module._check_state(state, (batch,))
     settings, found = (*module._settings, module.batch_first), None
-    if module._runs_stock(input, state, steps):
+    if module._runs_stock(input, state, settings[0], steps):
         found = module.op.implementations["torch"].run(input, None, state, *settings, *module._nonlinearity)
     elif steps == 1:
         found = module.op.at_once(input, module._join(state), *settings, *module._nonlinearity)
@@ -149,14 +149,15 @@ class _Recurrent(nn.Module):
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
-        self._check_input(input)
+        settings = self._settings
+        self._check_input(input, settings[0])
         if hx is None:
             state = self._zeros(input, input.size(batch_dim))
         else:
             state = self._split(hx)
             self._check_state(state, (input.size(batch_dim),) if batched else ())
             state = state if batched else [s.unsqueeze(1) for s in state]
-        output, *state = self._run(input, self._join(state), *self._settings, self.batch_first)
+        output, *state = self._run(input, self._join(state), *settings, self.batch_first)
         if not batched:
             output, state = output.squeeze(batch_dim), [s.squeeze(1) for s in state]
         return output, self._join(state)
@@ -165,7 +166,8 @@ class _Recurrent(nn.Module):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if data.dim() != 2:
             raise RuntimeError(f"{self._name}: packed data has {data.dim()} dimensions, expected 2")
-        self._check_input(data)
+        settings = self._settings
+        self._check_input(data, settings[0])
         if hx is None:
             state = self._zeros(data, _batch_size(batch_sizes, sorted_indices))
         else:
@@ -174,16 +176,16 @@ class _Recurrent(nn.Module):
             batch = state[0].size(1) if torch.compiler.is_compiling() else int(batch_sizes[0])
             self._check_state(state, (batch,))
             state = _permute(state, sorted_indices)
-        output, *state = self._run(data, batch_sizes, self._join(state), *self._settings)
+        output, *state = self._run(data, batch_sizes, self._join(state), *settings)
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return output, self._join(_permute(state, unsorted_indices))
 
-    def _runs_stock(self, input, state, steps) -> bool:
+    def _runs_stock(self, input, state, weights, steps) -> bool:
         """Tell whether there is so little to compute that `losses` of the kernels name stock on every CPU."""
         if self.proj_size or autocasts("cpu") or any(
                 t.dtype is not torch.float32 or not t.is_cpu for t in (input, *state)):
             return False
-        trains = torch.is_grad_enabled() and self._flat_weights[0].requires_grad
+        trains = torch.is_grad_enabled() and weights[0].requires_grad
         if self.gates == 4 and steps > 1:
             return self.hidden_size < 256 and steps < 128
         return trains and steps < 16
@@ -216,8 +218,8 @@ class _Recurrent(nn.Module):
         layers = self.num_layers * self._directions
         return [like.new_zeros(layers, batch, width) for width in self._widths]
 
-    def _check_input(self, input):
-        dtype = getattr(self, self._all_weights[0][0]).dtype
+    def _check_input(self, input, weights):
+        dtype = weights[0].dtype
         if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
             raise ValueError(f"{self._name}: input has dtype {input.dtype}, expected the weights' {dtype}")
         if input.size(-1) != self.input_size:
@@ -335,6 +337,8 @@ class _Cell:
 def _cell_shortcut(stock):
     """Let a cell try torch.nn's, the faster one in training and for few hidden units, or one call of C++."""
     def shortcut(self, input, hx=None):
+        if "weight_hh" not in self._parameters:  # made of others, perhaps at random: to be read once a call
+            return None
         weights, states = self._weights(), hx if hx is None or self._pair else (hx,)
         if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weights[0].requires_grad):
             for t in (weights[0], input, *(states or ())):

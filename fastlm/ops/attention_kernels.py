@@ -73,7 +73,7 @@ class Kernels:
         options, whole = self.options, (*self.query.shape[:3], self.key.size(2))
         skips = (options.is_causal or options.left >= 0 or options.right >= 0 or self.spans is not None
                  or self.ids[0] is not None)
-        make = torch.zeros if skips or self.mask.shape != whole else torch.empty
+        make = self.mask.new_zeros if skips or self.mask.shape != whole else self.mask.new_empty
         return make(self.mask.shape, dtype=self.dtype)
 
     def _dmask_of_rows(self, out, lse, dout, dlse):
@@ -112,7 +112,7 @@ class Kernels:
                    *map(_place, (out, lse, dout, dlse, dquery, dkey, dvalue)), _shared_place(dmask))
         places = addresses(self.spans, self.sinks, self.slopes, *self.ids)
         call = (backward, self.stored.itemsize, sizes, (options.scale, options.softcap), strided)
-        workspace = torch.empty(self.native.attention(*call, (*places, 0)), dtype=torch.uint8)
+        workspace = out.new_empty(self.native.attention(*call, (*places, 0)), dtype=torch.uint8)
         self.native.attention(*call, (*places, workspace.data_ptr()))
 
     def _check(self):
@@ -129,7 +129,7 @@ class Kernels:
         fits &= all(t is None or t.shape == (batch, n) for t, n in zip(self.ids, (queries, keys), strict=True))
         if self.spans is not None and self.spans.numel():
             ends = self.spans[:, ::2] + self.spans[:, 1::2]
-            fits &= bool((self.spans >= 0).all() and (ends <= torch.tensor([queries, keys])).all())
+            fits &= bool((self.spans >= 0).all() and (ends <= ends.new_tensor([queries, keys])).all())
         tensors = (query, key, value, mask, self.sinks, self.slopes, self.spans, *self.ids)
         if not fits or any(t is not None and t.device.type != "cpu" for t in tensors):
             shapes = ", ".join("None" if t is None else f"{list(t.shape)} on {t.device}" for t in tensors)

@@ -1,6 +1,7 @@
 """Attention on the CPU by the kernel of csrc/attention.h, in memory linear in the lengths."""
 
 import torch
+from torch import Tensor
 
 import fastlm._native as _native
 from fastlm.ops import attention_common
@@ -63,9 +64,9 @@ def _forward(tensors, options, out, lse):
 def _backward(tensors, options, saved, grads, needs):
     kernels = _kernels(tensors, options)
     # What nobody sees has no gradient that the kernel writes.
-    beyond = torch.empty if kernels.spans is None else torch.zeros
-    found = [make(t.shape, dtype=kernels.stored) if need else None
-             for t, need, make in zip(tensors, needs[:3], (torch.empty, beyond, beyond), strict=False)]
+    beyond = Tensor.new_empty if kernels.spans is None else Tensor.new_zeros
+    found = [make(t, t.shape, dtype=kernels.stored) if need else None
+             for t, need, make in zip(tensors, needs[:3], (Tensor.new_empty, beyond, beyond), strict=False)]
     found.append(kernels.new_dmask() if needs[3] else None)
     kernels.backward(*saved, *grads, *found)
     return [*found, kernels.dsinks(*saved, *grads) if needs[4] else None]

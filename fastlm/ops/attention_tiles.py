@@ -74,10 +74,10 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
              needs: list[bool]) -> list[Tensor | None]:
     """Return the gradients of query, key, value, mask and sinks, those that `needs` asks for."""
     tensors, options = call[:5], call.options
-    found = [torch.zeros(t.shape, dtype=accumulator(t.dtype)) if n and i != 3 else None
+    found = [t.new_zeros(t.shape, dtype=accumulator(t.dtype)) if n and i != 3 else None
              for i, (t, n) in enumerate(zip(tensors, needs, strict=True))]
     if needs[3]:  # the largest by far, and rarely in need of zeros
-        found[3] = torch.empty(call.mask.shape, dtype=accumulator(call.mask.dtype))
+        found[3] = call.mask.new_empty(call.mask.shape, dtype=accumulator(call.mask.dtype))
         if _skips(call) or call.mask.shape != (*call.query.shape[:3], call.key.size(2)):
             found[3].zero_()
     if not out.numel() or not call.key.size(2):
@@ -188,8 +188,8 @@ def _masks(call: Call, tile: Tile):
 
     They broadcast to `[b, H, R, C]`.
     """
-    rows = torch.arange(tile.rows.start, tile.rows.stop, dtype=torch.int32)
-    cols = torch.cat([torch.arange(run.start, run.stop, dtype=torch.int32) for run in tile.runs])
+    rows = torch.arange(tile.rows.start, tile.rows.stop, dtype=torch.int32, device="cpu")
+    cols = torch.cat([torch.arange(run.start, run.stop, dtype=torch.int32, device="cpu") for run in tile.runs])
     sizes = (call.query.size(2), call.key.size(2))
     lengths, query_ids, key_ids, slopes = (
         x if x is None or x.size(0) == 1 else x[tile.batch]
@@ -213,7 +213,7 @@ def _masks(call: Call, tile: Tile):
 
 def _barred(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what is added to scores: 0 where `seen`, else -∞."""
-    return torch.zeros((), dtype=dtype).where(seen, -torch.inf)
+    return seen.new_zeros((), dtype=dtype).where(seen, -torch.inf)
 
 
 # --- SDPA's kernel, tile by tile ---------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ class _Products:
 
         Forward and backward ask for pieces in the same order.
         """
-        words = torch.empty(-(-piece.shape.numel() // 4), dtype=torch.int64)
+        words = torch.empty(-(-piece.shape.numel() // 4), dtype=torch.int64, device="cpu")
         words.random_(-(2**63), None, generator=self.random)
         # 16 random bits for each weight
         draws = words.view(torch.int16)[: piece.shape.numel()].view(piece.shape)
@@ -489,7 +489,7 @@ def _backward_products(call, out, lse, dout, delta, found):
 
 def dropped(call: Call) -> Tensor:
     """Return which weights the call drops, `[B, H, Sq, Sk]`."""
-    found = torch.zeros(*call.query.shape[:3], call.key.size(2), dtype=torch.bool)
+    found = call.query.new_zeros(*call.query.shape[:3], call.key.size(2), dtype=torch.bool)
     for lane in lanes(call):
         work = _Products(lane.part(call), 1)
         for piece in work.pieces:

@@ -81,7 +81,7 @@ def backward(grads, saved, tensors, needs, ignore_index, reduction, smoothing):
         scale = torch.where(call.kept, grads[0].to(call.dtype) / counted, 0)
         up = (call.hits + sums[:, 5]) * scale
         rows = torch.stack((sums[:, 0], sums[:, 1], up, scale, call.hits * scale), 1)
-        d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        d_logits = logits.new_empty(logits.shape)
         _kernels.gradient((call.logits, call.targets), rows, d_logits)
     return [d_logits, *(torch.zeros_like(t) if need else None for t, need in zip(tensors[1:], needs[1:], strict=True))]
 
@@ -91,10 +91,10 @@ class _Rows:
 
     def __init__(self, logits, target, weight, ignore_index, smoothing):
         self.dtype = accumulator(logits.dtype)
-        soft, index, kept = None, None, torch.ones(len(logits), dtype=torch.bool)
+        soft, index, kept = None, None, logits.new_ones(len(logits), dtype=torch.bool)
         if target.is_floating_point():
             soft = adjacent(target)
-            self.counts, self.hits = kept.to(self.dtype), torch.zeros(len(logits), dtype=self.dtype)
+            self.counts, self.hits = kept.to(self.dtype), logits.new_zeros(len(logits), dtype=self.dtype)
         else:
             index, kept = target.contiguous(), target != ignore_index
             self.counts = counts_of(target, weight, ignore_index, self.dtype)

@@ -32,10 +32,10 @@ def loses(input, residual, weight, bias, shape, eps, centred):
 def forward(x, residual, weight, bias, eps, centred):
     x, residual = adjacent(x), None if residual is None else adjacent(residual)
     weight, bias = _single(weight), _single(bias)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     total = None if residual is None else torch.empty_like(y)
-    mean = torch.empty(x.shape[0]) if centred else None
-    rstd = torch.empty(x.shape[0])
+    mean = _numbers(x, x.shape[0]) if centred else None
+    rstd = _numbers(x, x.shape[0])
     sizes = (*x.shape, x.stride(0), 0 if residual is None else residual.stride(0))
     _native.norm_forward(sizes, addresses(x, residual, weight, bias, y, total, mean, rstd), eps,
                          x.dtype is torch.bfloat16, torch.get_num_threads())
@@ -45,12 +45,16 @@ def forward(x, residual, weight, bias, eps, centred):
 def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
     x, weight, threads = adjacent(x), _single(weight), torch.get_num_threads()
-    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-    dweight, dbias = (torch.empty(x.shape[1]) if need else None for need in needs[1:])
-    workspace = torch.empty(threads, 4, x.shape[1]) if any(needs[1:]) else None
+    dx = x.new_empty(x.shape) if needs[0] else None
+    dweight, dbias = (_numbers(x, x.shape[1]) if need else None for need in needs[1:])
+    workspace = _numbers(x, threads, 4, x.shape[1]) if any(needs[1:]) else None
     buffers = (x, dy, dsum, weight, mean, rstd, dx, dweight, dbias, workspace)
     _native.norm_backward((*x.shape, x.stride(0)), addresses(*buffers), x.dtype is torch.bfloat16, threads)
     return dx, dweight, dbias
+
+
+def _numbers(x, *shape):
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 def _single(t):

@@ -62,8 +62,8 @@ def forward(tensors, needs, mode, group_size):
         return [reference(x, weight, scale, bias, mode, group_size)]
     bias = None if bias is None else bias.float()
     sizes = MODES.index(mode), NUMBERS[x.dtype], rows, inputs, outputs, group_size, torch.get_num_threads()
-    workspace = torch.empty(_native.quantized_linear_workspace(*sizes), dtype=torch.uint8)
-    y = torch.empty(rows, outputs, dtype=x.dtype)
+    workspace = x.new_empty(_native.quantized_linear_workspace(*sizes), dtype=torch.uint8)
+    y = x.new_empty(rows, outputs)
     _native.quantized_linear(*sizes, addresses(x, weight, scale, bias, y, workspace))
     return [y]
 

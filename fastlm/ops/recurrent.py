@@ -281,7 +281,7 @@ def _call_stock(cell, data, batch_sizes, hx, params, has_biases, num_layers, dro
     hx = [s.contiguous() for s in hx]  # cuDNN refuses others
     state = hx if cell == "lstm" else hx[0]
     if cell == "lstm" and batch_sizes is None and data.shape[1 if batch_first else 0] == 1 and len(hx[0]) == 1 \
-            and len(params) in (2, 4) and not autocasts(data.device.type):
+            and len(params) in (2, 4) and not autocasts(data.device.type) and not torch._C._is_tracing():
         # One step of one layer: oneDNN would pack the weights first, for up to ten times as long as the step takes.
         h, c = torch.lstm_cell(data[:, 0] if batch_first else data[0], [s[0] for s in hx], *params)
         return torch.stack([h], 1 if batch_first else 0), h[None], c[None]

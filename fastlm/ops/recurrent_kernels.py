@@ -3,6 +3,7 @@
 It is handed the extension by `lstm_native.py`, `gru_native.py` and `rnn_native.py`, so that it imports without it.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -469,11 +470,12 @@ def states_before(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bo
 def _rows_before(batch_sizes, batch, reverse):
     """Return for each packed row the row of cat([h0, y]) that holds the state before it."""
     sizes, index, row = batch_sizes.tolist(), [], 0
+    count = functools.partial(torch.arange, device=batch_sizes.device)
     for t, n in enumerate(sizes):
         if not reverse:
-            index.append(torch.arange(n) + (0 if t == 0 else batch + row - sizes[t - 1]))
+            index.append(count(n) + (0 if t == 0 else batch + row - sizes[t - 1]))
         else:
             later = sizes[t + 1] if t + 1 < len(sizes) else 0
-            index += [torch.arange(later) + batch + row + n, torch.arange(later, n)]
+            index += [count(later) + batch + row + n, count(later, n)]
         row += n
     return torch.cat(index)

@@ -30,7 +30,7 @@ def run(x, dim, mask, scale, log):
 
 def forward(tensors, needs, scale):
     x, mask = tensors
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     if not y.numel():
         return [y]
     cols, threads = x.size(-1), torch.get_num_threads()
@@ -43,7 +43,7 @@ def forward(tensors, needs, scale):
             shape = collapse(x.shape[:-1], mask.stride()[:-1])
         shape = [(1, (0,))] * (3 - len(shape)) + shape
         sizes, strides = [n for n, _ in shape[1:]], [s for _, (s,) in shape]
-    workspace = torch.empty(threads, cols)
+    workspace = x.new_empty(threads, cols, dtype=torch.float32)
     _native.softmax((*rows.shape, rows.stride(0), *sizes, *strides, by_column), addresses(rows, mask, y, workspace),
                     scale, x.dtype is torch.bfloat16, threads)
     return [y]

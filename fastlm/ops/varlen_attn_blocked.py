@@ -68,7 +68,7 @@ def _forward(tensors, options, out, lse):
 
 
 def _backward(tensors, options, saved, grads, needs):
-    found = [torch.zeros(t.shape, dtype=accumulator(t.dtype)) if need else None
+    found = [t.new_zeros(t.shape, dtype=accumulator(t.dtype)) if need else None
              for t, need in zip(tensors[:4], needs, strict=False)]
     dquery, dkey, dvalue, dsinks = found
     wanted = [*needs[:3], False, needs[3]]

@@ -61,7 +61,7 @@ class _Packed:
         """Return the gradient of `x`, where that is a pool of pages, from the one of the tokens that were read."""
         if self.tokens is None:
             return grad
-        whole = torch.zeros(unpaged(x).shape, dtype=accumulator(grad.dtype))
+        whole = x.new_zeros(unpaged(x).shape, dtype=accumulator(grad.dtype))
         return whole.index_add_(0, self.tokens, grad.to(whole.dtype)).view(x.shape)
 
 
@@ -70,12 +70,12 @@ def _spans(key, cu_seq_q, cu_seq_k, seqused_k, block_table):
     if block_table is None:
         keys = cu_seq_k.diff() if seqused_k is None else seqused_k
         return None, torch.stack([x.long() for x in (cu_seq_q[:-1], cu_seq_q.diff(), cu_seq_k[:-1], keys)], 1)
-    spans, tokens, end = [[0] * 4 for _ in seqused_k], [torch.empty(0, dtype=torch.int64)], 0
+    spans, tokens, end = [[0] * 4 for _ in seqused_k], [seqused_k.new_empty(0, dtype=torch.int64)], 0
     for n, queries, keys in sequences(key, cu_seq_q, None, seqused_k, block_table):
         spans[n] = [queries.start, queries.stop - queries.start, end, keys.numel()]
         tokens.append(keys)
         end += keys.numel()
-    return torch.cat(tokens), torch.tensor(spans, dtype=torch.int64).view(-1, 4)
+    return torch.cat(tokens), seqused_k.new_tensor(spans, dtype=torch.int64).view(-1, 4)
 
 
 def _rows(x):
@@ -93,7 +93,7 @@ def _forward(tensors, options, out, lse):
 def _backward(tensors, options, saved, grads, needs):
     packed = _Packed(tensors, options)
     kernels, rows = packed.kernels, [_rows(x) for x in (*saved, *grads)]
-    found = [torch.zeros(t.size(2), t.size(1), t.size(3), dtype=kernels.stored) if need else None
+    found = [t.new_zeros(t.size(2), t.size(1), t.size(3), dtype=kernels.stored) if need else None
              for t, need in zip((kernels.query, kernels.key, kernels.value), needs[:3], strict=True)]
     kernels.backward(*rows, *map(_rows, found), None)
     for i in (1, 2):

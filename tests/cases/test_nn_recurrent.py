@@ -176,6 +176,30 @@ def test_recurrent_weights_are_read_anew(cell, device):
     assert ours.parametrizations.weight_hh_l0.original0.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("hidden", [8, 256])
+@pytest.mark.parametrize("name", [*CELLS, *(f"{cell}Cell" for cell in CELLS)])
+def test_weights_that_are_made_of_others_are_made_once_a_call(name, hidden, training):
+    """To make them may be random (a dropout of weights), have state (spectral_norm), or take long."""
+    module, made = getattr(fastlm.nn, name)(4, hidden), []
+
+    class Seen(nn.Module):
+        def forward(self, weight):
+            made.append(weight)
+            return weight
+
+    for part, _ in list(module.named_parameters()):
+        nn.utils.parametrize.register_parametrization(module, part, Seen())
+    inputs = [torch.randn(3, 4)]
+    if not name.endswith("Cell"):
+        inputs += [torch.randn(1, 2, 4), torch.randn(20, 2, 4), nn.utils.rnn.pack_sequence([torch.randn(3, 4)])]
+    for x in inputs:
+        made.clear()
+        with torch.set_grad_enabled(training):
+            module(x)
+        assert len(made) == 4, type(x)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrent_dropout_follows_the_seed(cell, device):
     _, ours, call, leaves = recurrent_case(cell, {"num_layers": 2, "dropout": 0.5}, device, torch.float32)

@@ -448,7 +448,7 @@ def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision
         for steps, batch, trains in itertools.product((1, 2, 15, 16, 127, 128), (1, 8, 64), (True, False)):
             x, state = torch.empty(steps, batch, 4), [torch.empty(1, batch, hidden)] * (2 if kind == "LSTM" else 1)
             with torch.set_grad_enabled(trains):
-                if layer._runs_stock(x, state, steps):
+                if layer._runs_stock(x, state, layer._flat_weights, steps):
                     at_once += 1
                     args = x, None, state, layer._flat_weights, *layer._settings[1:], layer.batch_first
                     assert recurrent_kernels.losses(SimpleNamespace(**cpu), cell, *args), (kind, steps, hidden, trains)
