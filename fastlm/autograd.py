@@ -110,7 +110,7 @@ class Differentiable:
         found = self.keep(_unpack(tensors, slots), outputs, [s == NEEDED for s in slots], *statics)
         return [t for t in found if t is not None]
 
-    def pull(self, grads, saved, tensors, slots, statics, spent):
+    def pull(self, grads, saved, tensors, slots, statics, spent=False):
         """Return the gradients of the tensors that are present, themselves differentiable where that is wanted."""
         args = self, self.asked(slots), statics, len(grads), len(saved), *grads, *saved, *tensors
         # A transform that has ended leaves its wrappers.
