@@ -5,6 +5,7 @@ It is handed the extension by `lstm_native.py`, `gru_native.py` and `rnn_native.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -270,7 +271,7 @@ class Layers:
 
     def fake(self, tensors, needs, reverse):
         x, _, *states, _, w_hh, _, _, _ = tensors
-        hidden, rows = states[-1].shape[-1], x.shape[:-1].numel()
+        hidden, rows = states[-1].shape[-1], math.prod(x.shape[:-1])  # Size.numel would fix symbols
         results = [x.new_empty(*x.shape[:-1], w_hh.shape[1]), *(s.new_empty(s.shape) for s in states)]
         if not any(needs) or self.gates == 1:
             return results

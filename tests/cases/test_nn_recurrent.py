@@ -200,6 +200,24 @@ def test_weights_that_are_made_of_others_are_made_once_a_call(name, hidden, trai
         assert len(made) == 4, type(x)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_graph_serves_all_sizes(cell, training):
+    torch._dynamo.reset()
+    module, graphs = getattr(fastlm.nn, cell)(4, 256), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(module, dynamic=True, fullgraph=True, backend=count)
+    with torch.set_grad_enabled(training):
+        for steps, batch in ((64, 8), (65, 9), (100, 17)):
+            x = torch.randn(steps, batch, 4)
+            torch.testing.assert_close(compiled(x)[0], module(x)[0])
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrent_dropout_follows_the_seed(cell, device):
     _, ours, call, leaves = recurrent_case(cell, {"num_layers": 2, "dropout": 0.5}, device, torch.float32)
