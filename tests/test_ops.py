@@ -164,7 +164,8 @@ def test_results_may_be_changed_in_place(op, name, device):
     """As stock's may, by a ReLU or a dropout in place; where backward needs them it says so."""
     implementation = op.implementations[name]
     for sample in op.samples("test", torch.float32, device):
-        if sample.name not in implementation.accepts or implementation.run is None or implementation.cannot(*sample.args):
+        if implementation.run is None or sample.name not in implementation.accepts or (
+                implementation.cannot(*sample.args)):
             continue
         args, _ = measure.leaves(sample.args, op.constants)
         with fastlm.backend(name):

@@ -188,7 +188,8 @@ def _check_values(query, key, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, block
         if (seqused_k < 0).any() or (seqused_k > room).any():
             raise ValueError(f"varlen_attn: seqused_k is {_short(seqused_k)}, expected 0 to {_short(room)}")
     if block_table is not None:
-        used = torch.arange(block_table.size(1), device=block_table.device) < -(-seqused_k // max(key.size(1), 1))[:, None]
+        pages = torch.arange(block_table.size(1), device=block_table.device)
+        used = pages < -(-seqused_k // max(key.size(1), 1))[:, None]
         found = block_table[used]
         if found.numel() and not 0 <= found.min() <= found.max() < key.size(0):
             raise ValueError(f"varlen_attn: block_table has pages {found.min()} to {found.max()}, expected 0 to "
