@@ -182,17 +182,35 @@ class Layers:
 
     def stream(self, x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
                dtypes=(torch.float32, torch.float64)):
-        """Return one step of one layer without gradients, None where the call is another or needs more than a kernel.
+        """Return one step without gradients, None where the call is another or needs more than a kernel.
 
         All arguments are checked, by the extension where they are tensors.
         """
-        if torch.is_grad_enabled() or num_layers != 1 or bidirectional or not 0 <= dropout <= 1 or not unwatched():
+        if torch.is_grad_enabled() or bidirectional or not 0 <= dropout <= 1 or not unwatched():
             return None
+        if num_layers != 1:
+            alike = not (dropout and train)
+            return self.streams(x, hx, params, has_biases, num_layers, batch_first, dtypes) if alike else None
         found = self.native.rnn_step(CELLS[self.cell], IN_PLACE, torch.get_num_threads(), bool(has_biases),
                                      bool(batch_first), x, hx, params, PLAIN, dtypes, torch.empty_like)
         if found is None or not batch_first:
             return found
         return found[0].transpose(0, 1), *found[1:]
+
+    def streams(self, x, hx, params, has_biases, num_layers, batch_first, dtypes):
+        """Do what `stream` does for several layers."""
+        hx, per, last = hx if isinstance(hx, list | tuple) else (hx,), 4 if has_biases else 2, []
+        if num_layers < 1 or x.shape[1 if batch_first else 0] != 1 or len(params) != per * num_layers or \
+                any(h.shape[0] != num_layers for h in hx):
+            return None
+        for i in range(num_layers):
+            found = self.stream(x, [h[i: i + 1] for h in hx], params[i * per: (i + 1) * per], has_biases, 1, 0.0, False,
+                                False, batch_first, dtypes)
+            if found is None:
+                return None
+            x, *states = found
+            last.append(states)
+        return x, *(torch.cat(states) for states in zip(*last, strict=True))
 
     def few(self, x, batch_sizes, hx, batch_first=False) -> bool:
         """Tell whether there is so little to compute that packed weights would not pay for their packing."""
@@ -268,7 +286,7 @@ class Layers:
 
     def fake(self, tensors, needs, reverse):
         x, batch_sizes, *states, _, w_hh, _, _, _ = tensors
-        hidden, rows = states[-1].shape[-1], math.prod(x.shape[:-1])
+        hidden, rows = states[-1].shape[-1], math.prod(x.shape[:-1])  # Size.numel would make constants of symbols
         results = [x.new_empty(*x.shape[:-1], w_hh.shape[1]), *(s.new_empty(s.shape) for s in states)]
         if not any(needs) or self.gates == 1:
             return results

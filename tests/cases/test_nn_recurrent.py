@@ -193,6 +193,43 @@ def test_weights_that_are_made_of_others_are_made_once_a_call(name, hidden, trai
         assert len(made) == 4, type(x)
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}, {"dropout": 0.5}, {"batch": 3}],
+                         ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_step_of_several_layers(cell, options):
+    """Without gradients each layer is one call of C++."""
+    batch = options.get("batch", 1)
+    options = {key: value for key, value in options.items() if key != "batch"}
+    theirs, ours = pair(cell, 5, 64, 3, **options)
+    theirs.eval(), ours.eval()
+    x = torch.randn(*((batch, 1) if options.get("batch_first") else (1, batch)), 5)
+    hx = torch.randn(3, batch, 64)
+    with torch.no_grad():
+        for state in (None, (hx, -hx) if cell == "LSTM" else hx):
+            torch.testing.assert_close(ours(x, state), theirs(x, state), rtol=1e-4, atol=1e-5)
+            assert [call.ran for call in fastlm.explain(ours, x, state)] == ["native"]
+        with pytest.raises(RuntimeError, match="hx"):
+            ours(x, (hx[:2], -hx[:2]) if cell == "LSTM" else hx[:2])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_graph_serves_all_sizes(cell, training):
+    torch._dynamo.reset()
+    module, graphs = getattr(fastlm.nn, cell)(4, 256), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(module, dynamic=True, fullgraph=True, backend=count)
+    with torch.set_grad_enabled(training):
+        for steps, batch in ((64, 8), (65, 9), (100, 17)):
+            x = torch.randn(steps, batch, 4)
+            torch.testing.assert_close(compiled(x)[0], module(x)[0])
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrent_dropout_follows_the_seed(cell, device):
     _, ours, call, leaves = recurrent_case(cell, {"num_layers": 2, "dropout": 0.5}, device, torch.float32)
