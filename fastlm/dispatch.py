@@ -75,13 +75,15 @@ class Op:
         cost: `cost(*args)` returns (floating-point operations, fewest bytes moved) of one forward pass.
         constants: positions of floating-point arguments that have no gradient in stock PyTorch (class weights).
         compiled: whether benchmarks also compare with the stock call under torch.compile.
+        exports: whether `torch.export` runs stock, which it can trace for all sizes: what is exported so runs where
+            fastlm is not installed, and goes on to ONNX.
         files: what those files are called, where several ops share them; the op's own name where None.
     """
 
     def __init__(self, name, *, reference, torch, samples, cost, fast=(), constants=(), compiled=True,
-                 files=None):
+                 exports=True, files=None):
         self.name, self.samples, self.cost = name, samples, cost
-        self.constants, self.compiled = constants, compiled
+        self.constants, self.compiled, self.exports = constants, compiled, exports
         self.implementations = {f: _load(files or name, f) for f in fast}
         self.implementations["torch"] = Implementation(torch)
         self.implementations["reference"] = Implementation(reference)
@@ -107,12 +109,20 @@ class Op:
             reason = None if name in ("torch", "reference") else no_kernels
             reason = reason or implementation.cannot(*args)
             if reason is None and not wanted:
-                reason = implementation.loses(*args)
+                reason = self._loses(name, args)
             if reason is None:
                 return name, declined
             declined[name] = reason
         reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
         raise CannotRun(f"{self.name}: backend{tuple(wanted)} was asked for and cannot run: {reasons}")
+
+    def _loses(self, name, args):
+        """Return why a kernel that can take a call should not; what is exported is not tied to the sizes of today."""
+        # Torch 2.11 traces `is_exporting()` as True wherever it compiles, so the flag itself is read.
+        if not torch.compiler._is_exporting_flag:
+            return self.implementations[name].loses(*args)
+        exports = self.exports and name != "torch"
+        return "torch.export: what is exported holds torch's own operators" if exports else None
 
 
 def at_once(shortcut: Callable) -> Callable:

@@ -56,6 +56,6 @@ def step(projected, states, w_hh, b_hh, w_hr=None):
     return (n + z * (h - n),)
 
 
-op = Op("gru", reference=partial(recurrent.reference, step), torch=partial(recurrent.stock, "gru"), fast=("native",),
-        samples=partial(recurrent.samples, 3, 1), cost=partial(recurrent.cost, 3),
-        compiled=False)
+op = Op("gru", reference=partial(recurrent.reference, step), torch=partial(recurrent.stock, "gru"),
+        fast=("native",), exports=False,
+        samples=partial(recurrent.samples, 3, 1), cost=partial(recurrent.cost, 3), compiled=False)

@@ -58,6 +58,6 @@ def step(projected, states, w_hh, b_hh, w_hr=None):
     return h if w_hr is None else h @ w_hr.mT, c
 
 
-op = Op("lstm", reference=partial(recurrent.reference, step), torch=partial(recurrent.stock, "lstm"), fast=("native",),
-        samples=partial(recurrent.samples, 4, 2), cost=partial(recurrent.cost, 4),
-        compiled=False)
+op = Op("lstm", reference=partial(recurrent.reference, step), torch=partial(recurrent.stock, "lstm"),
+        fast=("native",), exports=False,
+        samples=partial(recurrent.samples, 4, 2), cost=partial(recurrent.cost, 4), compiled=False)

@@ -261,12 +261,12 @@ STOCK = {"lstm": torch.lstm, "gru": torch.gru, "tanh": torch.rnn_tanh, "relu": t
 
 def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
           batch_first) -> tuple[Tensor, ...]:
-    """Run stock PyTorch; while compiling, as one opaque operator a layer.
+    """Run stock PyTorch; while compiling, but not for an export, as one opaque operator a layer.
 
     Traced, the LSTM becomes `mkldnn_rnn_layer`, which has no backward there (torch 2.13).
     """
     options = (has_biases, num_layers, dropout, train, bidirectional)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
         def layer(x, batch_sizes, hx, params):
             tensors = [x, *hx, *params]
             if cell in ("tanh", "relu") or (cell == "lstm" and batch_sizes is None):

@@ -76,5 +76,5 @@ def cost(*args) -> tuple[int, int]:
     return recurrent.cost(1, *args[:-1])
 
 
-op = Op("rnn", reference=reference, torch=stock, fast=("native",), samples=samples, cost=cost,
-        compiled=False)
+op = Op("rnn", reference=reference, torch=stock, fast=("native",), exports=False, samples=samples,
+        cost=cost, compiled=False)

@@ -348,5 +348,5 @@ def cost(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_
     return 2 * heads * pairs * widths, moved
 
 
-op = Op("varlen_attn", reference=reference, torch=stock, fast=("triton", "native", "blocked"), samples=samples,
-        cost=cost, constants=(4,))
+op = Op("varlen_attn", reference=reference, torch=stock, fast=("triton", "native", "blocked"), exports=False,
+        samples=samples, cost=cost, constants=(4,))
