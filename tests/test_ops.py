@@ -143,7 +143,7 @@ def test_torchs_defaults_are_not_those_of_buffers(op, name, device):
     if implementation.run is None:
         pytest.skip("not available here")
     default = torch.get_default_dtype()
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16):  # which it cannot compute
         for sample in op.samples("test", dtype, device):
             if sum(t.numel() for t in measure.floating(sample.args)) > 200_000 or implementation.cannot(*sample.args):
                 continue
