@@ -117,12 +117,10 @@ class Op:
         raise CannotRun(f"{self.name}: backend{tuple(wanted)} was asked for and cannot run: {reasons}")
 
     def _loses(self, name, args):
-        """Return why a kernel that can take a call should not; what is exported is not tied to the sizes of today."""
         # Torch 2.11 traces `is_exporting()` as True wherever it compiles, so the flag itself is read.
-        if not torch.compiler._is_exporting_flag:
-            return self.implementations[name].loses(*args)
-        exports = self.exports and name != "torch"
-        return "torch.export: what is exported holds torch's own operators" if exports else None
+        if torch.compiler._is_exporting_flag and self.exports and name != "torch":
+            return "torch.export: what is exported holds torch's own operators"
+        return self.implementations[name].loses(*args)
 
 
 def at_once(shortcut: Callable) -> Callable:

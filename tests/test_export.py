@@ -6,6 +6,7 @@ from torch.export import Dim, export
 
 import fastlm
 from fastlm import nn
+from fastlm.ops import recurrent_kernels
 
 
 def targets(program):
@@ -60,6 +61,11 @@ def test_recurrent_layers_become_torch_s_operators_where_that_is_asked(cell):
         program = export(module, (x,))
     assert not ours(program)
     torch.testing.assert_close(first(program.module()(x)), first(module(x)))
+
+
+def test_what_was_not_measured_here_is_not_exported(monkeypatch):
+    monkeypatch.setattr(recurrent_kernels, "unmeasured", lambda *args: "not yet measured on this CPU")
+    assert not ours(export(nn.GRU(256, 256), (torch.randn(20, 4, 256),)))
 
 
 def test_backend_asks_for_a_kernel_in_what_is_exported():

@@ -49,13 +49,17 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     if (dtype is torch.bfloat16 and native.bf16_arithmetic and not pairs) or \
             (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
+    if pairs and (native.pairs != "avx512_bf16" or native.cpu != "zen5"):
+        return f"not yet measured with {native.pairs}"
+    if torch.compiler._is_exporting_flag:
+        return None  # stock would be unrolled for one length, and a rule of sizes be a limit to theirs
     narrow = native.cpu == "avx2"
     steps = batch_sizes.numel() if batch_sizes is not None else data.shape[1 if options[-1] else 0]
     batch, hidden = hx[-1].shape[1:]
     trains = needs_gradient(data, *hx, *params)
     if pairs:
         dense = batch_sizes is None and not recurrent.projects(params, options[0], options[1:])
-        return _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense)
+        return _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense)
     if recurrent.projects(params, options[0], options[1:]):  # which stock does without oneDNN, step by step
         return f"slower than torch below 8 steps of a projection: {ROW}" if steps < 8 else None
     # Without gradients few rows run in place, which pays sooner.
@@ -98,11 +102,9 @@ def _losses_on_zen5(steps, batch, hidden, trains):
     return None if wins else f"slower than torch's oneDNN without gradients, but for few sequences: {row}"
 
 
-def _losses_of_pairs(native, cell, dtype, steps, batch, hidden, trains, dense):
+def _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense):
     """Return what `losses` does where pairs of bfloat16 are multiplied, as they are in stock's oneDNN."""
     row, later = "benchmarks/LOG.md 2026-11-25, pairs", "benchmarks/LOG.md 2026-11-26, recurrent layers in bfloat16"
-    if native.pairs != "avx512_bf16" or native.cpu != "zen5":
-        return f"not yet measured with {native.pairs}"
     if cell == "relu":  # which is computed in float32
         return f"relu in bfloat16 was not measured: {row}"
     if cell != "lstm" or not dense:
