@@ -2,12 +2,15 @@
 
 import contextlib
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+from fastlm import autograd
 from fastlm.autograd import Differentiable, autocast
 
 ran = []  # what the kernels did: the only way to see a gradient that nobody asked for
@@ -180,7 +183,10 @@ def spending_backward(grads, saved, tensors, needs, spent):
     """The gradient of y = x², in the memory of what was saved where nothing will read that again."""
     with contextlib.suppress(threading.BrokenBarrierError):
         both.wait(0.2)  # for another thread
-    return [saved[0].mul_(grads[0]) if spent else saved[0] * grads[0]]
+    if not spent:
+        return [saved[0] * grads[0]]
+    saved[0].data.mul_(grads[0])  # as C++ writes: without a trace in the tensor's version
+    return [saved[0]]
 
 
 spending = Differentiable(
@@ -209,6 +215,23 @@ def test_backward_in_two_threads_is_right_or_an_error(retains):
     right = [isinstance(f, torch.Tensor) and torch.equal(f, 6 * x) for f in found.values()]
     assert all(ok or isinstance(f, RuntimeError) for ok, f in zip(right, found.values(), strict=True)), found
     assert sum(right) >= 1 + all(retains)
+
+
+def test_backward_that_waited_for_one_that_spends_is_an_error(monkeypatch):
+    """Though what was saved is still there: autograd lets go of it when the first has returned."""
+    class Turn:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __enter__(self):
+            self.lock.acquire()
+
+        def __exit__(self, *exc):
+            self.lock.release()
+            time.sleep(0.3)
+
+    monkeypatch.setattr(autograd, "threading", SimpleNamespace(Lock=Turn))
+    test_backward_in_two_threads_is_right_or_an_error((False, False))
 
 
 def test_what_hooks_keep_is_not_spent():

@@ -210,6 +210,8 @@ def test_a_step_of_several_layers(cell, options):
             assert [call.ran for call in fastlm.explain(ours, x, state)] == ["native"]
         with pytest.raises(RuntimeError, match="hx"):
             ours(x, (hx[:2], -hx[:2]) if cell == "LSTM" else hx[:2])
+        if "dropout" in options:
+            assert not torch.equal(ours.train()(x)[0], ours.eval()(x)[0])
 
 
 @pytest.mark.parametrize("training", [False, True])
