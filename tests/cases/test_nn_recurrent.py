@@ -29,6 +29,13 @@ def kernels():
         yield
 
 
+@pytest.fixture(params=[True, False], ids=["kernels", "by default"])
+def order(request, monkeypatch):
+    """Run a test as all others are, and as a user calls, who gets the shortcuts."""
+    if not request.param:
+        monkeypatch.setattr(fastlm.dispatch, "_order", ())
+
+
 def cases(most, without=()):
     """List (cell, options): no option, each alone, and up to `most` together."""
     chosen = [option for option in RECURRENT if option[0] not in without]
@@ -172,7 +179,7 @@ def test_recurrent_weights_are_read_anew(cell, device):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("hidden", [8, 256])
 @pytest.mark.parametrize("name", [*CELLS, *(f"{cell}Cell" for cell in CELLS)])
-def test_weights_that_are_made_of_others_are_made_once_a_call(name, hidden, training):
+def test_weights_that_are_made_of_others_are_made_once_a_call(name, hidden, training, order):
     """To make them may be random (a dropout of weights), have state (spectral_norm), or take long."""
     module, made = getattr(fastlm.nn, name)(4, hidden), []
 
@@ -196,7 +203,7 @@ def test_weights_that_are_made_of_others_are_made_once_a_call(name, hidden, trai
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}, {"dropout": 0.5}, {"batch": 3}],
                          ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_step_of_several_layers(cell, options):
+def test_a_step_of_several_layers(cell, options, order):
     """Without gradients each layer is one call of C++."""
     batch = options.get("batch", 1)
     options = {key: value for key, value in options.items() if key != "batch"}
