@@ -226,3 +226,24 @@ def test_compiled_whole(op, name, device):
                                          constants=op.constants)
     for a, b in zip(compiled[0] + compiled[2], eager[0] + eager[2], strict=True):
         torch.testing.assert_close(a, b)
+
+
+ROWS = torch.randn(3, 8)
+SIZED = {
+    "swiglu": (ROWS, ROWS), "geglu": (ROWS, ROWS), "dropout_add": (ROWS, ROWS, 0.1, True),
+    "add_rms_norm": (ROWS, ROWS, (8,)), "add_layer_norm": (ROWS, ROWS, (8,)), "linear": (ROWS, ROWS),
+    "cross_entropy": (ROWS, torch.tensor([0, 1, 2])), "linear_cross_entropy": (ROWS, ROWS, torch.tensor([0, 1, 2])),
+    "scaled_dot_product_attention": (torch.randn(1, 2, 3, 8),) * 3,
+    "varlen_attn": (*(torch.randn(3, 2, 8),) * 3, *(torch.tensor([0, 3], dtype=torch.int32),) * 2, 3, 3),
+    "rotary_embedding": (torch.randn(1, 2, 3, 8), torch.randn(3, 4), torch.randn(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_tensors_on_two_devices_are_named(name):
+    args = SIZED[name]
+    getattr(fastlm.ops, name)(*args)
+    for i, arg in enumerate(args):
+        if i and isinstance(arg, torch.Tensor):
+            with pytest.raises((RuntimeError, ValueError), match=r"on meta|on the CPU"):
+                getattr(fastlm.ops, name)(*args[:i], arg.to("meta"), *args[i + 1:])

@@ -37,7 +37,7 @@ LEAST = 1 << 22  # multiplications, below which SDPA takes less time than Python
 
 
 def _shortcut(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-         window_size=(-1, -1)):
+              window_size=(-1, -1)):
     """Call SDPA where it can take the call as it is; see `stock`."""
     shape = key.shape
     batch, heads, queries, width = query.shape

@@ -23,8 +23,8 @@ LEAST_LOGITS, LEAST = 1 << 16, 1 << 25  # logits and multiplications, below both
 
 
 def _shortcut(student_input, student_weight, *, teacher_input=None, teacher_weight=None, teacher_logits=None,
-         teacher_topk=None, divergence="forward_kl", beta=0.5, temperature=1.0, target=None, hard_weight=0.0,
-         ignore_index=-100, reduction="mean", student_bias=None, teacher_bias=None):
+              teacher_topk=None, divergence="forward_kl", beta=0.5, temperature=1.0, target=None, hard_weight=0.0,
+              ignore_index=-100, reduction="mean", student_bias=None, teacher_bias=None):
     if not (teacher_input is teacher_weight is teacher_topk is target is teacher_bias is None) or hard_weight != 0 or (
             divergence != "forward_kl" or reduction not in ("mean", "sum") or not 0 <= beta <= 1
             or not 0 < temperature < math.inf or autocasts("cpu")):

@@ -34,11 +34,12 @@ class Auxiliary(NamedTuple):
 
 
 def _shortcut(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
-         label_smoothing=0.0, options=None, z_loss=0.0, softcap=None, return_aux=False, process_group=None):
+              label_smoothing=0.0, options=None, z_loss=0.0, softcap=None, return_aux=False, process_group=None):
     if not (options is softcap is process_group is None and z_loss == 0 and not return_aux):
         return None
-    if not input.is_cpu or input.dtype is not torch.float32 or input.dim() != 2 or linear_weight.dim() != 2 or (
-            input.numel() * linear_weight.size(0) >= LEAST or not 0 <= label_smoothing <= 1 or (
+    if not (input.is_cpu and linear_weight.is_cpu and input.dim() == linear_weight.dim() == 2) or (
+            input.dtype is not torch.float32 or input.numel() * linear_weight.size(0) >= LEAST or (
+            not 0 <= label_smoothing <= 1) or (
             weight is not None and weight.dtype is not input.dtype) or (
             linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]) or (
             ignore_index is not None and target.is_floating_point())):

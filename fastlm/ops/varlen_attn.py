@@ -40,8 +40,8 @@ def few(multiplications, sequences, *tensors) -> bool:
 
 
 def _shortcut(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-         enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, softcap=None, alibi_slopes=None,
-         sinks=None):
+              enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, softcap=None, alibi_slopes=None,
+              sinks=None):
     lacking = return_aux, seqused_k, block_table, num_splits, softcap, alibi_slopes, sinks
     if window_size != (-1, -1) or any(x is not None for x in lacking) or autocasts("cpu"):
         return None
