@@ -47,8 +47,8 @@ GPU = (
     *((f"{name} D{dim}", features, (4, 16, 16, 4096, 4096, dim), _faster(ratio)) for dim in (64, 128)
       for name, features, ratio in (
           ("learned bias", dict(bias=True), 2), ("softcap", dict(softcap=30.0), 1.2), ("ALiBi", dict(alibi=True), 1.2),
-          ("window 256", dict(left=256, right=0), 1.2), ("8 documents", dict(documents=8), 1.2),
-          ("dropout 0.1", dict(dropout_p=0.1), 1.2))),
+          ("causal ALiBi", dict(alibi=True, is_causal=True), 1.2), ("window 256", dict(left=256, right=0), 1.2),
+          ("8 documents", dict(documents=8), 1.2), ("dropout 0.1", dict(dropout_p=0.1), 1.2))),
     *((f"decode D{dim}", {}, (16, 32, 8, 1, 16384, dim), {"forward": Goal(share=0.75)}) for dim in (64, 128)),
 )
 
@@ -128,12 +128,12 @@ def _flex(args):
         return score if slopes is None else score - slopes[0, h] * (i - j).abs()
 
     def seen(b, h, i, j):
-        found = i >= i
+        found = i >= j if options.is_causal else i >= i
         if options.left >= 0:
-            found = (i - j <= options.left) & (j - i <= options.right)
+            found = found & (i - j <= options.left) & (j - i <= options.right)
         return found if ids is None else found & (ids[b, i] == ids[b, j])
 
-    masked = options.left >= 0 or ids is not None
+    masked = options.is_causal or options.left >= 0 or ids is not None
     blocks = create_block_mask(seen, query.size(0) if ids is not None else None, None, query.size(2), key.size(2),
                                device=query.device) if masked else None
     modify = modified if options.softcap or slopes is not None else None
