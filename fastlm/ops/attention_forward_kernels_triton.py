@@ -32,7 +32,7 @@ def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, w
     """Add the keys of a walk to the running output, sum and maximum of a tile of queries."""
     i, head = query_and_head(queries, r[:, None])
     first, last = part(walk, CUT)
-    for begin in tl.range(first, last, N, num_stages=1 if CUT else None):
+    for begin in tl.range(first, last, N, num_stages=size.CUT_STAGES if CUT else None):
         begin = place(begin, walk, CUT)
         j = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, N), N), N)
         mask = load_mask(i, head, j[None, :], queries, band, CUT)
