@@ -15,6 +15,7 @@ from fastlm.ops.attention_score_kernels_triton import (
     dot,
     drop,
     ends,
+    kept,
     keys_seen,
     load_keys,
     load_mask,
@@ -71,16 +72,6 @@ def find_delta(out, dout, lse, dlse, row, inside, share, M: tl.constexpr, EXACT:
 
 
 @triton.jit
-def _slope(p, weights, dp, delta, queries):
-    """Return the gradient of scores; where `weights` are what dropout kept of p, times the share that it keeps."""
-    if queries.draws is None:
-        found = p * (dp - delta)
-    else:
-        found = weights * dp - p * delta
-    return found
-
-
-@triton.jit
 def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, sums, delta, walk, M: tl.constexpr,
                   CUT: tl.constexpr, DK: tl.constexpr):
     """Add what the queries of a walk give to the gradients of a tile of keys and values; scores are `[N, M]`.
@@ -106,14 +97,20 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
         s = dot(key, query.T, None, scoring.EXACT)
         s, bend = scores(s, mask, across, head, j, queries, keys, band, scoring, CUT)
         p = weights_of(s, load_number(sums, queries, i, head, band, float("inf"), not CUT)[None, :], scoring)
-        weights = p
-        if queries.draws is not None:
-            weights = drop(p, across, head, j, queries, band, scoring, CUT)
-        dvalue = dot(weights.to(dout.dtype), dout, dvalue, scoring.EXACT)
+        if queries.draws is None:
+            weights = p.to(dout.dtype)
+        else:
+            p = drop(p, -p, across, head, j, queries, band, scoring, CUT)
+            weights = kept(p, dout.dtype)
+        p *= bend
+        dvalue = dot(weights, dout, dvalue, scoring.EXACT)
         if DK:
             dp = dot(value, dout.T, None, scoring.EXACT)
             row_delta = load_number(delta, queries, i, head, band, 0.0, not CUT)
-            ds = _slope(p, weights, dp, row_delta[None, :], queries) * bend
+            if queries.draws is None:
+                ds = p * (dp - row_delta[None, :])
+            else:  # one number says what a weight is and whether it is kept
+                ds = tl.maximum(p, 0.0) * dp - tl.abs(p) * row_delta[None, :]
             dkey = dot(ds.to(query.dtype), query, dkey, scoring.EXACT)
     return dkey, dvalue
 
@@ -155,10 +152,9 @@ def _slopes(query, dout, sums, delta, mask, r, queries, keys, j, band, scoring, 
     s, bend = scores(s, mask, i, head, j[None, :], queries, keys, band, scoring, CUT)
     p = weights_of(s, sums[:, None], scoring)
     dp = dot(dout, value.T, None, scoring.EXACT)
-    weights = p
     if queries.draws is not None:
-        weights = drop(p, i, head, j[None, :], queries, band, scoring, not WHOLE)
-    return _slope(p, weights, dp, delta[:, None], queries), bend, key
+        dp = drop(dp, 0.0, i, head, j[None, :], queries, band, scoring, not WHOLE)
+    return p * (dp - delta[:, None]), bend, key
 
 
 @triton.jit

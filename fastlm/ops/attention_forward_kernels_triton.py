@@ -13,6 +13,7 @@ from fastlm.ops.attention_score_kernels_triton import (
     drop,
     ends,
     exp_below,
+    kept,
     keys_seen,
     load_keys,
     load_mask,
@@ -45,9 +46,11 @@ def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, w
         shrink = exp_below(highest, base, scoring)
         total = total * shrink + tl.sum(p, 1)
         highest = new
-        if queries.draws is not None:
-            p = drop(p, i, head, j[None, :], queries, band, scoring, CUT)
-        acc = dot(p.to(value.dtype), value, acc * shrink[:, None], scoring.EXACT)
+        if queries.draws is None:
+            weights = p.to(value.dtype)
+        else:
+            weights = kept(drop(p, -p, i, head, j[None, :], queries, band, scoring, CUT), value.dtype)
+        acc = dot(weights, value, acc * shrink[:, None], scoring.EXACT)
     return acc, total, highest
 
 

@@ -133,7 +133,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
 
 def draws(query: Tensor) -> Tensor:
     """Draw from torch's generator the bits that decide what dropout drops of each row of queries, `[B, H, Sq]`."""
-    return torch.randint(-(2**63), 2**63 - 1, query.shape[:3], device=query.device)
+    return torch.randint(-(2**63), 2**63 - 1, query.shape[:3], device=query.device).bitwise_or_(1 << 32)
 
 
 def dropped(call: Call) -> Tensor:
@@ -144,7 +144,7 @@ def dropped(call: Call) -> Tensor:
     bits = call.draws[..., None]
     mixed = low(torch.arange(call.key.size(2), device=bits.device) * 0x9E3779B9)
     mixed = mixed ^ (mixed >> 15)
-    mixed = low(low(bits) + low(bits >> 32 | 1) * mixed)
+    mixed = low(low(bits) + low(bits >> 32) * mixed)
     return mixed - ((mixed >> 31) << 32) <= _threshold(call.options.dropout_p)
 
 

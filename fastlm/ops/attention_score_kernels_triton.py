@@ -371,8 +371,8 @@ def as_score(x, scoring):
 
 
 @triton.jit
-def drop(p, i, head, j, queries, band, scoring, CUT: tl.constexpr):
-    """Return the weights p that dropout keeps, else 0: who calls divides the result by the share that is kept.
+def drop(x, otherwise, i, head, j, queries, band, scoring, CUT: tl.constexpr):
+    """Return x where dropout keeps the weight, and elsewhere `otherwise`; who calls divides by the share that is kept.
 
     A weight's random number is a + b·k: a and b, which is odd, are the halves of its row's random bits, and k is the
     key's position, mixed. So any two weights of a row are independent, as those of different rows are, for one product
@@ -386,20 +386,26 @@ def drop(p, i, head, j, queries, band, scoring, CUT: tl.constexpr):
         bits = tl.load(queries.draws + row)
     k = j.to(tl.uint32) * 0x9E3779B9
     k = k ^ (k >> 15)
-    number = bits.to(tl.uint32) + ((bits >> 32).to(tl.uint32) | 1) * k
-    return _where_above(number.to(tl.int32, bitcast=True), scoring.threshold, p)
+    number = (bits.to(tl.uint32) + (bits >> 32).to(tl.uint32) * k).to(tl.int32, bitcast=True)
+    if INTERPRETING:
+        x = tl.where(number > scoring.threshold, x, otherwise)
+    else:  # LLVM would pack the comparisons into words, and unpack them again
+        x = tl.inline_asm_elementwise(
+            "{.reg .pred above; setp.gt.s32 above, $1, $2; selp.f32 $0, $3, $4, above;}", "=f,r,r,f,f",
+            [number, scoring.threshold, x, otherwise], tl.float32, True, 1)
+    return x
 
 
 @triton.jit
-def _where_above(x, threshold, y):
-    """Return y where x > threshold, else 0. LLVM would pack the comparisons into words, and unpack them again."""
-    if INTERPRETING:
-        y = tl.where(x > threshold, y, 0.0)
+def kept(p, dtype: tl.constexpr):
+    """Return weights that `drop` has negated where it drops them, as numbers of a type: 0 there."""
+    if INTERPRETING or dtype == tl.float32:
+        found = tl.where(p < 0, 0.0, p).to(dtype)
+    elif dtype == tl.bfloat16:
+        found = tl.inline_asm_elementwise("cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], tl.bfloat16, True, 2)
     else:
-        y = tl.inline_asm_elementwise(
-            "{.reg .pred above; setp.gt.s32 above, $1, $2; selp.f32 $0, $3, 0f00000000, above;}", "=f,r,r,f",
-            [x, threshold, y], tl.float32, True, 1)
-    return y
+        found = tl.inline_asm_elementwise("cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], tl.float16, True, 2)
+    return found
 
 
 @triton.jit
