@@ -84,7 +84,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         lse.fill_(-torch.inf)
     if not out.numel():
         return
-    if hopper.takes(call):
+    if hopper.takes(call) and not hopper.narrow(call.options):
         return launch(hopper.plan, call, out, lse)
     launch(plan_forward, call, out, lse, lse, 1, _ranges_of_queries(call, "forward"))
 
@@ -127,7 +127,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         found[3] = parts.sum_to_size(dmask.shape).to(dmask.dtype)
     if dsinks is not None:
         shares = torch.where(lse == -torch.inf, 0, (call.sinks[:, None] - lse).exp())
-        found[4] = -(shares * delta).sum((0, 2)).div(_share(call.options.dropout_p)).to(dsinks.dtype)
+        found[4] = -(shares * delta).sum((0, 2)).div(hopper.share(call.options.dropout_p)).to(dsinks.dtype)
     return found
 
 
@@ -145,7 +145,7 @@ def dropped(call: Call) -> Tensor:
     mixed = low(torch.arange(call.key.size(2), device=bits.device) * 0x9E3779B9)
     mixed = mixed ^ (mixed >> 15)
     mixed = low(low(bits) + low(bits >> 32) * mixed)
-    return mixed - ((mixed >> 31) << 32) <= _threshold(call.options.dropout_p)
+    return mixed - ((mixed >> 31) << 32) <= hopper.threshold(call.options.dropout_p)
 
 
 # --- launches: (kernel, grid, arguments) -----------------------------------------------------------------------
@@ -174,7 +174,7 @@ def plan_delta(out, lse, dlse, sums, delta, dout, dropout_p):
     dim = out.size(-1)
     rows = 64 if dim <= 128 else 32
     arguments = dict(o=out, do=dout, lse=lse, dlse=dlse, sums=sums, delta=delta, rows_in_all=lse.numel(),
-                     share=_share(dropout_p) if dropout_p else None, Y=lse.size(y), Z=lse.size(z), do_x=dout.stride(x),
+                     share=hopper.share(dropout_p) if dropout_p else None, Y=lse.size(y), Z=lse.size(z), do_x=dout.stride(x),
                      do_y=dout.stride(y), do_z=dout.stride(z), do_d=dout.stride(3), DV=dim, M=rows,
                      BLOCK_DV=_block(dim), EXACT=_exact(out), num_warps=4)
     return delta_kernel, (triton.cdiv(lse.numel(), rows),), arguments
@@ -297,18 +297,8 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
         found["slopes_b"] = _steps(call.slopes)[0]
     if options.dropout_p:
         p = options.dropout_p
-        found.update(threshold=_threshold(p), share=_share(p))
+        found.update(threshold=hopper.threshold(p), share=hopper.share(p))
     return found
-
-
-def _threshold(p):
-    """Return the signed 32-bit number that random ones are not above with probability p."""
-    return max(round(p * 2**32), 1) - 1 - 2**31
-
-
-def _share(p):
-    """Return what dropout divides by."""
-    return 1 - p or 1.0
 
 
 def _exact(x):

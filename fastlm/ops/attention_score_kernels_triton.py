@@ -384,8 +384,14 @@ def drop(x, otherwise, i, head, j, queries, band, scoring, CUT: tl.constexpr):
         bits = tl.load(queries.draws + row, i < band.queries, 0)
     else:
         bits = tl.load(queries.draws + row)
-    k = j.to(tl.uint32) * 0x9E3779B9
-    k = k ^ (k >> 15)
+    k = j.to(tl.uint32)
+    if INTERPRETING:
+        k = k * 0x9E3779B9
+        k = k ^ (k >> 15)
+    else:  # LLVM would keep the products of all columns in registers
+        k = tl.inline_asm_elementwise(
+            "{.reg .b32 m, h; mul.lo.u32 m, $1, 0x9E3779B9; shr.u32 h, m, 15; xor.b32 $0, m, h;}", "=r,r", [k],
+            tl.uint32, True, 1)
     number = (bits.to(tl.uint32) + (bits >> 32).to(tl.uint32) * k).to(tl.int32, bitcast=True)
     if INTERPRETING:
         x = tl.where(number > scoring.threshold, x, otherwise)
