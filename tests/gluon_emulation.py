@@ -158,7 +158,8 @@ def kernel(here, programs, failures):
         max=lambda x, dim: x.amax(dim), sum=lambda x, dim: x.sum(dim), exp2=torch.exp2, log=torch.log,
         split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack((a, b), -1), inline_asm_elementwise=assembly,
         convert_layout=lambda x, layout, assert_trivial=False: x, NVMMADistributedLayout=ignore,
-        DotOperandLayout=ignore, abs=torch.abs, int32=torch.int32, float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16,
+        DotOperandLayout=ignore, abs=torch.abs, int32=torch.int32,
+        float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16,
         int64="barriers", thread_barrier=ignore, warp_specialize=specialize, allocate_shared_memory=allocate)
     names = {
         "gl": gl, "gluon": SimpleNamespace(jit=lambda fn=None, **options: fn or (lambda fn: fn)),

@@ -56,8 +56,8 @@ def delta_kernel(o, do, lse, dlse, sums, delta, rows_in_all, share, Y, Z, do_x, 
 def find_delta(out, dout, lse, dlse, row, inside, share, M: tl.constexpr, EXACT: tl.constexpr):
     """Return, of M rows, the log-sum-exp for `weights_of`, and delta, times dropout's share.
 
-    The log-sum-exp is in base 2 unless EXACT, and +∞ where nothing is seen. Delta, Σ_d o·do - dlse, is the diagonal of a
-    product, so that it is rounded as do·v is: where a query sees one key, o is v and the gradient exactly 0.
+    The log-sum-exp is in base 2 unless EXACT, and +∞ where nothing is seen. Delta, Σ_d o·do - dlse, is the diagonal of
+    a product, so that it is rounded as do·v is: where a query sees one key, o is v and the gradient exactly 0.
     """
     r = tl.arange(0, M)
     products = dot(dout, out.T, None, EXACT)

@@ -270,8 +270,8 @@ def unpacked(p, N: gl.constexpr, dtype: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def walk(count, block, state, q, memory, barriers, sizes, features, rows, row, scale, MASKED: gl.constexpr, W: gl.constexpr,
-         S: gl.constexpr, O: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+def walk(count, block, state, q, memory, barriers, sizes, features, rows, row, scale, MASKED: gl.constexpr,
+         W: gl.constexpr, S: gl.constexpr, O: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
          RIGHT: gl.constexpr, LEFT: gl.constexpr):
     """Take `count` key blocks from `block` down: products for the next one during the softmax of the last one."""
     acc, pair, top, total, k_slot, k_phase, v_slot, v_phase, taken = state
@@ -374,13 +374,13 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, sca
 
         state = (acc, pair, top, total, k_slot, k_phase, v_slot, v_phase, taken)
         if RIGHT:  # else outer = last - 1
-            state = walk(last - 1 - outer, last - 2, state, q, memory, barriers, sizes, features, rows, row, scale, True, W, S, O, N,
-                         GROUPS, STAGES, RIGHT, LEFT)
-        state = walk(outer - inner, outer - 1, state, q, memory, barriers, sizes, features, rows, row, scale, False, W, S, O, N,
-                     GROUPS, STAGES, RIGHT, LEFT)
+            state = walk(last - 1 - outer, last - 2, state, q, memory, barriers, sizes, features, rows, row, scale,
+                         True, W, S, O, N, GROUPS, STAGES, RIGHT, LEFT)
+        state = walk(outer - inner, outer - 1, state, q, memory, barriers, sizes, features, rows, row, scale, False, W,
+                     S, O, N, GROUPS, STAGES, RIGHT, LEFT)
         if LEFT:
-            state = walk(inner - first, inner - 1, state, q, memory, barriers, sizes, features, rows, row, scale, True, W, S, O, N,
-                         GROUPS, STAGES, RIGHT, LEFT)
+            state = walk(inner - first, inner - 1, state, q, memory, barriers, sizes, features, rows, row, scale, True,
+                         W, S, O, N, GROUPS, STAGES, RIGHT, LEFT)
         acc, pair, top, total, k_slot, k_phase, v_slot, v_phase, taken = state
         mbarrier.arrive(barriers.q_empty.index(W), count=1)
 
@@ -410,10 +410,10 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, sca
 
 @gluon.jit(do_not_specialize=["slopes_b", "threshold", "share", "scale", "blocks", "tiles", "heads", "group", "queries",
                               "keys", "left", "right", "wide"])
-def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, slopes, slopes_b, draws, threshold, share, scale, blocks, tiles, heads, group, queries, keys, left, right,
-                  wide, D: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-                  RIGHT: gl.constexpr, LEFT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr,
-                  REGISTERS: gl.constexpr):
+def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, slopes, slopes_b, draws, threshold, share, scale, blocks, tiles,
+                  heads, group, queries, keys, left, right, wide, D: gl.constexpr, N: gl.constexpr,
+                  GROUPS: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
+                  ALIBI: gl.constexpr, DROPOUT: gl.constexpr, REGISTERS: gl.constexpr):
     """Compute the output and log-sum-exp; query i sees key j where -left ≤ j - i if LEFT, j - i ≤ right if RIGHT.
 
     Descriptors are of [B, H, S, D], in blocks of 64 rows of queries and output, N of keys and values. `scale` has the

@@ -70,8 +70,8 @@ def plan(call, out: Tensor, lse: Tensor) -> tuple:
     tiles = blocks * heads * batch
     arguments = dict(
         q_desc=describe(call.query, ROWS), k_desc=describe(call.key, COLUMNS), v_desc=describe(call.value, COLUMNS),
-        o_desc=describe(out, ROWS), lse=lse, **features(call, lse), scale=call.options.scale * LOG2_E, blocks=blocks, tiles=tiles, heads=heads,
-        group=call.group, queries=queries, keys=keys, left=-(lower or 0), right=upper or 0,
+        o_desc=describe(out, ROWS), lse=lse, **features(call, lse), scale=call.options.scale * LOG2_E, blocks=blocks,
+        tiles=tiles, heads=heads, group=call.group, queries=queries, keys=keys, left=-(lower or 0), right=upper or 0,
         wide=together(blocks, upper is not None and lower is None), D=dim, N=COLUMNS, GROUPS=groups, STAGES=stages,
         RIGHT=upper is not None, LEFT=lower is not None, REGISTERS=registers, num_warps=4)
     return hopper_kernel, (min(tiles, multiprocessors(call.query.device)),), arguments

@@ -35,10 +35,10 @@ def _tile(tile, tile_j, tile_mask, split, splits, rows_in_all, first_col, col_s,
 
 @triton.jit
 def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths, query_ids,
-             key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all,
-             factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
-             k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d, slopes_b,
-             table_b, row_b, row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr,
+             key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk, splits,
+             rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b,
+             k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d,
+             slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
              SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, NEAR: tl.constexpr, KIND: tl.constexpr,
              EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr, CUT: tl.constexpr):
@@ -80,7 +80,8 @@ def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, m
                 mask_keys, slopes, query_ids, draws, b * row_b + first_q * row_s, row_h, row_s, head, group, GROUPED),
         Keys(k + kv_head * k_h, v + kv_head * v_h, k_b, k_s, k_d, v_b, v_s, v_d, table, page_size, pages, key_ids),
         Scoring(factor, scale, cap, threshold, share, SCALED, EXACT, COARSE, NEAR),
-        Size(D, DV, BLOCK_D, BLOCK_DV, CUT_STAGES), sinks, ranges, o, lse, dlse, sums, delta, dq, dk, dv, M, N, KIND, CUT)
+        Size(D, DV, BLOCK_D, BLOCK_DV, CUT_STAGES), sinks, ranges, o, lse, dlse, sums, delta, dq, dk, dv, M, N,
+        KIND, CUT)
 
 
 def _name(specialization):
@@ -91,15 +92,15 @@ def _name(specialization):
     "H", "Sq", "Sk", "blocks", "together", "splits", "rows_in_all", "left", "right", "threshold", "pages", "mask_keys",
     "col_b", "col_h", "slopes_b", "table_b", "mask_heads", "shared_heads", "shared", "column_blocks"])
 def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o,
-                     lse, do, dlse, sums, delta, dq, dk, dv, dmask, H, group, Sq, Sk, blocks, together, splits, rows_in_all, factor,
-                     scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
-                     k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d,
-                     slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, mask_heads, shared_heads, shared,
-                     column_blocks, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr,
-                     COARSE: tl.constexpr, NEAR: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr,
-                     GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr, MASK_ROWS: tl.constexpr,
-                     MASK_COLS: tl.constexpr):
+                     lse, do, dlse, sums, delta, dq, dk, dv, dmask, H, group, Sq, Sk, blocks, together, splits,
+                     rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
+                     q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h,
+                     do_s, do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, mask_heads, shared_heads,
+                     shared, column_blocks, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+                     BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
+                     SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, NEAR: tl.constexpr,
+                     KIND: tl.constexpr, EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr,
+                     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
     """Compute one tile of what KIND says.
 
     That is the output ("forward"), the gradients of keys and values ("keys"), of queries ("queries"), or of a tile of a
@@ -139,10 +140,10 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
             total += _compute(
                 row, col, given, b, head, head // group, 1, None, q, k, v, mask, sinks, slopes, lengths, query_ids,
                 key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk, splits,
-                rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
-                k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d, slopes_b,
-                table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL, SCALED,
-                EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, CUT)
+                rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d,
+                k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s,
+                do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N,
+                CAUSAL, SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, CUT)
         if draws is not None:
             total = total / share
         if not MASK_ROWS:
@@ -167,8 +168,8 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
             ranges += (b * blocks + tile) * 4
         _compute(
             tile, None, None, b, kv_head * group, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths,
-            query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk, splits,
-            rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b,
-            k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d,
-            slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL, SCALED,
-            EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, False)
+            query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk,
+            splits, rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
+            q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s,
+            do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL,
+            SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, False)

@@ -173,10 +173,10 @@ def plan_delta(out, lse, dlse, sums, delta, dout, dropout_p):
     x, y, z = sorted(range(3), key=lambda d: (-lse.stride(d), d))
     dim = out.size(-1)
     rows = 64 if dim <= 128 else 32
-    arguments = dict(o=out, do=dout, lse=lse, dlse=dlse, sums=sums, delta=delta, rows_in_all=lse.numel(),
-                     share=hopper.share(dropout_p) if dropout_p else None, Y=lse.size(y), Z=lse.size(z), do_x=dout.stride(x),
-                     do_y=dout.stride(y), do_z=dout.stride(z), do_d=dout.stride(3), DV=dim, M=rows,
-                     BLOCK_DV=_block(dim), EXACT=_exact(out), num_warps=4)
+    share = hopper.share(dropout_p) if dropout_p else None
+    arguments = dict(o=out, do=dout, lse=lse, dlse=dlse, sums=sums, delta=delta, rows_in_all=lse.numel(), share=share,
+                     Y=lse.size(y), Z=lse.size(z), do_x=dout.stride(x), do_y=dout.stride(y), do_z=dout.stride(z),
+                     do_d=dout.stride(3), DV=dim, M=rows, BLOCK_DV=_block(dim), EXACT=_exact(out), num_warps=4)
     return delta_kernel, (triton.cdiv(lse.numel(), rows),), arguments
 
 
@@ -257,8 +257,9 @@ def _ranges(ids, others, blocks, group, rows):
     return found
 
 
-OFF = dict.fromkeys(("o", "lse", "do", "dlse", "sums", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads", "shared_heads", "shared",
-                     "column_blocks", "page_size", "pages", "table_b", "slopes_b", "threshold", "share"))
+OFF = dict.fromkeys(("o", "lse", "do", "dlse", "sums", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads",
+                     "shared_heads", "shared", "column_blocks", "page_size", "pages", "table_b", "slopes_b",
+                     "threshold", "share"))
 OFF |= dict(MASK_ROWS=True, MASK_COLS=True)
 STRIDES = [*(f"{name}_{axis}" for name in ("q", "k", "v", "mask", "do") for axis in "bhsd"), "row_b", "row_h", "row_s",
            "col_b", "col_h", "col_s"]
@@ -292,7 +293,8 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
     found.update(zip(STRIDES, (*_steps(query), *_steps(key), *_steps(value), *_steps(mask), *of_do, *_steps(layout),
                                *columns), strict=True))
     if call.table is not None:
-        found.update(Sk=call.table.size(1) * keys, NEAR=call.table.size(1) * keys < 1 << 22, page_size=keys, pages=key.size(0), table_b=call.table.stride(0))
+        found.update(Sk=call.table.size(1) * keys, NEAR=call.table.size(1) * keys < 1 << 22, page_size=keys,
+                     pages=key.size(0), table_b=call.table.stride(0))
     if call.slopes is not None:
         found["slopes_b"] = _steps(call.slopes)[0]
     if options.dropout_p:
@@ -321,15 +323,17 @@ def _block(dim):
 
 # --- sizes of tiles --------------------------------------------------------------------------------------------
 
-# (M, N, warps, stages) for heads up to 64, 128 and 256 wide: for 16-bit types on a generation of GPUs or a later one,
-# and for float32; with a mask or with dropout others, where named. Those of 16 bits for Hopper, up to 128 wide, are the
-# fastest of a sweep on an H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
+# (M, N, warps, stages) and, where given, the most registers of a thread, for heads up to 64, 128 and 256 wide: for
+# 16-bit types on a generation of GPUs or a later one, and for float32; with a mask, with dropout, or with documents or
+# a narrow window others, where named. Those of 16 bits for Hopper, up to 128 wide, are the fastest of a sweep on an
+# H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
 TILES = {
     90: {
         "forward": ((64, 64, 4, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
         "masked forward": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
         "dropout forward": ((128, 64, 8, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
-        "keys": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 1)),
+        "narrow forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2)),
+        "keys": ((64, 64, 4, 3, 168), (64, 64, 4, 2), (64, 32, 8, 1)),
         "masked keys": ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 8, 1)),
         "queries": ((64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 1)),
         "masked queries": ((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
@@ -360,17 +364,19 @@ TILES = {
 
 def _tiles(kind, call):
     """Choose rows of queries (M) and of keys (N) in a tile, warps and pipeline stages."""
-    if INTERPRETED:
-        return {"M": 64, "N": 64, "CUT_STAGES": 1, "num_warps": 4, "num_stages": 1}  # fewer operations than in small tiles
+    if INTERPRETED:  # fewer operations than in small tiles
+        return {"M": 64, "N": 64, "CUT_STAGES": 1, "num_warps": 4, "num_stages": 1}
     wide = max(call.query.size(3), call.value.size(3))
     table = TILES["float32"]
     if call.query.element_size() == 2:
         table = TILES[90 if generation(call.query.device) >= 90 else 80]
-    feature = "masked" if call.mask is not None else "dropout" if call.draws is not None else ""
+    narrow = call.query_ids is not None or hopper.narrow(call.options)
+    feature = "masked" if call.mask is not None else "dropout" if call.draws is not None else "narrow" if narrow else ""
     if kind == "forward" and call.longest[0] * call.group <= 16:
         kind = "few queries"
-    M, N, warps, stages = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
-    return {"M": M, "N": N, "CUT_STAGES": 1, "num_warps": warps, "num_stages": stages}
+    M, N, warps, stages, *registers = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
+    found = {"M": M, "N": N, "CUT_STAGES": 1, "num_warps": warps, "num_stages": stages}
+    return found | ({"maxnreg": registers[0]} if registers else {})
 
 
 def _splits(call):

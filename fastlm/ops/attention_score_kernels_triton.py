@@ -33,8 +33,8 @@ class Band(NamedTuple):
 class Scoring(NamedTuple):
     """What all scores depend on; `factor` is what exp2 multiplies them by: log2(e), times scale or cap unless SCALED.
 
-    Dropout keeps the weights whose random numbers are above `threshold`, a `share` of them. NEAR: positions are less than
-    2²².
+    Dropout keeps the weights whose random numbers are above `threshold`, a `share` of them. Where NEAR, positions are
+    below 2²².
     """
 
     factor: tl.tensor
