@@ -338,16 +338,15 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, sca
         row = (block * GROUPS + W) * 64
         first, inner, outer, last = span(block * GROUPS * 64, sizes, GROUPS * 64, N, RIGHT, LEFT)
 
-        numbers = row + gl.arange(0, 64, gl.SliceLayout(1, S))
-        inside = numbers < sizes.queries
-        numbers = (batch * sizes.heads + head).to(gl.int64) * sizes.queries + numbers
         slope = None
         plus = None
         times = None
         if ALIBI:
             slope = gl.load(features.slopes + (batch * features.slopes_b + head)) * (LOG2_E / scale)
         if DROPOUT:
-            bits = gl.load(features.draws + numbers, inside, 0)
+            r = row + gl.arange(0, 64, gl.SliceLayout(1, S))
+            bits = gl.load(features.draws + ((batch * sizes.heads + head).to(gl.int64) * sizes.queries + r),
+                           r < sizes.queries, 0)
             plus = bits.to(gl.int32)
             times = (bits >> 32).to(gl.int32)
         rows = Rows(slope, plus, times)
@@ -390,8 +389,9 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, sca
         new = warpgroup_mma(p, memory.v.index(v_slot).reshape([N, D]), acc, is_async=True)
         total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S), assert_trivial=True)
         seen = total != 0  # NaN is passed on
+        r = row + gl.arange(0, 64, gl.SliceLayout(1, S))
         value = gl.where(seen, top * scale * LN_2 + gl.log(total), MINUS_INFINITY)
-        gl.store(lse + numbers, value, inside)
+        gl.store(lse + ((batch * sizes.heads + head).to(gl.int64) * sizes.queries + r), value, r < sizes.queries)
         if DROPOUT:
             total = total * features.share
         inverse = gl.where(seen, 1.0 / total, 0.0)

@@ -115,9 +115,11 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
     # Of queries of no sequence nobody writes delta, which is multiplied by 0 for the sinks.
     sums, delta = torch.empty_like(lse), (torch.zeros_like if call.cu_q is not None else torch.empty_like)(lse)
     rows, upstream = (out, lse, dlse, sums, delta, dout), (sums, delta, dout)
-    if dq is None:
+    apart = dq is None or dq.element_size() == 4  # IEEE products of a tile would not fit beside the others
+    if apart:
         launch(plan_delta, *rows, call.options.dropout_p)
-    else:
+    if dq is not None:
+        rows = (None, *rows[1:]) if apart else rows
         launch(plan_queries, call, *rows, dq, _ranges_of_queries(call, "queries"))
     if (dk is not None or dv is not None) and call.key.numel():
         launch(plan_keys, call, *upstream, dk, dv, _ranges_of_keys(call))
@@ -168,7 +170,7 @@ def plan_combine(parts, part_lse, out, lse, splits):
 
 
 def plan_delta(out, lse, dlse, sums, delta, dout, dropout_p):
-    """Plan what the gradients of keys, values and mask need of each query, where `plan_queries` is not called."""
+    """Plan `sums` and `delta`, what all gradients need of each query."""
     # The dimensions of `lse` in the order of its memory, so that its rows are numbered 0, 1, …
     x, y, z = sorted(range(3), key=lambda d: (-lse.stride(d), d))
     dim = out.size(-1)
@@ -181,7 +183,7 @@ def plan_delta(out, lse, dlse, sums, delta, dout, dropout_p):
 
 
 def plan_queries(call, out, lse, dlse, sums, delta, dout, dq, ranges=None):
-    """Plan the gradient of the queries, and what the other gradients need of each query."""
+    """Plan the gradient of the queries, and first, unless `out` is None, what `plan_delta` does."""
     tiles = _tiles("queries", call)
     blocks = -(-call.longest[0] * call.group // tiles["M"])
     arguments = _arguments(call, "queries", tiles, blocks, ranges, lse, o=out, lse=lse, dlse=dlse, sums=sums,
@@ -376,7 +378,7 @@ def _tiles(kind, call):
         kind = "few queries"
     M, N, warps, stages, *registers = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
     found = {"M": M, "N": N, "CUT_STAGES": 1, "num_warps": warps, "num_stages": stages}
-    return found | ({"maxnreg": registers[0]} if registers else {})
+    return found | ({"maxnreg": registers[0]} if registers and not call.options.softcap else {})
 
 
 def _splits(call):
