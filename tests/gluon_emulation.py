@@ -97,6 +97,11 @@ def product(a, b, acc, use_acc=True, is_async=False):
 
 
 def assembly(code, constraints, args, dtype, is_pure, pack):
+    if "mul.lo" in code:
+        mixed = args[0].long() * 0x9E3779B9 & 0xFFFFFFFF
+        return (mixed ^ mixed >> 15).int()
+    if "selp" in code:
+        return torch.where(args[0] > args[1], args[2], 0.0)
     if code.startswith("cvt"):
         return torch.stack(args, -1).to(torch.bfloat16 if ".bf16x2" in code else torch.float16)
     return args[0].unbind(-1)
@@ -111,6 +116,12 @@ def either(tensors, numbers):
         many = torch.is_tensor(a) or torch.is_tensor(b)
         return tensors(torch.as_tensor(a), torch.as_tensor(b)) if many else numbers(a, b)
     return call
+
+
+def load(pointer, mask=None, other=0):
+    if mask is None:
+        return pointer.x.view(-1)[pointer.at]
+    return torch.where(mask, pointer.x.view(-1)[torch.where(mask, pointer.at, 0)], other)
 
 
 def store(pointer, value, mask):
@@ -140,14 +151,15 @@ def kernel(here, programs, failures):
             thread.join()
 
     gl = SimpleNamespace(
-        tensor=None, constexpr=None, static_range=range, minimum=either(torch.minimum, min), int32=None,
+        tensor=None, constexpr=None, static_range=range, minimum=either(torch.minimum, min), load=load,
         maximum=either(torch.maximum, max), program_id=lambda axis: here, num_programs=lambda axis: programs,
         where=choose, arange=lambda start, end, layout: torch.arange(start, end), SliceLayout=ignore, store=store,
         zeros=lambda shape, dtype, layout: torch.zeros(shape), reshape=lambda x, shape: x.reshape(shape),
         max=lambda x, dim: x.amax(dim), sum=lambda x, dim: x.sum(dim), exp2=torch.exp2, log=torch.log,
         split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack((a, b), -1), inline_asm_elementwise=assembly,
         convert_layout=lambda x, layout, assert_trivial=False: x, NVMMADistributedLayout=ignore,
-        DotOperandLayout=ignore, float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16,
+        DotOperandLayout=ignore, abs=torch.abs, int32=torch.int32,
+        float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16,
         int64="barriers", thread_barrier=ignore, warp_specialize=specialize, allocate_shared_memory=allocate)
     names = {
         "gl": gl, "gluon": SimpleNamespace(jit=lambda fn=None, **options: fn or (lambda fn: fn)),
@@ -157,11 +169,13 @@ def kernel(here, programs, failures):
         "tma": SimpleNamespace(async_copy_global_to_shared=copy_in, async_copy_shared_to_global=copy_out,
                                store_wait=ignore),
         "warpgroup_mma": product, "warpgroup_mma_wait": lambda count, deps: deps if len(deps) > 1 else deps[0],
-        "fence_async_shared": ignore, "LN_2": 0.6931471805599453, "MINUS_INFINITY": float("-inf")}
+        "fence_async_shared": ignore, "LN_2": 0.6931471805599453,
+        "LOG2_E": 1.4426950408889634, "MINUS_INFINITY": float("-inf")}
     from fastlm.ops import attention_hopper_kernels_triton as source
 
     text = inspect.getsource(source)
     text = text[text.index("class Tensors"):].replace(".type.layout", ".device").replace(".to(gl.int64)", "")
+    text = text.replace(".to(gl.float32, bitcast=True)", ".int().view(gl.float32)")
     exec(compile("from typing import NamedTuple\n" + text, source.__file__, "exec"), names)
     return names["hopper_kernel"]
 
@@ -174,8 +188,9 @@ def forward(call, programs, monkeypatch):
     lse = torch.full(call.query.shape[:3], float("nan"))
     _, (programs,), arguments = hopper.plan(call, out, lse)
     del arguments["num_warps"]
+    pointers = {name: Pointer(x) for name, x in arguments.items() if torch.is_tensor(x)}
     failures = []
     for here in range(programs):
-        kernel(here, programs, failures)(**arguments | {"lse": Pointer(lse)})
+        kernel(here, programs, failures)(**arguments | pointers)
         assert not failures, failures
     return out, lse

@@ -1,6 +1,6 @@
 """Attention's backward in Triton, without atomics: gradients of keys and values, of queries, and of the mask.
 
-One pass for dk and dv walks the queries, one for dq the keys. The gradient ds is that of the scores after scale, cap,
+One pass for dq walks the keys, one for dk and dv the queries. The gradient ds is that of the scores after scale, cap,
 mask and bias: p ⊙ (dp - delta), delta = Σ o·do - dlse. Dropout keeps a share of p and divides o by the share: there ds
 is (kept p ⊙ dp - p ⊙ share·delta) / share, and the division is left to the end.
 """
@@ -9,14 +9,17 @@ import triton
 import triton.language as tl
 
 from fastlm.ops.attention_score_kernels_triton import (
+    LOG2_E,
     afresh,
     align,
     dot,
     drop,
     ends,
+    kept,
     keys_seen,
     load_keys,
     load_mask,
+    load_number,
     load_query,
     load_rows,
     load_upstream,
@@ -32,12 +35,11 @@ from fastlm.ops.attention_score_kernels_triton import (
 
 
 @triton.jit(do_not_specialize=["rows_in_all", "Y", "Z", "do_x", "do_y"])
-def delta_kernel(o, do, dlse, delta, rows_in_all, Y, Z, do_x, do_y, do_z, do_d, DV: tl.constexpr, M: tl.constexpr,
-                 BLOCK_DV: tl.constexpr, EXACT: tl.constexpr):
-    """Write Σ_d o·do - dlse of each row; rows count over dimensions X, Y, Z, of which `do` has its own strides.
+def delta_kernel(o, do, lse, dlse, sums, delta, rows_in_all, share, Y, Z, do_x, do_y, do_z, do_d, DV: tl.constexpr,
+                 M: tl.constexpr, BLOCK_DV: tl.constexpr, EXACT: tl.constexpr):
+    """Write what `find_delta` returns of each row.
 
-    The sum is the diagonal of a product, so that it is rounded as do·v is: where a query sees one key, o is v and the
-    gradient exactly 0.
+    Rows count over dimensions X, Y, Z, of which `do` has its own strides.
     """
     r = tl.arange(0, M)
     row = tl.program_id(0).to(tl.int64) * M + r
@@ -45,23 +47,32 @@ def delta_kernel(o, do, dlse, delta, rows_in_all, Y, Z, do_x, do_y, do_z, do_d, 
     at = row // Z // Y * do_x + row // Z % Y * do_y + row % Z * do_z
     out = load_rows(o, row * DV, inside, 1, DV, BLOCK_DV)
     dout = load_rows(do, at, inside, do_d, DV, BLOCK_DV)
+    found, row_delta = find_delta(out, dout, lse, dlse, row, inside, share, M, EXACT)
+    tl.store(sums + row, found, inside)
+    tl.store(delta + row, row_delta, inside)
+
+
+@triton.jit
+def find_delta(out, dout, lse, dlse, row, inside, share, M: tl.constexpr, EXACT: tl.constexpr):
+    """Return, of M rows, the log-sum-exp for `weights_of`, and delta, times dropout's share.
+
+    The log-sum-exp is in base 2 unless EXACT, and +∞ where nothing is seen. Delta, Σ_d o·do - dlse, is the diagonal of
+    a product, so that it is rounded as do·v is: where a query sees one key, o is v and the gradient exactly 0.
+    """
+    r = tl.arange(0, M)
     products = dot(dout, out.T, None, EXACT)
-    sums = tl.sum(tl.where(r[:, None] == r[None, :], products, 0.0), 1)
-    tl.store(delta + row, sums - tl.load(dlse + row, inside, 0.0), inside)
+    delta = tl.sum(tl.where(r[:, None] == r[None, :], products, 0.0), 1) - tl.load(dlse + row, inside, 0.0)
+    if share is not None:
+        delta = delta * share
+    sums = tl.load(lse + row, inside, -float("inf"))
+    sums = tl.where(sums == -float("inf"), float("inf"), sums)
+    if not EXACT:
+        sums = sums * LOG2_E
+    return sums, delta
 
 
 @triton.jit
-def _slope(p, weights, dp, delta, queries):
-    """Return the gradient of scores; where `weights` are what dropout kept of p, times the share that it keeps."""
-    if queries.draws is None:
-        found = p * (dp - delta)
-    else:
-        found = weights * dp - p * delta
-    return found
-
-
-@triton.jit
-def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, lse, delta, walk, M: tl.constexpr,
+def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, sums, delta, walk, M: tl.constexpr,
                   CUT: tl.constexpr, DK: tl.constexpr):
     """Add what the queries of a walk give to the gradients of a tile of keys and values; scores are `[N, M]`.
 
@@ -71,7 +82,7 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
     tiles = tl.cdiv(tl.maximum(last - first, 0), M)
     if queries.GROUPED:
         last = first + tiles * queries.group * M
-    for begin in tl.range(first, last, M, num_stages=1 if CUT else None):
+    for begin in tl.range(first, last, M, num_stages=size.CUT_STAGES if CUT else None):
         head = queries.head
         if queries.GROUPED:
             t = (begin - first) // M
@@ -82,23 +93,30 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
         across = i[None, :]
         mask = load_mask(across, head, j, queries, band, CUT)
         query = load_query(queries, i, head, band, size, not CUT)
-        dout, row_lse, row_delta = load_upstream(queries, i, head, band, size, lse, delta, scoring, not CUT)
+        dout = load_upstream(queries, i, head, band, size, not CUT)
         s = dot(key, query.T, None, scoring.EXACT)
         s, bend = scores(s, mask, across, head, j, queries, keys, band, scoring, CUT)
-        p = weights_of(s, row_lse[None, :], scoring)
-        weights = p
-        if queries.draws is not None:
-            weights = drop(p, across, head, j, queries, band, scoring, CUT)
-        dvalue = dot(weights.to(dout.dtype), dout, dvalue, scoring.EXACT)
+        p = weights_of(s, load_number(sums, queries, i, head, band, float("inf"), not CUT)[None, :], scoring)
+        if queries.draws is None:
+            weights = p.to(dout.dtype)
+        else:
+            p = drop(p, -p, across, head, j, queries, band, scoring, CUT)
+            weights = kept(p, dout.dtype)
+        p *= bend
+        dvalue = dot(weights, dout, dvalue, scoring.EXACT)
         if DK:
             dp = dot(value, dout.T, None, scoring.EXACT)
-            ds = _slope(p, weights, dp, row_delta[None, :], queries) * bend
+            row_delta = load_number(delta, queries, i, head, band, 0.0, not CUT)
+            if queries.draws is None:
+                ds = p * (dp - row_delta[None, :])
+            else:  # one number says what a weight is and whether it is kept
+                ds = tl.maximum(p, 0.0) * dp - tl.abs(p) * row_delta[None, :]
             dkey = dot(ds.to(query.dtype), query, dkey, scoring.EXACT)
     return dkey, dvalue
 
 
 @triton.jit
-def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, lse, delta, dk, dv,
+def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dk, dv,
                   M: tl.constexpr, N: tl.constexpr):
     """Compute the gradients of a tile of keys and values, whose rows are `first_col` + j·col_s in dk and dv."""
     j = tile * N + tl.arange(0, N)
@@ -108,9 +126,9 @@ def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ra
     dkey = tl.zeros((N, size.BLOCK_D), tl.float32)
     dvalue = tl.zeros((N, size.BLOCK_DV), tl.float32)
     DK: tl.constexpr = dk is not None
-    dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, lse, delta,
+    dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, sums, delta,
                                  walk, M, False, DK)
-    dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, lse, delta,
+    dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, sums, delta,
                                  walk, M, True, DK)
     j = afresh(tile) * N + tl.arange(0, N)
     at = first_col + j.to(tl.int64) * col_s
@@ -125,50 +143,58 @@ def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ra
 
 
 @triton.jit
-def _slopes(query, dout, lse, delta, mask, r, queries, keys, j, band, scoring, size, CUT: tl.constexpr,
+def _slopes(query, dout, sums, delta, mask, r, queries, keys, j, band, scoring, size, CUT: tl.constexpr,
             WHOLE: tl.constexpr):
     """Return the gradient of a tile of scores `[M, N]`, the cap's derivative, and the keys; WHOLE as in load_keys."""
     i, head = query_and_head(queries, r[:, None])
     key, value = load_keys(keys, j, band, size, WHOLE)
     s = dot(query, key.T, None, scoring.EXACT)
     s, bend = scores(s, mask, i, head, j[None, :], queries, keys, band, scoring, CUT)
-    p = weights_of(s, lse[:, None], scoring)
+    p = weights_of(s, sums[:, None], scoring)
     dp = dot(dout, value.T, None, scoring.EXACT)
-    weights = p
     if queries.draws is not None:
-        weights = drop(p, i, head, j[None, :], queries, band, scoring, not WHOLE)
-    return _slope(p, weights, dp, delta[:, None], queries), bend, key
+        dp = drop(dp, 0.0, i, head, j[None, :], queries, band, scoring, not WHOLE)
+    return p * (dp - delta[:, None]), bend, key
 
 
 @triton.jit
-def _walk_keys(dquery, query, dout, lse, delta, r, queries, keys, band, scoring, size, walk, N: tl.constexpr,
+def _walk_keys(dquery, query, dout, sums, delta, r, queries, keys, band, scoring, size, walk, N: tl.constexpr,
                CUT: tl.constexpr):
     """Add what the keys of a walk give to the gradient of a tile of queries."""
     first, last = part(walk, CUT)
-    for begin in tl.range(first, last, N, num_stages=1 if CUT else None):
+    for begin in tl.range(first, last, N, num_stages=size.CUT_STAGES if CUT else None):
         begin = place(begin, walk, CUT)
         j = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, N), N), N)
         i, head = query_and_head(queries, r[:, None])
         mask = load_mask(i, head, j[None, :], queries, band, CUT)
-        ds, bend, key = _slopes(query, dout, lse, delta, mask, r, queries, keys, j, band, scoring, size, CUT, not CUT)
+        ds, bend, key = _slopes(query, dout, sums, delta, mask, r, queries, keys, j, band, scoring, size, CUT, not CUT)
         dquery = dot((ds * bend).to(key.dtype), key, dquery, scoring.EXACT)
     return dquery
 
 
 @triton.jit
-def backward_queries(tile, band, queries, keys, scoring, size, ranges, lse, delta, dq, M: tl.constexpr,
+def backward_queries(tile, band, queries, keys, scoring, size, ranges, o, lse, dlse, sums, delta, dq, M: tl.constexpr,
                      N: tl.constexpr):
-    """Compute the gradient of a tile of rows of queries."""
+    """Compute the gradient of a tile of rows of queries; unless `o` is None, write first what `delta_kernel` does."""
     r = tile * M + tl.arange(0, M)
     first, last = ends(tile, queries, band, M)
     start, end, low, high = keys_seen(first, last, band, ranges)
     walk = align(start, end, low, high, N)
     i, head = query_and_head(queries, r)
     query = load_query(queries, i, head, band, size, False)
-    dout, row_lse, row_delta = load_upstream(queries, i, head, band, size, lse, delta, scoring, False)
+    dout = load_upstream(queries, i, head, band, size, False)
+    if o is None:
+        row_sums = load_number(sums, queries, i, head, band, float("inf"), False)
+        row_delta = load_number(delta, queries, i, head, band, 0.0, False)
+    else:
+        row, inside = row_numbers(queries, i, head), i < band.queries
+        out = load_rows(o, row * size.DV, inside, 1, size.DV, size.BLOCK_DV)
+        row_sums, row_delta = find_delta(out, dout, lse, dlse, row, inside, scoring.share, M, scoring.EXACT)
+        tl.store(sums + row, row_sums, inside)
+        tl.store(delta + row, row_delta, inside)
     dquery = tl.zeros((M, size.BLOCK_D), tl.float32)
-    dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, walk, N, False)
-    dquery = _walk_keys(dquery, query, dout, row_lse, row_delta, r, queries, keys, band, scoring, size, walk, N, True)
+    dquery = _walk_keys(dquery, query, dout, row_sums, row_delta, r, queries, keys, band, scoring, size, walk, N, False)
+    dquery = _walk_keys(dquery, query, dout, row_sums, row_delta, r, queries, keys, band, scoring, size, walk, N, True)
     i, head = query_and_head(queries, afresh(tile) * M + tl.arange(0, M))
     scale = scoring.scale
     if queries.draws is not None:
@@ -177,11 +203,13 @@ def backward_queries(tile, band, queries, keys, scoring, size, ranges, lse, delt
 
 
 @triton.jit
-def mask_slope(r, j, mask, band, queries, keys, scoring, size, lse, delta, CUT: tl.constexpr):
+def mask_slope(r, j, mask, band, queries, keys, scoring, size, sums, delta, CUT: tl.constexpr):
     """Return the gradient of the scores of one head at rows r and keys j, given the mask there.
 
     Unless CUT, it is -∞ where a query may not see a key.
     """
     query = load_query(queries, r, queries.head, band, size, False)
-    dout, row_lse, row_delta = load_upstream(queries, r, queries.head, band, size, lse, delta, scoring, False)
-    return _slopes(query, dout, row_lse, row_delta, mask, r, queries, keys, j, band, scoring, size, CUT, False)[0]
+    dout = load_upstream(queries, r, queries.head, band, size, False)
+    row_sums = load_number(sums, queries, r, queries.head, band, float("inf"), False)
+    row_delta = load_number(delta, queries, r, queries.head, band, 0.0, False)
+    return _slopes(query, dout, row_sums, row_delta, mask, r, queries, keys, j, band, scoring, size, CUT, False)[0]

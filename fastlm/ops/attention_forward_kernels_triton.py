@@ -13,6 +13,7 @@ from fastlm.ops.attention_score_kernels_triton import (
     drop,
     ends,
     exp_below,
+    kept,
     keys_seen,
     load_keys,
     load_mask,
@@ -32,7 +33,7 @@ def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, w
     """Add the keys of a walk to the running output, sum and maximum of a tile of queries."""
     i, head = query_and_head(queries, r[:, None])
     first, last = part(walk, CUT)
-    for begin in tl.range(first, last, N, num_stages=1 if CUT else None):
+    for begin in tl.range(first, last, N, num_stages=size.CUT_STAGES if CUT else None):
         begin = place(begin, walk, CUT)
         j = tl.max_contiguous(tl.multiple_of(begin + tl.arange(0, N), N), N)
         mask = load_mask(i, head, j[None, :], queries, band, CUT)
@@ -45,9 +46,11 @@ def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, w
         shrink = exp_below(highest, base, scoring)
         total = total * shrink + tl.sum(p, 1)
         highest = new
-        if queries.draws is not None:
-            p = drop(p, i, head, j[None, :], queries, band, scoring, CUT)
-        acc = dot(p.to(value.dtype), value, acc * shrink[:, None], scoring.EXACT)
+        if queries.draws is None:
+            weights = p.to(value.dtype)
+        else:
+            weights = kept(drop(p, -p, i, head, j[None, :], queries, band, scoring, CUT), value.dtype)
+        acc = dot(weights, value, acc * shrink[:, None], scoring.EXACT)
     return acc, total, highest
 
 

@@ -48,6 +48,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 LN_2 = gl.constexpr(0.6931471805599453)
+LOG2_E = gl.constexpr(1.4426950408889634)
 MINUS_INFINITY = gl.constexpr(float("-inf"))
 
 
@@ -138,6 +139,24 @@ def advance(slot, phase, STAGES: gl.constexpr):
     return gl.where(over, 0, slot), gl.where(over, phase ^ 1, phase)
 
 
+class Features(NamedTuple):
+    """Arguments of `hopper_kernel` of these names, which mean something with ALIBI and with DROPOUT."""
+
+    slopes: gl.tensor
+    slopes_b: gl.tensor
+    draws: gl.tensor
+    threshold: gl.tensor
+    share: gl.tensor
+
+
+class Rows(NamedTuple):
+    """What the features need of a tile: its head's slope in the unit of the scores, its rows' random bits."""
+
+    slope: gl.tensor
+    plus: gl.tensor
+    times: gl.tensor
+
+
 # --- the warp that copies --------------------------------------------------------------------------------------
 
 
@@ -193,6 +212,37 @@ def masked(s, row, column, sizes, N: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl
 
 
 @gluon.jit
+def position(x):
+    """Return integers below 2²² as floats plus 1.5·2²³: see `_position` of attention_score_kernels_triton.py."""
+    return (x + 0x4B400000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def biased(s, row, column, rows, sizes, N: gl.constexpr):
+    """Return scores with ALiBi's bias, if there is one."""
+    if rows.slope is not None:
+        i = position(row + (sizes.keys - sizes.queries) + gl.arange(0, 64, gl.SliceLayout(1, s.type.layout)))
+        j = position(column + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)))
+        s = s - rows.slope * gl.abs(i[:, None] - j[None, :])
+    return s
+
+
+@gluon.jit
+def dropped(e, column, rows, features, N: gl.constexpr):
+    """Return the weights that dropout keeps, else 0: see `drop` of attention_score_kernels_triton.py."""
+    if rows.times is not None:
+        k = column + gl.arange(0, N, gl.SliceLayout(0, e.type.layout))
+        k = gl.inline_asm_elementwise(  # or LLVM would keep the products of all columns in registers
+            "{.reg .b32 m, h; mul.lo.u32 m, $1, 0x9E3779B9; shr.u32 h, m, 15; xor.b32 $0, m, h;}", "=r,r", [k],
+            gl.int32, True, 1)
+        number = rows.plus[:, None] + rows.times[:, None] * k[None, :]
+        e = gl.inline_asm_elementwise(
+            "{.reg .pred above; setp.gt.s32 above, $1, $2; selp.f32 $0, $3, 0f00000000, above;}", "=f,r,r,f",
+            [number, features.threshold, e], gl.float32, True, 1)
+    return e
+
+
+@gluon.jit
 def added(e, N: gl.constexpr):
     """Sum the rows by thread only: the four threads of a row are added at the end of a tile."""
     return gl.sum(gl.sum(gl.reshape(e, [64, N // 8, 4, 2]), 1), 2)
@@ -220,8 +270,8 @@ def unpacked(p, N: gl.constexpr, dtype: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def walk(count, block, state, q, memory, barriers, sizes, row, scale, MASKED: gl.constexpr, W: gl.constexpr,
-         S: gl.constexpr, O: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+def walk(count, block, state, q, memory, barriers, sizes, features, rows, row, scale, MASKED: gl.constexpr,
+         W: gl.constexpr, S: gl.constexpr, O: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
          RIGHT: gl.constexpr, LEFT: gl.constexpr):
     """Take `count` key blocks from `block` down: products for the next one during the softmax of the last one."""
     acc, pair, top, total, k_slot, k_phase, v_slot, v_phase, taken = state
@@ -241,6 +291,7 @@ def walk(count, block, state, q, memory, barriers, sizes, row, scale, MASKED: gl
         mbarrier.arrive(barriers.turns.index((W + 1) % GROUPS), count=1)
         taken += 1
         s = warpgroup_mma_wait(1, deps=(s,))
+        s = biased(s, row, (block - i) * N, rows, sizes, N)
         if MASKED:
             s = masked(s, row, (block - i) * N, sizes, N, RIGHT, LEFT)
         higher = gl.maximum(top, gl.max(s, 1))
@@ -252,6 +303,7 @@ def walk(count, block, state, q, memory, barriers, sizes, row, scale, MASKED: gl
         e = gl.exp2(s * scale - base[:, None])
         total = total * gl.convert_layout(fade, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[:, None]
         total += added(e, N)
+        e = dropped(e, (block - i) * N, rows, features, N)
         top = higher
         if GROUPS == 2:  # a loop that is never entered, over which ptxas does not move the next wait into the softmax
             never = i + sizes.wide
@@ -269,8 +321,9 @@ def walk(count, block, state, q, memory, barriers, sizes, row, scale, MASKED: gl
 
 
 @gluon.jit
-def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, scale, D: gl.constexpr, N: gl.constexpr,
-            GROUPS: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr):
+def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, scale, D: gl.constexpr, N: gl.constexpr,
+            GROUPS: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, ALIBI: gl.constexpr,
+            DROPOUT: gl.constexpr):
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
@@ -285,6 +338,19 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, scale, D: gl.
         row = (block * GROUPS + W) * 64
         first, inner, outer, last = span(block * GROUPS * 64, sizes, GROUPS * 64, N, RIGHT, LEFT)
 
+        slope = None
+        plus = None
+        times = None
+        if ALIBI:
+            slope = gl.load(features.slopes + (batch * features.slopes_b + head)) * (LOG2_E / scale)
+        if DROPOUT:
+            r = row + gl.arange(0, 64, gl.SliceLayout(1, S))
+            bits = gl.load(features.draws + ((batch * sizes.heads + head).to(gl.int64) * sizes.queries + r),
+                           r < sizes.queries, 0)
+            plus = bits.to(gl.int32)
+            times = (bits >> 32).to(gl.int32)
+        rows = Rows(slope, plus, times)
+
         # The first key block (the last in memory), always masked.
         mbarrier.wait(barriers.q_full.index(W), turn & 1)
         mbarrier.wait(barriers.k_full.index(k_slot), k_phase)
@@ -292,11 +358,13 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, scale, D: gl.
                           use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(barriers.empty.index(k_slot), count=1)
+        s = biased(s, row, (last - 1) * N, rows, sizes, N)
         s = masked(s, row, (last - 1) * N, sizes, N, RIGHT, LEFT)
         top = gl.max(s, 1)
         base = gl.where(top == MINUS_INFINITY, 0.0, top) * scale
         e = gl.exp2(s * scale - base[:, None])
         total = added(e, N)
+        e = dropped(e, (last - 1) * N, rows, features, N)
         pair = packed(e, N, q.dtype)
         acc = gl.zeros([64, D], gl.float32, O)
         v_slot = k_slot
@@ -305,13 +373,13 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, scale, D: gl.
 
         state = (acc, pair, top, total, k_slot, k_phase, v_slot, v_phase, taken)
         if RIGHT:  # else outer = last - 1
-            state = walk(last - 1 - outer, last - 2, state, q, memory, barriers, sizes, row, scale, True, W, S, O, N,
-                         GROUPS, STAGES, RIGHT, LEFT)
-        state = walk(outer - inner, outer - 1, state, q, memory, barriers, sizes, row, scale, False, W, S, O, N,
-                     GROUPS, STAGES, RIGHT, LEFT)
+            state = walk(last - 1 - outer, last - 2, state, q, memory, barriers, sizes, features, rows, row, scale,
+                         True, W, S, O, N, GROUPS, STAGES, RIGHT, LEFT)
+        state = walk(outer - inner, outer - 1, state, q, memory, barriers, sizes, features, rows, row, scale, False, W,
+                     S, O, N, GROUPS, STAGES, RIGHT, LEFT)
         if LEFT:
-            state = walk(inner - first, inner - 1, state, q, memory, barriers, sizes, row, scale, True, W, S, O, N,
-                         GROUPS, STAGES, RIGHT, LEFT)
+            state = walk(inner - first, inner - 1, state, q, memory, barriers, sizes, features, rows, row, scale, True,
+                         W, S, O, N, GROUPS, STAGES, RIGHT, LEFT)
         acc, pair, top, total, k_slot, k_phase, v_slot, v_phase, taken = state
         mbarrier.arrive(barriers.q_empty.index(W), count=1)
 
@@ -321,9 +389,11 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, scale, D: gl.
         new = warpgroup_mma(p, memory.v.index(v_slot).reshape([N, D]), acc, is_async=True)
         total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S), assert_trivial=True)
         seen = total != 0  # NaN is passed on
-        rows = row + gl.arange(0, 64, gl.SliceLayout(1, S))
+        r = row + gl.arange(0, 64, gl.SliceLayout(1, S))
         value = gl.where(seen, top * scale * LN_2 + gl.log(total), MINUS_INFINITY)
-        gl.store(lse + (batch * sizes.heads + head).to(gl.int64) * sizes.queries + rows, value, rows < sizes.queries)
+        gl.store(lse + ((batch * sizes.heads + head).to(gl.int64) * sizes.queries + r), value, r < sizes.queries)
+        if DROPOUT:
+            total = total * features.share
         inverse = gl.where(seen, 1.0 / total, 0.0)
         acc, p = warpgroup_mma_wait(0, deps=(new, p))
         acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
@@ -338,10 +408,12 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, scale, D: gl.
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["scale", "blocks", "tiles", "heads", "group", "queries", "keys", "left", "right", "wide"])
-def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, scale, blocks, tiles, heads, group, queries, keys, left, right,
-                  wide, D: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-                  RIGHT: gl.constexpr, LEFT: gl.constexpr, REGISTERS: gl.constexpr):
+@gluon.jit(do_not_specialize=["slopes_b", "threshold", "share", "scale", "blocks", "tiles", "heads", "group", "queries",
+                              "keys", "left", "right", "wide"])
+def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, slopes, slopes_b, draws, threshold, share, scale, blocks, tiles,
+                  heads, group, queries, keys, left, right, wide, D: gl.constexpr, N: gl.constexpr,
+                  GROUPS: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
+                  ALIBI: gl.constexpr, DROPOUT: gl.constexpr, REGISTERS: gl.constexpr):
     """Compute the output and log-sum-exp; query i sees key j where -left ≤ j - i if LEFT, j - i ≤ right if RIGHT.
 
     Descriptors are of [B, H, S, D], in blocks of 64 rows of queries and output, N of keys and values. `scale` has the
@@ -370,16 +442,22 @@ def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, scale, blocks, tiles, hea
     memory = Tensors(q_mem, k_mem, v_mem, o_mem)
     barriers = Barriers(q_full, q_empty, k_full, v_full, empty, turns)
     sizes = Sizes(blocks, tiles, heads, group, queries, keys, left, right, wide)
+    features = Features(slopes, slopes_b, draws, threshold, share)
     if GROUPS == 2:
         gl.warp_specialize([
-            (consume, (0, o_desc, lse, memory, barriers, sizes, scale, D, N, GROUPS, STAGES, RIGHT, LEFT)),
-            (consume, (1, o_desc, lse, memory, barriers, sizes, scale, D, N, GROUPS, STAGES, RIGHT, LEFT)),
+            (consume, (0, o_desc, lse, memory, barriers, sizes, features, scale, D, N, GROUPS, STAGES, RIGHT, LEFT,
+                       ALIBI, DROPOUT)),
+            (consume, (1, o_desc, lse, memory, barriers, sizes, features, scale, D, N, GROUPS, STAGES, RIGHT, LEFT,
+                       ALIBI, DROPOUT)),
             (produce, (descriptors, memory, barriers, sizes, N, GROUPS, STAGES, RIGHT, LEFT)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (consume, (0, o_desc, lse, memory, barriers, sizes, scale, D, N, GROUPS, STAGES, RIGHT, LEFT)),
-            (consume, (1, o_desc, lse, memory, barriers, sizes, scale, D, N, GROUPS, STAGES, RIGHT, LEFT)),
-            (consume, (2, o_desc, lse, memory, barriers, sizes, scale, D, N, GROUPS, STAGES, RIGHT, LEFT)),
+            (consume, (0, o_desc, lse, memory, barriers, sizes, features, scale, D, N, GROUPS, STAGES, RIGHT, LEFT,
+                       ALIBI, DROPOUT)),
+            (consume, (1, o_desc, lse, memory, barriers, sizes, features, scale, D, N, GROUPS, STAGES, RIGHT, LEFT,
+                       ALIBI, DROPOUT)),
+            (consume, (2, o_desc, lse, memory, barriers, sizes, features, scale, D, N, GROUPS, STAGES, RIGHT, LEFT,
+                       ALIBI, DROPOUT)),
             (produce, (descriptors, memory, barriers, sizes, N, GROUPS, STAGES, RIGHT, LEFT)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])

@@ -15,23 +15,32 @@ KNOWN = triton.__version__.startswith("3.6.")
 LEAST = 128  # fewer queries or keys leave most of a tile empty
 ROWS = 64  # of a warp group
 COLUMNS = 128  # keys in a block
-# Head size -> warp groups, stages of the rings, registers of a thread: the fastest of a few on an H200.
+NARROW = 1024  # a window of fewer keys is the plain kernel's
+# Head size -> warp groups, stages of the rings, registers of a thread: the fastest of a few on an H200. Dropout needs
+# more registers than three groups leave each other.
 TILES = {64: (3, 3, 160), 128: (2, 2, 240)}
+DROPOUT_TILES = {64: (2, 3, 240), 128: (2, 2, 240)}
 
 
 def takes(call) -> bool:
-    """Tell whether the kernel can take a call: see `fits`; no feature but causality and a window."""
-    features = (call.mask, call.sinks, call.slopes, call.lengths, call.query_ids, call.draws, call.cu_q, call.cu_k,
-                call.table)
+    """Tell whether the kernel can take a call: see `fits`; no feature but causality, a window, ALiBi and dropout."""
+    features = (call.mask, call.sinks, call.lengths, call.query_ids, call.cu_q, call.cu_k, call.table)
     tensors = (call.query, call.key, call.value)
     return (all([x is None for x in features]) and fits(*tensors, call.options)
+            and (call.slopes is None or max(call.longest) < 1 << 22)
             and all([x.data_ptr() % 16 == 0 for x in tensors]))
+
+
+def narrow(options: Options) -> bool:
+    """Tell whether a window leaves a tile of queries few blocks of keys: then most are cut, and tiles too large."""
+    right = 0 if options.is_causal else options.right
+    return options.left >= 0 and right >= 0 and options.left + right < NARROW
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
     """Tell whether the kernel can take such tensors, by what is known of them without looking at their memory."""
     return (KNOWN and not INTERPRETED and query.is_cuda and query.element_size() == 2
-            and options.scale > 0 and not options.softcap and not options.dropout_p
+            and options.scale > 0 and not options.softcap
             and query.size(3) in TILES and query.size(3) == value.size(3)
             and query.size(2) >= LEAST and key.size(2) >= LEAST
             and reachable(query) and reachable(key) and reachable(value) and capability(query.device) == (9, 0))
@@ -55,17 +64,35 @@ def plan(call, out: Tensor, lse: Tensor) -> tuple:
     from fastlm.ops.attention_hopper_kernels_triton import hopper_kernel
 
     batch, heads, queries, dim = call.query.shape
-    keys, (groups, stages, registers) = call.key.size(2), TILES[dim]
+    keys, (groups, stages, registers) = call.key.size(2), (TILES if call.draws is None else DROPOUT_TILES)[dim]
     lower, upper = band(call.options, queries, keys)
     blocks = triton.cdiv(queries, groups * ROWS)
     tiles = blocks * heads * batch
     arguments = dict(
         q_desc=describe(call.query, ROWS), k_desc=describe(call.key, COLUMNS), v_desc=describe(call.value, COLUMNS),
-        o_desc=describe(out, ROWS), lse=lse, scale=call.options.scale * LOG2_E, blocks=blocks, tiles=tiles, heads=heads,
-        group=call.group, queries=queries, keys=keys, left=-(lower or 0), right=upper or 0,
+        o_desc=describe(out, ROWS), lse=lse, **features(call, lse), scale=call.options.scale * LOG2_E, blocks=blocks,
+        tiles=tiles, heads=heads, group=call.group, queries=queries, keys=keys, left=-(lower or 0), right=upper or 0,
         wide=together(blocks, upper is not None and lower is None), D=dim, N=COLUMNS, GROUPS=groups, STAGES=stages,
         RIGHT=upper is not None, LEFT=lower is not None, REGISTERS=registers, num_warps=4)
     return hopper_kernel, (min(tiles, multiprocessors(call.query.device)),), arguments
+
+
+def features(call, other: Tensor) -> dict:
+    """Return the arguments of ALiBi and dropout. Partitions of a kernel take no None: `other` stands for a tensor."""
+    slopes, draws, p = call.slopes, call.draws, call.options.dropout_p
+    return dict(slopes=other if slopes is None else slopes, draws=other if draws is None else draws,
+                slopes_b=0 if slopes is None or slopes.size(0) == 1 else slopes.stride(0), threshold=threshold(p),
+                share=share(p), ALIBI=slopes is not None, DROPOUT=draws is not None)
+
+
+def threshold(p: float) -> int:
+    """Return the signed 32-bit number that random ones are not above with probability p."""
+    return max(round(p * 2**32), 1) - 1 - 2**31
+
+
+def share(p: float) -> float:
+    """Return what dropout divides by."""
+    return 1 - p or 1.0
 
 
 def band(options: Options, queries: int, keys: int) -> tuple[int | None, int | None]:

@@ -16,32 +16,32 @@ from fastlm.ops.attention_score_kernels_triton import Band, Keys, Queries, Scori
 
 @triton.jit
 def _tile(tile, tile_j, tile_mask, split, splits, rows_in_all, first_col, col_s, band, queries, keys, scoring, size,
-          sinks, ranges, o, lse, delta, dq, dk, dv, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
+          sinks, ranges, o, lse, dlse, sums, delta, dq, dk, dv, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
           CUT: tl.constexpr):
     found = 0.0
     if KIND == "mask":
-        found = mask_slope(tile, tile_j, tile_mask, band, queries, keys, scoring, size, lse, delta, CUT)
+        found = mask_slope(tile, tile_j, tile_mask, band, queries, keys, scoring, size, sums, delta, CUT)
     elif KIND == "keys":
         if tile * N < band.keys:
-            backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, lse, delta, dk, dv, M, N)
+            backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dk, dv, M, N)
     elif tile * M < band.queries * queries.group:
         if KIND == "forward":
             forward_tile(tile, split, splits, rows_in_all, band, queries, keys, scoring, size, sinks, ranges, o, lse,
                          M, N)
         else:
-            backward_queries(tile, band, queries, keys, scoring, size, ranges, lse, delta, dq, M, N)
+            backward_queries(tile, band, queries, keys, scoring, size, ranges, o, lse, dlse, sums, delta, dq, M, N)
     return found
 
 
 @triton.jit
 def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths, query_ids,
-             key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all,
-             factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
-             k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d, slopes_b,
-             table_b, row_b, row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr,
+             key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk, splits,
+             rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b,
+             k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d,
+             slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
-             SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr,
-             GROUPED: tl.constexpr, CUT: tl.constexpr):
+             SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, NEAR: tl.constexpr, KIND: tl.constexpr,
+             EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr, CUT: tl.constexpr):
     """Compute a tile of row b of the batch for `group` heads from `head` on; return the mask's gradient if asked for.
 
     Offsets and lengths out of range are clamped: their values are not checked on a GPU.
@@ -79,8 +79,9 @@ def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, m
         Queries(q + b * q_b + first_q * q_s, q_h, q_s, q_d, do, do_h, do_s, do_d, mask, mask_h, mask_s, mask_d,
                 mask_keys, slopes, query_ids, draws, b * row_b + first_q * row_s, row_h, row_s, head, group, GROUPED),
         Keys(k + kv_head * k_h, v + kv_head * v_h, k_b, k_s, k_d, v_b, v_s, v_d, table, page_size, pages, key_ids),
-        Scoring(factor, scale, cap, threshold, share, SCALED, EXACT, COARSE), Size(D, DV, BLOCK_D, BLOCK_DV), sinks,
-        ranges, o, lse, delta, dq, dk, dv, M, N, KIND, CUT)
+        Scoring(factor, scale, cap, threshold, share, SCALED, EXACT, COARSE, NEAR),
+        Size(D, DV, BLOCK_D, BLOCK_DV, CUT_STAGES), sinks, ranges, o, lse, dlse, sums, delta, dq, dk, dv, M, N,
+        KIND, CUT)
 
 
 def _name(specialization):
@@ -91,13 +92,14 @@ def _name(specialization):
     "H", "Sq", "Sk", "blocks", "together", "splits", "rows_in_all", "left", "right", "threshold", "pages", "mask_keys",
     "col_b", "col_h", "slopes_b", "table_b", "mask_heads", "shared_heads", "shared", "column_blocks"])
 def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o,
-                     lse, do, delta, dq, dk, dv, dmask, H, group, Sq, Sk, blocks, together, splits, rows_in_all, factor,
-                     scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
-                     k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d,
-                     slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, mask_heads, shared_heads, shared,
-                     column_blocks, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr,
-                     COARSE: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, GROUPED: tl.constexpr,
+                     lse, do, dlse, sums, delta, dq, dk, dv, dmask, H, group, Sq, Sk, blocks, together, splits,
+                     rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
+                     q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h,
+                     do_s, do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, mask_heads, shared_heads,
+                     shared, column_blocks, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+                     BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
+                     SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, NEAR: tl.constexpr,
+                     KIND: tl.constexpr, EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr,
                      MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
     """Compute one tile of what KIND says.
 
@@ -137,11 +139,11 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
             b, head = at // mask_heads + t // shared_heads, at % mask_heads + t % shared_heads
             total += _compute(
                 row, col, given, b, head, head // group, 1, None, q, k, v, mask, sinks, slopes, lengths, query_ids,
-                key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits, rows_in_all,
-                factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b, k_h, k_s,
-                k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d, slopes_b,
-                table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL, SCALED,
-                EXACT, COARSE, KIND, EVEN, GROUPED, CUT)
+                key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk, splits,
+                rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d,
+                k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s,
+                do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N,
+                CAUSAL, SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, CUT)
         if draws is not None:
             total = total / share
         if not MASK_ROWS:
@@ -163,11 +165,11 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
         if KIND != "keys":
             tile = blocks - 1 - tile
         if ranges is not None:
-            ranges += (b * blocks + tile) * 2
+            ranges += (b * blocks + tile) * 4
         _compute(
             tile, None, None, b, kv_head * group, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths,
-            query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, delta, dq, dk, dv, Sq, Sk, splits,
-            rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b,
-            k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d,
-            slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL, SCALED,
-            EXACT, COARSE, KIND, EVEN, GROUPED, False)
+            query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk,
+            splits, rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
+            q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s,
+            do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL,
+            SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, False)

@@ -84,7 +84,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         lse.fill_(-torch.inf)
     if not out.numel():
         return
-    if hopper.takes(call):
+    if hopper.takes(call) and not hopper.narrow(call.options):
         return launch(hopper.plan, call, out, lse)
     launch(plan_forward, call, out, lse, lse, 1, _ranges_of_queries(call, "forward"))
 
@@ -112,11 +112,15 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         return found
     if constant:
         dq = dk = dmask = None
-    delta = torch.empty_like(lse)
-    launch(plan_delta, out, dout, dlse, lse, delta)
-    upstream = (lse, delta, dout)
+    # Of queries of no sequence nobody writes delta, which is multiplied by 0 for the sinks.
+    sums, delta = torch.empty_like(lse), (torch.zeros_like if call.cu_q is not None else torch.empty_like)(lse)
+    rows, upstream = (out, lse, dlse, sums, delta, dout), (sums, delta, dout)
+    apart = dq is None or dq.element_size() == 4  # IEEE products of a tile would not fit beside the others
+    if apart:
+        launch(plan_delta, *rows, call.options.dropout_p)
     if dq is not None:
-        launch(plan_queries, call, *upstream, dq, _ranges_of_queries(call, "queries"))
+        rows = (None, *rows[1:]) if apart else rows
+        launch(plan_queries, call, *rows, dq, _ranges_of_queries(call, "queries"))
     if (dk is not None or dv is not None) and call.key.numel():
         launch(plan_keys, call, *upstream, dk, dv, _ranges_of_keys(call))
     if dmask is not None and dmask.numel():
@@ -125,13 +129,13 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         found[3] = parts.sum_to_size(dmask.shape).to(dmask.dtype)
     if dsinks is not None:
         shares = torch.where(lse == -torch.inf, 0, (call.sinks[:, None] - lse).exp())
-        found[4] = -(shares * delta).sum((0, 2)).to(dsinks.dtype)
+        found[4] = -(shares * delta).sum((0, 2)).div(hopper.share(call.options.dropout_p)).to(dsinks.dtype)
     return found
 
 
 def draws(query: Tensor) -> Tensor:
     """Draw from torch's generator the bits that decide what dropout drops of each row of queries, `[B, H, Sq]`."""
-    return torch.randint(-(2**63), 2**63 - 1, query.shape[:3], device=query.device)
+    return torch.randint(-(2**63), 2**63 - 1, query.shape[:3], device=query.device).bitwise_or_(1 << 32)
 
 
 def dropped(call: Call) -> Tensor:
@@ -142,8 +146,8 @@ def dropped(call: Call) -> Tensor:
     bits = call.draws[..., None]
     mixed = low(torch.arange(call.key.size(2), device=bits.device) * 0x9E3779B9)
     mixed = mixed ^ (mixed >> 15)
-    mixed = low(low(bits) + low(bits >> 32 | 1) * mixed)
-    return mixed - ((mixed >> 31) << 32) <= _threshold(call.options.dropout_p)
+    mixed = low(low(bits) + low(bits >> 32) * mixed)
+    return mixed - ((mixed >> 31) << 32) <= hopper.threshold(call.options.dropout_p)
 
 
 # --- launches: (kernel, grid, arguments) -----------------------------------------------------------------------
@@ -165,31 +169,34 @@ def plan_combine(parts, part_lse, out, lse, splits):
     return combine_kernel, (lse.numel(),), arguments
 
 
-def plan_delta(out, dout, dlse, lse, delta):
-    """Plan Σ_d o·do - dlse of each query."""
+def plan_delta(out, lse, dlse, sums, delta, dout, dropout_p):
+    """Plan `sums` and `delta`, what all gradients need of each query."""
     # The dimensions of `lse` in the order of its memory, so that its rows are numbered 0, 1, …
     x, y, z = sorted(range(3), key=lambda d: (-lse.stride(d), d))
     dim = out.size(-1)
     rows = 64 if dim <= 128 else 32
-    arguments = dict(o=out, do=dout, dlse=dlse, delta=delta, rows_in_all=lse.numel(), Y=lse.size(y), Z=lse.size(z),
-                     do_x=dout.stride(x), do_y=dout.stride(y), do_z=dout.stride(z), do_d=dout.stride(3), DV=dim,
-                     M=rows, BLOCK_DV=_block(dim), EXACT=_exact(out), num_warps=4)
+    share = hopper.share(dropout_p) if dropout_p else None
+    arguments = dict(o=out, do=dout, lse=lse, dlse=dlse, sums=sums, delta=delta, rows_in_all=lse.numel(), share=share,
+                     Y=lse.size(y), Z=lse.size(z), do_x=dout.stride(x), do_y=dout.stride(y), do_z=dout.stride(z),
+                     do_d=dout.stride(3), DV=dim, M=rows, BLOCK_DV=_block(dim), EXACT=_exact(out), num_warps=4)
     return delta_kernel, (triton.cdiv(lse.numel(), rows),), arguments
 
 
-def plan_queries(call, lse, delta, dout, dq, ranges=None):
-    """Plan the gradient of the queries."""
+def plan_queries(call, out, lse, dlse, sums, delta, dout, dq, ranges=None):
+    """Plan the gradient of the queries, and first, unless `out` is None, what `plan_delta` does."""
     tiles = _tiles("queries", call)
     blocks = -(-call.longest[0] * call.group // tiles["M"])
-    arguments = _arguments(call, "queries", tiles, blocks, ranges, lse, lse=lse, delta=delta, do=dout, dq=dq)
+    arguments = _arguments(call, "queries", tiles, blocks, ranges, lse, o=out, lse=lse, dlse=dlse, sums=sums,
+                           delta=delta, do=dout, dq=dq)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
 
-def plan_keys(call, lse, delta, dout, dk, dv, ranges=None):
+def plan_keys(call, sums, delta, dout, dk, dv, ranges=None):
     """Plan the gradients of keys and values."""
     tiles = _tiles("keys", call)
     blocks = -(-call.longest[1] // tiles["N"])
-    arguments = _arguments(call, "keys", tiles, blocks, ranges, lse, lse=lse, delta=delta, do=dout, dk=dk, dv=dv)
+    arguments = _arguments(call, "keys", tiles, blocks, ranges, sums, sums=sums, delta=delta, do=dout, dk=dk,
+                           dv=dv)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
 
@@ -202,12 +209,12 @@ def parts_of_mask(call):
     return call.mask.new_empty(shape, dtype=torch.float32 if over_rows or over_cols else call.mask.dtype)
 
 
-def plan_mask(call, lse, delta, dout, dmask):
+def plan_mask(call, sums, delta, dout, dmask):
     """Plan the gradient of an additive mask, or the parts of it that are to be summed up."""
     over_rows, over_cols, row_blocks, column_blocks = _tiles_of_mask(call)
     batch, heads, *_ = call.mask.shape
     shared_heads = call.query.size(1) // heads
-    arguments = _arguments(call, "mask", _tiles("mask", call), row_blocks * column_blocks, None, lse, lse=lse,
+    arguments = _arguments(call, "mask", _tiles("mask", call), row_blocks * column_blocks, None, sums, sums=sums,
                            delta=delta, do=dout, dmask=dmask, mask_heads=heads, shared_heads=shared_heads,
                            shared=shared_heads * (call.rows // batch), column_blocks=column_blocks,
                            MASK_ROWS=not over_rows, MASK_COLS=not over_cols)
@@ -223,10 +230,10 @@ def _tiles_of_mask(call):
 
 
 def plan_ranges(ids, others, ranges, group, rows):
-    """Plan which part of `others` shares documents with each tile of `rows` rows of `ids`."""
+    """Plan which part of `others` shares documents with each tile of `rows` rows of `ids`, and where all are alike."""
     batch, blocks, _ = ranges.shape
     arguments = dict(ids=ids, others=others, ranges=ranges, S=ids.size(1), others_S=others.size(1), blocks=blocks,
-                     group=group, M=rows, STEP=128, num_warps=4)
+                     group=group, M=rows, STEP=1024, num_warps=4)
     return documents_kernel, (batch * blocks,), arguments
 
 
@@ -246,14 +253,15 @@ def _ranges_of_keys(call):
 
 
 def _ranges(ids, others, blocks, group, rows):
-    """Return, `[B, blocks, 2]`, the range of `others` outside of which nobody is in a document of a tile of `ids`."""
-    found = ids.new_empty(ids.size(0), blocks, 2, dtype=torch.int32)
+    """Return, `[B, blocks, 4]`, the ranges of `others` that `documents_kernel` finds for the tiles of `ids`."""
+    found = ids.new_empty(ids.size(0), blocks, 4, dtype=torch.int32)
     launch(plan_ranges, ids, others, found, group, rows)
     return found
 
 
-OFF = dict.fromkeys(("o", "do", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads", "shared_heads", "shared",
-                     "column_blocks", "page_size", "pages", "table_b", "slopes_b", "threshold", "share"))
+OFF = dict.fromkeys(("o", "lse", "do", "dlse", "sums", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads",
+                     "shared_heads", "shared", "column_blocks", "page_size", "pages", "table_b", "slopes_b",
+                     "threshold", "share"))
 OFF |= dict(MASK_ROWS=True, MASK_COLS=True)
 STRIDES = [*(f"{name}_{axis}" for name in ("q", "k", "v", "mask", "do") for axis in "bhsd"), "row_b", "row_h", "row_s",
            "col_b", "col_h", "col_s"]
@@ -265,7 +273,7 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
     Strides go by (batch, head, row, column); `layout` has those of the rows of the output.
     """
     query, key, value, mask, options = call.query, call.key, call.value, call.mask, call.options
-    added = call.slopes is not None or (mask is not None and mask.dtype is not torch.bool)
+    added = mask is not None and mask.dtype is not torch.bool
     # In float32 the log-sum-exp must be exact to the last bit of a large score.
     scaled = bool(added or query.dtype is torch.float32 or (options.scale <= 0 and not options.softcap))
     unit = 1.0 if scaled else options.softcap or options.scale
@@ -281,24 +289,20 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
         cap=options.softcap or None, left=_bound(options.left), right=_bound(options.right),
         mask_keys=None if mask is None else keys, D=query.size(3), DV=value.size(3), BLOCK_D=_block(query.size(3)),
         BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal, SCALED=scaled, EXACT=_exact(query),
-        COARSE=query.dtype is torch.bfloat16, KIND=kind,
+        COARSE=query.dtype is torch.bfloat16, NEAR=max(query.size(2), keys) < 1 << 22, KIND=kind,
         EVEN=mask is not None and keys % 16 == 0, GROUPED=call.group > 1, **tiles, **given)
     of_do = _steps(given.get("do"))
     found.update(zip(STRIDES, (*_steps(query), *_steps(key), *_steps(value), *_steps(mask), *of_do, *_steps(layout),
                                *columns), strict=True))
     if call.table is not None:
-        found.update(Sk=call.table.size(1) * keys, page_size=keys, pages=key.size(0), table_b=call.table.stride(0))
+        found.update(Sk=call.table.size(1) * keys, NEAR=call.table.size(1) * keys < 1 << 22, page_size=keys,
+                     pages=key.size(0), table_b=call.table.stride(0))
     if call.slopes is not None:
         found["slopes_b"] = _steps(call.slopes)[0]
     if options.dropout_p:
         p = options.dropout_p
-        found.update(threshold=_threshold(p), share=1 - p or 1.0)
+        found.update(threshold=hopper.threshold(p), share=hopper.share(p))
     return found
-
-
-def _threshold(p):
-    """Return the signed 32-bit number that random ones are not above with probability p."""
-    return max(round(p * 2**32), 1) - 1 - 2**31
 
 
 def _exact(x):
@@ -321,15 +325,17 @@ def _block(dim):
 
 # --- sizes of tiles --------------------------------------------------------------------------------------------
 
-# (M, N, warps, stages) for heads up to 64, 128 and 256 wide: for 16-bit types on a generation of GPUs or a later one,
-# and for float32; with a mask or with dropout others, where named. Those of 16 bits for Hopper, up to 128 wide, are the
-# fastest of a sweep on an H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
+# (M, N, warps, stages) and, where given, the most registers of a thread, for heads up to 64, 128 and 256 wide: for
+# 16-bit types on a generation of GPUs or a later one, and for float32; with a mask, with dropout, or with documents or
+# a narrow window others, where named. Those of 16 bits for Hopper, up to 128 wide, are the fastest of a sweep on an
+# H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
 TILES = {
     90: {
         "forward": ((64, 64, 4, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
         "masked forward": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
         "dropout forward": ((128, 64, 8, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
-        "keys": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 1)),
+        "narrow forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2)),
+        "keys": ((64, 64, 4, 3, 168), (64, 64, 4, 2), (64, 32, 8, 1)),
         "masked keys": ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 8, 1)),
         "queries": ((64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 1)),
         "masked queries": ((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
@@ -360,17 +366,19 @@ TILES = {
 
 def _tiles(kind, call):
     """Choose rows of queries (M) and of keys (N) in a tile, warps and pipeline stages."""
-    if INTERPRETED:
-        return {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1}  # fewer operations than in small tiles
+    if INTERPRETED:  # fewer operations than in small tiles
+        return {"M": 64, "N": 64, "CUT_STAGES": 1, "num_warps": 4, "num_stages": 1}
     wide = max(call.query.size(3), call.value.size(3))
     table = TILES["float32"]
     if call.query.element_size() == 2:
         table = TILES[90 if generation(call.query.device) >= 90 else 80]
-    feature = "masked" if call.mask is not None else "dropout" if call.draws is not None else ""
+    narrow = call.query_ids is not None or hopper.narrow(call.options)
+    feature = "masked" if call.mask is not None else "dropout" if call.draws is not None else "narrow" if narrow else ""
     if kind == "forward" and call.longest[0] * call.group <= 16:
         kind = "few queries"
-    M, N, warps, stages = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
-    return {"M": M, "N": N, "num_warps": warps, "num_stages": stages}
+    M, N, warps, stages, *registers = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
+    found = {"M": M, "N": N, "CUT_STAGES": 1, "num_warps": warps, "num_stages": stages}
+    return found | ({"maxnreg": registers[0]} if registers and not call.options.softcap else {})
 
 
 def _splits(call):

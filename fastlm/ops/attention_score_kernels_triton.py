@@ -33,7 +33,8 @@ class Band(NamedTuple):
 class Scoring(NamedTuple):
     """What all scores depend on; `factor` is what exp2 multiplies them by: log2(e), times scale or cap unless SCALED.
 
-    Dropout keeps the weights whose random numbers are above `threshold`, a `share` of them.
+    Dropout keeps the weights whose random numbers are above `threshold`, a `share` of them. Where NEAR, positions are
+    below 2²².
     """
 
     factor: tl.tensor
@@ -44,6 +45,7 @@ class Scoring(NamedTuple):
     SCALED: tl.constexpr
     EXACT: tl.constexpr
     COARSE: tl.constexpr
+    NEAR: tl.constexpr
 
 
 class Keys(NamedTuple):
@@ -103,12 +105,13 @@ class Walk(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Widths of keys and values, and of the tiles that hold them."""
+    """Widths of keys and values, and of the tiles that hold them; and how far ahead the loads of cut tiles are."""
 
     D: tl.constexpr
     DV: tl.constexpr
     BLOCK_D: tl.constexpr
     BLOCK_DV: tl.constexpr
+    CUT_STAGES: tl.constexpr
 
 
 # --- tiles in memory -------------------------------------------------------------------------------------------
@@ -187,29 +190,24 @@ def load_query(source, i, head, band, size, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_upstream(source, i, head, band, size, lse, delta, scoring, WHOLE: tl.constexpr):
-    """Load, of queries i, the outputs' gradients, the log-sum-exp for `weights_of`, and delta, times dropout's share.
-
-    WHOLE promises that all queries are there and that the band lets each of them see keys.
-    """
+def load_upstream(source, i, head, band, size, WHOLE: tl.constexpr):
+    """Load the gradients of the outputs of queries i; WHOLE promises that all are there."""
+    inside = None
+    if not WHOLE:
+        inside = i < band.queries
     at = i.to(tl.int64) * source.do_s + head * source.do_h
+    return load_rows(source.do, at, inside, source.do_d, size.DV, size.BLOCK_DV)
+
+
+@triton.jit
+def load_number(numbers, source, i, head, band, beyond, WHOLE: tl.constexpr):
+    """Load a number of queries i each, `beyond` where there is none; WHOLE promises that all are there."""
     row = row_numbers(source, i, head)
     if WHOLE:
-        dout = load_rows(source.do, at, None, source.do_d, size.DV, size.BLOCK_DV)
-        sums = tl.load(lse + row)
-        found = tl.load(delta + row)
+        found = tl.load(numbers + row)
     else:
-        inside = i < band.queries
-        dout = load_rows(source.do, at, inside, source.do_d, size.DV, size.BLOCK_DV)
-        sums = tl.load(lse + row, inside, -float("inf"))
-        found = tl.load(delta + row, inside, 0.0)
-    if not WHOLE or source.mask is not None or source.documents is not None:
-        sums = tl.where(sums == -float("inf"), float("inf"), sums)  # of rows that see nothing
-    if not scoring.EXACT:
-        sums = sums * LOG2_E
-    if source.draws is not None:
-        found = found * scoring.share
-    return dout, sums, found
+        found = tl.load(numbers + row, i < band.queries, beyond)
+    return found
 
 
 # --- who sees whom ---------------------------------------------------------------------------------------------
@@ -237,6 +235,13 @@ def ends(tile, queries, band, M: tl.constexpr):
 
 
 @triton.jit
+def _within(start, end, low, high, ranges):
+    """Return what is left of two ranges within those that `documents_kernel` has found."""
+    return (tl.maximum(start, tl.load(ranges)), tl.minimum(end, tl.load(ranges + 1)),
+            tl.maximum(low, tl.load(ranges + 2)), tl.minimum(high, tl.load(ranges + 3)))
+
+
+@triton.jit
 def keys_seen(first, last, band, ranges):
     """Return the range of keys that queries from `first` to `last` see, and the range that every one of them sees."""
     start, end, low, high = first * 0, band.keys, first * 0, band.keys
@@ -247,8 +252,7 @@ def keys_seen(first, last, band, ranges):
         end = tl.minimum(end, last + band.upper)
         high = tl.minimum(high, first + band.upper + 1)
     if ranges is not None:
-        start = tl.maximum(start, tl.load(ranges))
-        end = tl.minimum(end, tl.load(ranges + 1))
+        start, end, low, high = _within(start, end, low, high, ranges)
     return start, end, low, high
 
 
@@ -263,8 +267,7 @@ def queries_seeing(first, last, band, ranges):
         end = tl.minimum(end, last - band.lower)
         high = tl.minimum(high, first - band.lower + 1)
     if ranges is not None:
-        start = tl.maximum(start, tl.load(ranges))
-        end = tl.minimum(end, tl.load(ranges + 1))
+        start, end, low, high = _within(start, end, low, high, ranges)
     end = tl.where(first < band.keys, end, 0)
     high = tl.where(last <= band.keys, high, 0)
     return start, end, low, high
@@ -301,21 +304,32 @@ def place(begin, walk, CUT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "others_S", "blocks", "group"])
 def documents_kernel(ids, others, ranges, S, others_S, blocks, group, M: tl.constexpr, STEP: tl.constexpr):
-    """Write for each tile of M rows of `ids` `[B, S]` the range of `others` that holds all its documents."""
+    """Write two ranges of `others` for each tile of M rows of `ids` `[B, S]`.
+
+    The first holds all that share a document with it. The second is the same where all rows and all others in it are of
+    one document, so that nobody need compare; else it is empty.
+    """
     b = (tl.program_id(0) // blocks).to(tl.int64)
     tile = tl.program_id(0) % blocks
     at = tl.minimum(tile * M // group + tl.arange(0, M), tl.minimum((tile * M + M - 1) // group, S - 1))
     own = tl.load(ids + b * S + at)
     low, high = tl.min(own, 0), tl.max(own, 0)
-    start, end = others_S, others_S * 0
+    count = tl.zeros((STEP,), tl.int32)
+    first, last = count + others_S, count
     for begin in range(0, others_S, STEP):
-        there = tl.minimum(begin + tl.arange(0, STEP), others_S - 1)
-        other = tl.load(others + b * others_S + there)
-        shared = (tl.min(other, 0) <= high) & (tl.max(other, 0) >= low)
-        start = tl.where(shared, tl.minimum(start, begin), start)
-        end = tl.where(shared, tl.minimum(begin + STEP, others_S), end)
-    tl.store(ranges + tl.program_id(0) * 2, start)
-    tl.store(ranges + tl.program_id(0) * 2 + 1, end)
+        there = begin + tl.arange(0, STEP)
+        other = tl.load(others + b * others_S + there, there < others_S, 0)
+        shared = (there < others_S) & (other >= low) & (other <= high)
+        first = tl.minimum(first, tl.where(shared, there, others_S))
+        last = tl.maximum(last, tl.where(shared, there + 1, 0))
+        count += shared.to(tl.int32)
+    start, end = tl.min(first, 0), tl.max(last, 0)
+    alike = (low == high) & (tl.sum(count, 0) == end - start)
+    ranges += tl.program_id(0) * 4
+    tl.store(ranges, start)
+    tl.store(ranges + 1, end)
+    tl.store(ranges + 2, tl.where(alike, start, 0))
+    tl.store(ranges + 3, tl.where(alike, end, 0))
 
 
 # --- scores ----------------------------------------------------------------------------------------------------
@@ -340,7 +354,7 @@ def exp_below(s, base, scoring):
 
 @triton.jit
 def weights_of(s, sums, scoring):
-    """Return the softmax of scores from the log-sum-exp of `load_upstream`."""
+    """Return the softmax of scores from what `delta_kernel` makes of the log-sum-exp."""
     if scoring.EXACT:
         x = (s - sums) * scoring.factor
     else:
@@ -357,8 +371,8 @@ def as_score(x, scoring):
 
 
 @triton.jit
-def drop(p, i, head, j, queries, band, scoring, CUT: tl.constexpr):
-    """Return the weights p that dropout keeps, else 0: who calls divides the result by the share that is kept.
+def drop(x, otherwise, i, head, j, queries, band, scoring, CUT: tl.constexpr):
+    """Return x where dropout keeps the weight, and elsewhere `otherwise`; who calls divides by the share that is kept.
 
     A weight's random number is a + b·k: a and b, which is odd, are the halves of its row's random bits, and k is the
     key's position, mixed. So any two weights of a row are independent, as those of different rows are, for one product
@@ -370,22 +384,34 @@ def drop(p, i, head, j, queries, band, scoring, CUT: tl.constexpr):
         bits = tl.load(queries.draws + row, i < band.queries, 0)
     else:
         bits = tl.load(queries.draws + row)
-    k = j.to(tl.uint32) * 0x9E3779B9
-    k = k ^ (k >> 15)
-    number = bits.to(tl.uint32) + ((bits >> 32).to(tl.uint32) | 1) * k
-    return _where_above(number.to(tl.int32, bitcast=True), scoring.threshold, p)
+    k = j.to(tl.uint32)
+    if INTERPRETING:
+        k = k * 0x9E3779B9
+        k = k ^ (k >> 15)
+    else:  # LLVM would keep the products of all columns in registers
+        k = tl.inline_asm_elementwise(
+            "{.reg .b32 m, h; mul.lo.u32 m, $1, 0x9E3779B9; shr.u32 h, m, 15; xor.b32 $0, m, h;}", "=r,r", [k],
+            tl.uint32, True, 1)
+    number = (bits.to(tl.uint32) + (bits >> 32).to(tl.uint32) * k).to(tl.int32, bitcast=True)
+    if INTERPRETING:
+        x = tl.where(number > scoring.threshold, x, otherwise)
+    else:  # LLVM would pack the comparisons into words, and unpack them again
+        x = tl.inline_asm_elementwise(
+            "{.reg .pred above; setp.gt.s32 above, $1, $2; selp.f32 $0, $3, $4, above;}", "=f,r,r,f,f",
+            [number, scoring.threshold, x, otherwise], tl.float32, True, 1)
+    return x
 
 
 @triton.jit
-def _where_above(x, threshold, y):
-    """Return y where x > threshold, else 0. LLVM would pack the comparisons into words, and unpack them again."""
-    if INTERPRETING:
-        y = tl.where(x > threshold, y, 0.0)
+def kept(p, dtype: tl.constexpr):
+    """Return weights that `drop` has negated where it drops them, as numbers of a type: 0 there."""
+    if INTERPRETING or dtype == tl.float32:
+        found = tl.where(p < 0, 0.0, p).to(dtype)
+    elif dtype == tl.bfloat16:
+        found = tl.inline_asm_elementwise("cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], tl.bfloat16, True, 2)
     else:
-        y = tl.inline_asm_elementwise(
-            "{.reg .pred above; setp.gt.s32 above, $1, $2; selp.f32 $0, $3, 0f00000000, above;}", "=f,r,r,f",
-            [x, threshold, y], tl.float32, True, 1)
-    return y
+        found = tl.inline_asm_elementwise("cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], tl.float16, True, 2)
+    return found
 
 
 @triton.jit
@@ -412,6 +438,19 @@ def _tanh(x, scoring):
 
 
 @triton.jit
+def _position(x, scoring):
+    """Return positions as floats, from which others may be subtracted.
+
+    NEAR ones are made by one addition, of the bits of 1.5·2²³; to convert them would take the unit that exp2 needs.
+    """
+    if scoring.NEAR:
+        x = (x + 0x4B400000).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
 def load_mask(i, head, j, queries, band, CUT: tl.constexpr):
     """Load the mask, if there is one, at queries i and keys j; unless CUT, all are there."""
     found = None
@@ -429,7 +468,7 @@ def scores(s, mask, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr)
     """Return the scores made of the products s, -∞ where query i may not see key j, and the cap's derivative.
 
     i, head and j broadcast to the shape of s; `mask` is what `load_mask` found for them. Unless SCALED, the scale or
-    the cap is left to `factor`. Positions are compared in tiles that are CUT only.
+    the cap is left to `factor`. Positions and documents are compared in tiles that are CUT only.
     """
     bend = 1.0
     if scoring.cap is not None:
@@ -440,21 +479,18 @@ def scores(s, mask, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr)
     elif scoring.SCALED:
         s = s * scoring.scale
     if queries.slopes is not None:
-        s -= tl.load(queries.slopes + head) * tl.abs(i + band.ahead - j).to(tl.float32)
+        slope = as_score(tl.load(queries.slopes + head).to(tl.float32), scoring)
+        s -= slope * tl.abs(_position(i + band.ahead, scoring) - _position(j, scoring))
     if mask is not None:
         if mask.dtype == tl.int1:
             s = tl.where(mask, s, -float("inf"))
         else:
             s += mask.to(tl.float32)
-    if queries.documents is not None:
-        if CUT:
-            own = tl.load(queries.documents + i, i < band.queries, 0)
-            other = tl.load(keys.documents + j, j < band.keys, 0)
-        else:
-            own, other = tl.load(queries.documents + i), tl.load(keys.documents + j)
-        s = tl.where(own == other, s, -float("inf"))
     if CUT:
         seen = j < band.keys
+        if queries.documents is not None:
+            own = tl.load(queries.documents + i, i < band.queries, 0)
+            seen &= own == tl.load(keys.documents + j, j < band.keys, 0)
         if band.LOWER:
             seen &= j - i >= band.lower
         if band.UPPER:

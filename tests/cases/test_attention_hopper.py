@@ -37,6 +37,10 @@ SHAPES = {
     "causal and window": ((1, 2, 2, 300, 420), dict(is_causal=True, left=200)),
     "grouped": ((2, 6, 2, 300, 300), dict(is_causal=True)),
     "one key head": ((2, 4, 1, 130, 260), {}),
+    "alibi": ((2, 3, 3, 333, 200), dict(alibi=True)),
+    "alibi, causal, grouped": ((2, 6, 2, 300, 300), dict(alibi=True, is_causal=True)),
+    "dropout": ((2, 2, 2, 300, 260), dict(dropout_p=0.3)),
+    "dropout, alibi, window": ((1, 2, 2, 400, 470), dict(dropout_p=0.1, alibi=True, left=100, right=0)),
 }
 # As many tiles as 132 programs take in several turns: on a GPU only.
 LARGE = {
@@ -55,16 +59,20 @@ def arguments(name, dim, dtype, layout, device="cpu"):
         shape = (batch, h, s, dim) if layout == "heads first" else (batch, s, h, dim)
         x = torch.randn(shape, device=device).to(dtype)
         tensors.append(x if layout == "heads first" else x.transpose(1, 2))
-    return (*tensors, *[None] * 6, Options(scale=dim**-0.5, return_lse=True, **options))
+    options = dict(options)
+    slopes = torch.rand(batch, heads, device=device) / 8 if options.pop("alibi", False) else None
+    return (*tensors, None, None, slopes, *[None] * 3, Options(scale=dim**-0.5, return_lse=True, **options))
 
 
 def call_of(args):
-    return launch.Call(*args[:-1], None, args[-1])
+    torch.manual_seed(1)
+    return launch.Call(*args[:-1], launch.draws(args[0]) if args[-1].dropout_p else None, args[-1])
 
 
 def keep(found, args):
     """Hold the output and the log-sum-exp to the error rule."""
-    stock, exact = reference(*args), reference(*measure.cast(args, torch.float64))
+    dropped = launch.dropped(call_of(args)) if args[-1].dropout_p else None
+    stock, exact = reference(*args, dropped), reference(*measure.cast(args, torch.float64), dropped)
     errors = measure.compare(("output", "log-sum-exp"), found, stock, exact)
     assert all(e.ok for e in errors), errors
 
@@ -79,6 +87,7 @@ def kind(name):
 def drawn(device, poisoned, monkeypatch):
     """Draw arguments that the kernel for Hopper takes, or skip."""
     monkeypatch.setattr(launch, "_splits", lambda call: 1)  # the plain kernel would have more of so few queries
+    monkeypatch.setattr(hopper, "narrow", lambda options: False)
 
     def draw(name, dim, seed=0):
         torch.manual_seed(seed)
@@ -93,6 +102,7 @@ def drawn(device, poisoned, monkeypatch):
 @pytest.mark.parametrize("name", [*SHAPES, *LARGE])
 def test_results(name, dim, drawn):
     args = drawn(name, dim)
+    torch.manual_seed(1)
     with torch.no_grad(), fastlm.backend("triton"):
         found = op(*args)
     keep(found, args)
@@ -140,10 +150,10 @@ def test_what_it_takes(on_hopper, monkeypatch):
     assert hopper.takes(call_of(meta()))
     assert hopper.takes(call_of(meta(dim=64, dtype=torch.float16, is_causal=True, left=3, right=9, return_lse=True)))
     for declined in (meta(dtype=torch.float32), meta(dim=96), meta(dim=256), meta(length=127), meta(softcap=1.0),
-                     meta(dropout_p=0.1), (*meta()[:-1], Options(scale=-0.1)), (*meta()[:-1], Options(scale=0.0))):
+                     (*meta()[:-1], Options(scale=-0.1)), (*meta()[:-1], Options(scale=0.0))):
         assert not hopper.takes(call_of(declined))
     call = call_of(meta())
-    for field in ("mask", "sinks", "slopes", "lengths", "query_ids", "draws", "cu_q", "cu_k", "table"):
+    for field in ("mask", "sinks", "lengths", "query_ids", "cu_q", "cu_k", "table"):
         assert not hopper.takes(call._replace(**{field: torch.empty(1)}))
     assert not hopper.takes(call._replace(value=call.value[..., :64]))
     monkeypatch.setattr(hopper, "capability", lambda device: (10, 0))

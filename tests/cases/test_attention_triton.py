@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import fastlm
 from fastlm import measure
 from fastlm.ops import attention_launch_triton as launch
-from fastlm.ops import attention_triton, varlen_attn
+from fastlm.ops import attention_triton, triton_kernels, varlen_attn
 from fastlm.ops import scaled_dot_product_attention as attention
 from fastlm.ops.attention import reference
 from fastlm.ops.attention_common import Options
@@ -203,12 +203,19 @@ def test_splits_of_packed_sequences_and_pages(num_splits):
 def test_tiles_of_other_documents_are_skipped():
     ids = torch.arange(5).repeat_interleave(100)[None]
     found = launch._ranges(ids, ids, 8, 1, 64)[0]
-    for tile, (start, end) in enumerate(found.tolist()):
+    for tile, ranges in enumerate(found.tolist()):
         first, last = tile * 64 // 100 * 100, (min(tile * 64 + 63, 499) // 100 + 1) * 100
-        assert first - 128 < start <= first
-        assert last <= end < last + 128
+        assert ranges == [first, last, *((first, last) if last - first == 100 else (0, 0))]
     other = launch._ranges(ids, ids + 9, 8, 1, 64)[0]
     assert (other[:, 1] <= other[:, 0]).all()
+
+
+def test_distances_of_far_positions(monkeypatch):
+    """Beyond 2²² positions are converted to floats."""
+    arguments_ = launch._arguments
+    monkeypatch.setattr(launch, "_arguments", lambda *args, **given: arguments_(*args, **given) | {"NEAR": False})
+    monkeypatch.setattr(triton_kernels, "_launches", {})
+    check(lambda: arguments(("alibi", "causal"), 65, 130, torch.float32))
 
 
 def test_offsets_have_64_bits(tmp_path):
