@@ -207,12 +207,18 @@ def quantized_linear_cases(generation):
         scale = tensor(4096, 4096 // group_size) if int4 else tensor(4096)
         for rows in (1, 16):
             plan = quantized_linear_triton.plan(
-                x[:rows], quantized_linear_triton.in_words(x[:rows], weight, mode), scale,
+                x[:rows], quantized_linear_triton.in_words(x[:rows], weight), scale,
                 tensor(rows, 1) if dynamic else None, tensor(4096), y[:rows], mode, group_size)
-            # ptxas spills two registers of its own accord, to run more blocks on a multiprocessor.
-            yield Case(f"{rows} {mode} {dtype} groups of {group_size}", plan, generation, spills=8 if rows == 1 else 0)
+            yield Case(f"{rows} {mode} {dtype} groups of {group_size}", plan, generation)
         if dynamic:
             yield Case("round", quantized_linear_triton.plan_round(y, x, tensor(16, 1)), generation)
+            sums = tensor(256, 4096, dtype=torch.int32)
+            yield Case("scales", quantized_linear_triton.plan_scales(sums, tensor(256, 1), scale, tensor(4096), y),
+                       generation)
+        elif dtype is torch.bfloat16:
+            wide = tensor(4096, 4096, dtype=dtype)
+            yield Case(f"{mode} groups of {group_size}",
+                       quantized_linear_triton.plan_widen(weight, scale, wide, mode, group_size), generation)
 
 
 def linear_cross_entropy_cases(generation):
