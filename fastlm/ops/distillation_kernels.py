@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlm.autograd import Differentiable
 from fastlm.ops.distillation import DIVERGENCES, reference, scatter_topk
-from fastlm.ops.head import Head, gradient_dtypes, scaled
+from fastlm.ops.head import Head, gradient_dtypes
 from fastlm.ops.loss_kernels import Logits
 from fastlm.ops.tensors import accumulator
 
@@ -28,7 +28,7 @@ class Sweep:
 
     Args:
         name: of the operators.
-        kernels: has `distil` of `loss_kernels.LossKernels`.
+        kernels: has `distil` and `scaled` of `loss_kernels.LossKernels`.
         products: `products(x)` returns the dtype of logits and products for hidden states like x.
     """
 
@@ -47,13 +47,20 @@ class Sweep:
         x, target = tensors[0], tensors[9]
         sums = accumulator(x.dtype)
         now = needs[:3] if reduction != "none" else [False] * 3
-        kept = x.new_ones(x.shape[0], dtype=torch.bool) if target is None else target != ignore_index
-        total = kept.sum().to(sums) if reduction == "mean" else kept.new_ones((), dtype=sums)
         early = self.products(x) is not torch.float16  # which gradients of logits would underflow if scaled down here
-        scale = torch.where(kept, 1 / total if early else 1.0, 0)
-        losses, grads = self.sweep(tensors, kept, scale, now, divergence, beta, temperature, hard_weight)
-        loss = losses if reduction == "none" else losses.sum() / total
-        late = [torch.ones_like(total) if early else torch.where(total > 0, 1 / total, 0)] if any(now) else []
+        if target is None:  # then the host knows the mean's divisor, and there are fewer small kernels
+            kept, share = None, 1 / max(len(x), 1) if reduction == "mean" else 1.0
+            scale, rest = x.new_full((len(x),), share if early else 1.0, dtype=sums), 1.0 if early else share
+            late = [x.new_full((), rest, dtype=sums)] if any(now) else []
+        else:
+            kept = target != ignore_index
+            total = kept.sum().to(sums) if reduction == "mean" else x.new_ones((), dtype=sums)
+            scale = torch.where(kept, 1 / total if early else 1.0, 0)
+            late = [torch.ones_like(total) if early else torch.where(total > 0, 1 / total, 0)] if any(now) else []
+        loss, grads = self.sweep(tensors, kept, scale, now, divergence, beta, temperature, hard_weight)
+        if reduction != "none":
+            loss = loss.mean() if kept is None and reduction == "mean" else loss.sum()
+            loss = loss if kept is None else loss / total
         return [loss.to(sums if single else x.dtype), *grads, *late]
 
     def fake(self, tensors, needs, divergence, beta, temperature, hard_weight, ignore_index, reduction, single):
@@ -69,13 +76,14 @@ class Sweep:
         x, target = tensors[0], tensors[9]
         upstream = grads[0].to(accumulator(x.dtype))
         if reduction == "none":
-            kept = torch.ones_like(upstream, dtype=torch.bool) if target is None else target != ignore_index
-            _, found = self.sweep(tensors, kept, torch.where(kept, upstream, 0), needs[:3], divergence, beta,
-                                  temperature, hard_weight)
+            kept = None if target is None else target != ignore_index
+            scale = upstream.contiguous() if kept is None else torch.where(kept, upstream, 0)
+            _, found = self.sweep(tensors, kept, scale, needs[:3], divergence, beta, temperature, hard_weight)
             found = [g.to(x.dtype) for g in found]
         else:
             *found, late = saved
-            found = [scaled(g, upstream * late, x.dtype, spent) for g in found]
+            factor = upstream * late
+            found = [self.kernels.scaled(g, factor, x.dtype, spent) for g in found]
         found = iter(found)
         return [None if not need else next(found) if i < 3 else torch.zeros_like(tensors[i])
                 for i, need in enumerate(needs)]
@@ -85,7 +93,10 @@ class Sweep:
         return (loss.to(accumulator(loss.dtype)) if single else loss,)
 
     def sweep(self, tensors, kept, scale, needs, divergence, beta, temperature, hard_weight):
-        """Return each row's loss, and the gradients of Σ scale·loss for the student's tensors that need one."""
+        """Return each row's loss, and the gradients of Σ scale·loss for the student's tensors that need one.
+
+        `kept` says which rows count, all where it is None.
+        """
         x, weight, bias, _, _, teacher_bias, *_, target = tensors
         dtype = self.products(x)
         native, target = self.kernels.native, None if target is None else target.contiguous()
@@ -94,7 +105,7 @@ class Sweep:
         rows = head.block_rows
         buffers = head.blocks(2)
         teach = _teacher(tensors, dtype, native)
-        losses = torch.empty(head.rows, dtype=head.sums, device=x.device)
+        losses = []
         soft_weight = (1 - hard_weight) * temperature**2
         if divergence == "jsd" and beta in (0, 1):  # the mixture is one of the two
             soft_weight = 0.0
@@ -107,9 +118,10 @@ class Sweep:
             gradient = teacher.z if any(needs) else None  # written over
             loss = self.kernels.distil(student, teacher, target[part] if hard_weight else None, divergence, beta,
                                        soft_weight, hard_weight, scale[part], gradient)
-            losses[part] = torch.where(kept[part], loss, 0)
+            losses.append(loss if kept is None else torch.where(kept[part], loss, 0))
             if any(needs):
                 head.pull(part, gradient)
+        losses = losses[0] if len(losses) == 1 else torch.cat(losses) if losses else scale.clone()
         return losses, head.gradients()
 
 

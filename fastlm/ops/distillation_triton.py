@@ -1,7 +1,10 @@
 """Distillation on a GPU: the library's products a block of rows at a time, and one Triton kernel between them.
 
 A program takes a row of both logits and walks over its classes, in pieces so that they may be any number: once for the
-two log-sum-exps, once for the divergence, and once more for the gradient where that needs the divergence first.
+two log-sum-exps, once for the divergence, and once more for the gradient where that needs the divergence first. Every
+other walk goes backwards and begins with what the caches still hold. A program has a multiprocessor to itself, whose
+first cache two rows of 50000 numbers fit into. Each thread keeps its own maximum and sums until the end of a walk, so
+that nothing waits for anything on the way.
 """
 
 import torch
@@ -9,11 +12,12 @@ import triton
 import triton.language as tl
 
 from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
+from fastlm.ops.head_kernels_triton import scaled, width
 from fastlm.ops.loss_kernels import DIVERGENCES
 from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch, loses
 
-PIECE = 2048
+PIECE, WARPS = 8192, 32
 
 
 def cannot(student, weight, *rest):
@@ -23,19 +27,22 @@ def cannot(student, weight, *rest):
 def plan(student, teacher, target, kind, beta, soft, hard, scale, loss, out):
     """Return (kernel, grid, arguments) of `distil` in loss_kernels.py."""
     rows, classes = student.z.shape
-    piece = min(triton.next_power_of_2(classes), PIECE)
+    each = 16 // student.z.element_size()  # numbers that a thread reads at once
+    piece = min(max(triton.next_power_of_2(classes), 128 * each), PIECE)
     return rows_kernel, (rows,), dict(
         student=student.z, student_row=student.z.stride(0), student_bias=student.bias, teacher=teacher.z,
         teacher_row=teacher.z.stride(0), teacher_bias=teacher.bias, inverse=float(student.scale), target=target,
         beta=float(beta), soft=float(soft), hard=float(hard), scale=scale, loss=loss, out=out,
-        out_row=0 if out is None else out.stride(0), classes=classes, KIND=DIVERGENCES.index(kind), PIECE=piece,
-        num_warps=4, sanitize_overflow=False)
+        out_row=0 if out is None else out.stride(0), classes=classes,
+        wide=min(width(z) for z in (student.z, teacher.z, out) if z is not None), KIND=DIVERGENCES.index(kind),
+        LANES=piece // each, EACH=each, num_warps=min(max(piece // (32 * each), 4), WARPS), sanitize_overflow=False)
 
 
 class Kernels:
-    """`distil` of `loss_kernels.LossKernels`, in Triton."""
+    """`distil` and `scaled` of `loss_kernels.LossKernels`, in Triton."""
 
     native = None  # torch makes the products
+    scaled = staticmethod(scaled)
 
     def distil(self, student, teacher, target, kind, beta, soft, hard, scale, out):
         loss = torch.empty_like(scale)
@@ -44,21 +51,23 @@ class Kernels:
 
 
 @triton.jit
-def _load(z, bias, col, classes):
-    """Return logits, -∞ beyond the last class."""
-    inside = col < classes
-    u = tl.load(z + col, inside, -float("inf")).to(tl.float32)
+def _load(z, bias, col, classes, wide):
+    """Return logits, -∞ beyond the last class; up to `wide` there is something to read."""
+    u = tl.load(z + col, col < wide, 0.0).to(tl.float32)
     if bias is not None:
-        u += tl.load(bias + col, inside, 0.0)
-    return u
+        u += tl.load(bias + col, col < classes, 0.0)
+    return tl.where(col < classes, u, -float("inf"))
 
 
 @triton.jit
-def _add(top, total, u):
-    """Add the exponentials of `u` to `total`, which is in units of exp(top)."""
-    new = tl.maximum(top, tl.max(u, 0))
-    base = tl.where(new == -float("inf"), 0.0, new)
-    return new, total * exp(top - base) + tl.sum(exp(u - base), 0)
+def _base(top):
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def _add(total, top, base, u, inverse):
+    """Add the exponentials of `u` `[LANES, EACH]` to each lane's total, in units of exp(top), then of exp(base)."""
+    return total * exp((top - base) * inverse) + tl.sum(exp((u - base[:, None]) * inverse), 1)
 
 
 @triton.jit
@@ -71,82 +80,104 @@ def _over_mixture(log_p, log_q, beta):
 
 
 @triton.jit
+def _hard(g, u, top, up, share, col, y):
+    """Add the gradient of the cross-entropy."""
+    return g + up * (exp(u - top) * share - tl.where(col == y, 1.0, 0.0))
+
+
+@triton.jit
 def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teacher_bias, inverse, target, beta, soft,
-                hard, scale, loss, out, out_row, classes, KIND: tl.constexpr, PIECE: tl.constexpr):
+                hard, scale, loss, out, out_row, classes, wide, KIND: tl.constexpr, LANES: tl.constexpr,
+                EACH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     student += row * student_row
     teacher += row * teacher_row
-    s_top = tl.full((), -float("inf"), tl.float32)
-    t_top = tl.full((), -float("inf"), tl.float32)
-    h_top = tl.full((), -float("inf"), tl.float32)
-    s_total = tl.zeros((), tl.float32)
-    t_total = tl.zeros((), tl.float32)
-    h_total = tl.zeros((), tl.float32)
-    picked = tl.zeros((), tl.float32)
-    h_share = tl.zeros((), tl.float32)
+    lane = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    pieces = tl.cdiv(classes, LANES * EACH)
+    s_tops = tl.full((LANES,), -float("inf"), tl.float32)
+    t_tops = tl.full((LANES,), -float("inf"), tl.float32)
+    s_totals = tl.zeros((LANES,), tl.float32)
+    t_totals = tl.zeros((LANES,), tl.float32)
+    h_totals = tl.zeros((LANES,), tl.float32)
+    for piece in range(0, pieces):
+        col = piece * (LANES * EACH) + lane
+        u = _load(student, student_bias, col, classes, wide)
+        v = _load(teacher, teacher_bias, col, classes, wide)
+        new = tl.maximum(s_tops, tl.max(u, 1))
+        s_totals = _add(s_totals, s_tops, _base(new), u, inverse)
+        if target is not None:
+            h_totals = _add(h_totals, s_tops, _base(new), u, 1.0)
+        s_tops = new
+        new = tl.maximum(t_tops, tl.max(v, 1))
+        t_totals = _add(t_totals, t_tops, _base(new), v, inverse)
+        t_tops = new
+    s_top, t_top = tl.max(s_tops, 0), tl.max(t_tops, 0)
+    s_log = tl.log(tl.sum(s_totals * exp((s_tops - _base(s_top)) * inverse), 0))
+    t_log = tl.log(tl.sum(t_totals * exp((t_tops - _base(t_top)) * inverse), 0))
+    h_total = tl.full((), 1.0, tl.float32)
     y = tl.full((), -1, tl.int32)
     if target is not None:
+        h_total = tl.sum(h_totals * exp(s_tops - _base(s_top)), 0)
         t = tl.load(target + row)
         y = tl.where((t >= 0) & (t < classes), t, -1).to(tl.int32)
-    for start in range(0, classes, PIECE):
-        col = start + tl.arange(0, PIECE)
-        u = _load(student, student_bias, col, classes)
-        s_top, s_total = _add(s_top, s_total, u * inverse)
-        t_top, t_total = _add(t_top, t_total, _load(teacher, teacher_bias, col, classes) * inverse)
-        if target is not None:
-            h_top, h_total = _add(h_top, h_total, u)
-    if target is not None:
-        picked = tl.where(y < 0, 0.0, _load(student, student_bias, tl.where(y < 0, classes, y), classes))
-        h_share = 1 / h_total
-    s_log, t_log = tl.log(s_total), tl.log(t_total)
+    h_share = 1 / h_total
     factor = tl.zeros((), tl.float32)
     up = tl.zeros((), tl.float32)
     if out is not None:
         out += row * out_row
         factor = tl.load(scale + row) * soft * inverse
         up = tl.load(scale + row) * hard
-    of_q = tl.zeros((), tl.float32)
-    of_p = tl.zeros((), tl.float32)
-    for start in range(0, classes, PIECE):
-        col = start + tl.arange(0, PIECE)
-        u = _load(student, student_bias, col, classes)
-        log_p = u * inverse - s_top - s_log
-        log_q = _load(teacher, teacher_bias, col, classes) * inverse - t_top - t_log
+    of_q = tl.zeros((LANES,), tl.float32)
+    of_p = tl.zeros((LANES,), tl.float32)
+    for back in range(0, pieces):
+        col = (pieces - 1 - back) * (LANES * EACH) + lane
+        u = _load(student, student_bias, col, classes, wide)
+        log_p = (u - s_top) * inverse - s_log
+        log_q = (_load(teacher, teacher_bias, col, classes, wide) - t_top) * inverse - t_log
         p, q = exp(log_p), exp(log_q)
         q_over, p_over = log_q - log_p, log_p - log_q
         if KIND == 2:
             q_over, p_over = _over_mixture(log_p, log_q, beta)
         if KIND != 1:
-            of_q += tl.sum(tl.where(beta > 0, tl.where(q > 0, q * q_over, 0.0), 0.0), 0)
+            of_q += tl.sum(tl.where(q > 0, q * q_over, 0.0), 1)
         if KIND != 0:
-            of_p += tl.sum(tl.where(beta < 1, tl.where(p > 0, p * p_over, 0.0), 0.0), 0)
+            of_p += tl.sum(tl.where(p > 0, p * p_over, 0.0), 1)
         if KIND == 0 and out is not None:
             g = factor * (p - q)
             if target is not None:
-                g += up * (exp(u - h_top) * h_share - tl.where(col == y, 1.0, 0.0))
+                g = _hard(g, u, s_top, up, h_share, col, y)
             g = tl.where((factor != 0) | (up != 0), g, 0.0)
-            tl.store(out + col, g.to(out.dtype.element_ty), col < classes)
-    found = soft * (beta * of_q + (1 - beta) * of_p)
+            tl.store(out + col, g.to(out.dtype.element_ty), col < wide)
+    q_sum, p_sum = tl.sum(of_q, 0), tl.sum(of_p, 0)
+    found = tl.zeros((), tl.float32)
+    if KIND != 1:
+        found += tl.where(beta > 0, beta * q_sum, 0.0)
+    if KIND != 0:
+        found += tl.where(beta < 1, (1 - beta) * p_sum, 0.0)
+    found *= soft
     if target is not None:
-        found += hard * (tl.log(h_total) - (picked - h_top))
+        picked = tl.load(student + y, y >= 0, 0.0).to(tl.float32)
+        if student_bias is not None:
+            picked += tl.load(student_bias + y, y >= 0, 0.0)
+        found += hard * (tl.log(h_total) - (tl.where(y < 0, 0.0, picked) - s_top))
     tl.store(loss + row, found)
     if KIND != 0 and out is not None:
-        for start in range(0, classes, PIECE):
-            col = start + tl.arange(0, PIECE)
-            u = _load(student, student_bias, col, classes)
-            log_p = u * inverse - s_top - s_log
-            log_q = _load(teacher, teacher_bias, col, classes) * inverse - t_top - t_log
+        for piece in range(0, pieces):
+            col = piece * (LANES * EACH) + lane
+            u = _load(student, student_bias, col, classes, wide)
+            log_p = (u - s_top) * inverse - s_log
+            log_q = (_load(teacher, teacher_bias, col, classes, wide) - t_top) * inverse - t_log
             p = exp(log_p)
             p_over = log_p - log_q
             part = factor
             if KIND == 2:
                 _, p_over = _over_mixture(log_p, log_q, beta)
                 part = factor * (1 - beta)
-            g = tl.where(part != 0, tl.where(p > 0, part * p * (p_over - of_p), 0.0), 0.0)
+            g = tl.where(part != 0, tl.where(p > 0, part * p * (p_over - p_sum), 0.0), 0.0)
             if target is not None:
-                g += up * (exp(u - h_top) * h_share - tl.where(col == y, 1.0, 0.0))
+                g = _hard(g, u, s_top, up, h_share, col, y)
             g = tl.where((factor != 0) | (up != 0), g, 0.0)
-            tl.store(out + col, g.to(out.dtype.element_ty), col < classes)
+            tl.store(out + col, g.to(out.dtype.element_ty), col < wide)
 
 
 _sweep = Sweep("distillation_triton", Kernels(), lambda x: x.dtype)

@@ -14,7 +14,10 @@ from fastlm.ops.tensors import accumulator
 BLOCK_BYTES = 104 << 20
 OWN_BYTES = 16 << 20  # where the products are ours, which lose little by fewer rows: benchmarks/LOG.md 2026-11-25
 MIN_ROWS = 256
-GPU_ROWS, ROW = 2048, 64
+GPU_ROWS = 2048
+# On a GPU rows begin at multiples of ROW numbers, and classes are multiplied by multiples of EVEN: where a size or a
+# stride of 16 bits is no multiple of 16 bytes, products take many times as long.
+ROW, EVEN = 64, 8
 # Where a CPU's products have 16 bits: rows of a block, and what a number of W's gradient takes as a sum over blocks.
 HALF_ROWS = 512
 SUM_BYTES = 4
@@ -55,12 +58,12 @@ def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, g
         ours: whether the products in float32 are ours.
     """
     rows, row_bytes = x.shape[0], copies * weight.shape[0] * dtype.itemsize
-    if x.is_cuda:
+    if dtype is torch.bfloat16 and grows and rows * row_bytes <= SUM_BYTES * weight.numel():
+        most = rows  # one block is no larger than the sum it spares
+    elif x.is_cuda:
         most = GPU_ROWS
     elif dtype.itemsize > 2:
         most = max(MIN_ROWS, min(BLOCK_BYTES, OWN_BYTES if ours else BLOCK_BYTES) // max(row_bytes, 1))
-    elif grows and rows * row_bytes <= SUM_BYTES * weight.numel():  # one block is smaller than the sum it spares
-        most = rows
     else:
         most = max(HALF_ROWS, BLOCK_BYTES // max(row_bytes, 1))
     blocks = -(-rows // max(most, 1))
@@ -104,10 +107,7 @@ class Head:
             for need, shape, d in zip(needs, shapes, dtypes, strict=True))
 
     def blocks(self, copies: int) -> Tensor:
-        """Return room for as many blocks of logits, `[copies, block_rows, V]`.
-
-        On a GPU rows begin at multiples of 64 numbers: products of 16 bits want multiples of 16 bytes.
-        """
+        """Return room for as many blocks of logits, `[copies, block_rows, V]`."""
         width = -(-self.classes // ROW) * ROW if self.x.is_cuda else self.classes
         room = torch.empty(copies, self.block_rows, width, dtype=self.dtype, device=self.x.device)
         return room[..., : self.classes]
@@ -123,9 +123,13 @@ class Head:
             yield part, buffer[: part.stop - part.start].copy_(self.weight[part])
 
     def parts(self):
-        """Return slices of the classes: what products of 16 bits leave to be added in float32 then stays in cache, and
-        oneDNN takes half of the time for a transposed gradient (benchmarks/LOG.md 2026-11-25)."""
-        return _slices(self.classes, self.classes if self.dtype.itemsize > 2 or self.x.is_cuda else TILE)
+        """Return slices of the classes. On a CPU, what products of 16 bits leave to be added in float32 then stays in
+        cache, and oneDNN takes half of the time for a transposed gradient (benchmarks/LOG.md 2026-11-25). On a GPU the
+        few classes beyond a multiple of EVEN are multiplied alone.
+        """
+        if self.dtype.itemsize > 2:
+            return _slices(self.classes, self.classes)
+        return _slices(self.classes, self.classes // EVEN * EVEN or self.classes if self.x.is_cuda else TILE)
 
     def logits(self, part: slice, out: Tensor) -> Tensor:
         """Write the logits of the rows in `part`, without bias, into the first rows of `out` and return those."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, autocasts
-from fastlm.ops.head import Head, gradient_dtypes, scaled
+from fastlm.ops.head import Head, gradient_dtypes
 from fastlm.ops.linear_cross_entropy import counts_of, reference
 from fastlm.ops.loss_kernels import Logits, Targets, new_sums
 from fastlm.ops.tensors import accumulator
@@ -46,7 +46,7 @@ class Sweep:
 
     Args:
         name: of the operators.
-        kernels: has `read` and `gradient` of `loss_kernels.LossKernels`.
+        kernels: has `read`, `gradient` and `scaled` of `loss_kernels.LossKernels`.
         products: `products(x)` returns the dtype of logits and products for hidden states like x.
     """
 
@@ -103,7 +103,8 @@ class Sweep:
             found = [g.to(x.dtype) for g in found]
         else:
             *found, late = saved
-            found = [scaled(g, upstream * late, x.dtype, spent) for g in found]
+            factor = upstream * late
+            found = [self.kernels.scaled(g, factor, x.dtype, spent) for g in found]
         found = iter(found)
         return [next(found) if need and i in (0, 1, 3) else None if not need else torch.zeros_like(tensors[i])
                 for i, need in enumerate(needs)]

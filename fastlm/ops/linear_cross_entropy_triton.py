@@ -7,6 +7,7 @@ pieces, so that the classes may be any number. The host never waits for the devi
 import triton
 import triton.language as tl
 
+from fastlm.ops.head_kernels_triton import scaled, width
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
 from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch
@@ -35,8 +36,8 @@ def plan_read(logits, targets, sums, entropy):
 
 def plan_gradient(logits, targets, rows, out):
     """Return (kernel, grid, arguments) of `gradient` in loss_kernels.py."""
-    arguments = dict(rows=rows, out=out, out_row=out.stride(0))
-    return gradient_kernel, (len(logits.z),), arguments | _shared(logits, targets)
+    arguments = dict(rows=rows, out=out, out_row=out.stride(0), wide=min(width(logits.z), width(out)))
+    return gradient_kernel, (len(logits.z),), _shared(logits, targets) | arguments
 
 
 def _shared(logits, targets):
@@ -46,14 +47,16 @@ def _shared(logits, targets):
     return dict(z=logits.z, z_row=logits.z.stride(0), bias=logits.bias, softcap=float(logits.softcap or 1.0),
                 target=targets.index, first=targets.first, weight=targets.weight, soft=soft,
                 soft_row=0 if soft is None else soft.stride(0), share=float(targets.share), even=float(targets.even),
-                classes=classes, CAPPED=logits.softcap > 0, SPREAD=soft is not None or targets.even > 0, PIECE=piece,
-                num_warps=min(max(piece // 512, 4), 16), sanitize_overflow=False)
+                classes=classes, wide=width(logits.z), CAPPED=logits.softcap > 0,
+                SPREAD=soft is not None or targets.even > 0, PIECE=piece, num_warps=min(max(piece // 512, 4), 16),
+                sanitize_overflow=False)
 
 
 class Kernels:
     """`read` and `gradient` of `loss_kernels.LossKernels`, in Triton."""
 
     native = None  # torch makes the products
+    scaled = staticmethod(scaled)
 
     def read(self, logits, targets, sums, entropy=False):
         launch(plan_read, logits, targets, sums, entropy)
@@ -81,10 +84,13 @@ def _target(target, row, first, classes):
 
 
 @triton.jit
-def _load(z, bias, col, classes, softcap, CAPPED: tl.constexpr):
-    """Return logits, -∞ beyond the last class, and what their softcap multiplies gradients with."""
+def _load(z, bias, col, classes, wide, softcap, CAPPED: tl.constexpr):
+    """Return logits, -∞ beyond the last class, and what their softcap multiplies gradients with.
+
+    Up to `wide` there is something to read.
+    """
     inside = col < classes
-    u = tl.load(z + col, inside, 0.0).to(tl.float32)
+    u = tl.load(z + col, col < wide, 0.0).to(tl.float32)
     slope = tl.full(u.shape, 1.0, tl.float32)
     if bias is not None:
         u += tl.load(bias + col, inside, 0.0)
@@ -108,7 +114,7 @@ def _spread(weight, soft, col, classes, share, even):
 
 
 @triton.jit
-def read_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, share, even, sums, classes,
+def read_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, share, even, sums, classes, wide,
                 CAPPED: tl.constexpr, SPREAD: tl.constexpr, ENTROPY: tl.constexpr, PIECE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     z += row * z_row
@@ -122,7 +128,7 @@ def read_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, 
     mass = tl.zeros((), tl.float32)
     for start in range(0, classes, PIECE):
         col = start + tl.arange(0, PIECE)
-        u, _ = _load(z, bias, col, classes, softcap, CAPPED)
+        u, _ = _load(z, bias, col, classes, wide, softcap, CAPPED)
         new = tl.maximum(top, tl.max(u, 0))
         base = tl.where(new == -float("inf"), 0.0, new)
         shrink = exp(top - base)
@@ -136,7 +142,7 @@ def read_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, 
             t = _spread(weight, soft, col, classes, share, even)
             weighted += tl.sum(tl.where(t == 0, 0.0, t * u), 0)
             mass += tl.sum(t, 0)
-    own, _ = _load(z, bias, tl.where(y < 0, classes, y), classes, softcap, CAPPED)
+    own, _ = _load(z, bias, tl.where(y < 0, wide, y), classes, wide, softcap, CAPPED)
     picked = tl.where(y < 0, 0.0, own)
     sums += row * 6
     tl.store(sums, top)
@@ -149,7 +155,7 @@ def read_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, 
 
 @triton.jit
 def gradient_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_row, share, even, rows, out, out_row,
-                    classes, CAPPED: tl.constexpr, SPREAD: tl.constexpr, PIECE: tl.constexpr):
+                    classes, wide, CAPPED: tl.constexpr, SPREAD: tl.constexpr, PIECE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     z += row * z_row
     out += row * out_row
@@ -162,12 +168,12 @@ def gradient_kernel(z, z_row, bias, softcap, target, first, weight, soft, soft_r
     counts = (up != 0) | (down != 0) | (hit != 0)
     for start in range(0, classes, PIECE):
         col = start + tl.arange(0, PIECE)
-        u, slope = _load(z, bias, col, classes, softcap, CAPPED)
+        u, slope = _load(z, bias, col, classes, wide, softcap, CAPPED)
         g = exp(u - top) * (up / total) - tl.where(col == y, hit, 0.0)
         if SPREAD:
             g -= down * _spread(weight, soft, col, classes, share, even)
         g = tl.where(counts, g * slope, 0.0)
-        tl.store(out + col, g.to(out.dtype.element_ty), col < classes)
+        tl.store(out + col, g.to(out.dtype.element_ty), col < wide)
 
 
 _sweep = Sweep("linear_cross_entropy_triton", Kernels(), lambda x: x.dtype)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm.ops.head import scaled
 from fastlm.ops.tensors import addresses
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -52,6 +53,8 @@ def new_sums(rows: int, dtype: torch.dtype, device) -> Tensor:
 
 class LossKernels:
     """csrc/loss.h; `native` is the extension."""
+
+    scaled = staticmethod(scaled)
 
     def __init__(self, native: ModuleType):
         self.native = native
@@ -140,6 +143,7 @@ class PlainKernels:
     """
 
     native = None  # torch makes the products
+    scaled = staticmethod(scaled)
 
     def read(self, logits: Logits, targets: Targets, sums: Tensor, entropy: bool = False) -> tuple:
         u, slope = logits.z.to(sums.dtype), None

@@ -256,6 +256,8 @@ def samples(scale: str, dtype: torch.dtype, device: str):
         for mode in MODES:
             for rows in (1, 16, 256):
                 yield sample(f"{mode} {rows}x4096x4096", rows, 4096, 4096, mode, bias=False)
+            if torch.device(device).type == "cuda":  # a token of a model of 70 billion: much longer than a launch
+                yield sample(f"{mode} 1x8192x28672", 1, 8192, 28672, mode, bias=False)
         return
     for mode in MODES:
         yield sample(f"{mode} one row", 1, 256, 96, mode)

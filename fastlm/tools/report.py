@@ -61,7 +61,9 @@ def cells(row: dict) -> tuple[str, ...]:
 def _goal(row):
     """Say what the row was to reach, each figure with whether it did."""
     slack = f" or {row['goal']['slack'] * 1e6:.0f} µs" if "slack" in row["goal"] else ""
-    signs = {"ratio": "≥{:.2f}×" + slack, "memory": "≤{:.2f} of stock's MB", "share": "≥{:.0%} of floor"}
+    allowance = row["goal"].get("allowance", 0)
+    beyond = f" beyond {allowance / 1e6:.0f}" if allowance else ""
+    signs = {"ratio": "≥{:.2f}×" + slack, "memory": "≤{:.2f} of stock's MB" + beyond, "share": "≥{:.0%} of floor"}
     at_peak = {"ratio": row.get("at_peak")}
     return ", ".join(f"{sign.format(row['goal'][name])} {_reached(name not in row['missed'], at_peak.get(name))}"
                      for name, sign in signs.items() if name in row["goal"]) or "-"

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 
 import pytest
@@ -236,6 +237,66 @@ def test_bad_arguments(change, error, message):
     good = dict(input=torch.zeros(2, 8), weight=torch.zeros(4, 8, dtype=torch.int8), scale=torch.zeros(4))
     with pytest.raises(error, match=message):
         quantized_linear(**good | change)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("mode", "group_size"), FORMATS)
+@pytest.mark.parametrize("inputs", [256, 4100, 333])
+def test_the_kernel_that_widens_a_weight(mode, group_size, inputs):
+    from fastlm.ops.quantized_linear_triton import plan_widen
+    from fastlm.ops.triton_kernels import launch
+
+    packed = quantize_weight(torch.randn(3, inputs), mode=mode, group_size=group_size)
+    wide = torch.full((3, inputs), torch.nan)
+    launch(plan_widen, *packed, wide, mode, group_size)
+    torch.testing.assert_close(wide, dequantize_weight(*packed, inputs, mode=mode, group_size=group_size))
+
+
+def emulate(code, word):
+    """Run the PTX of `quantized_linear_triton` on four bytes and return its four numbers of 16 bits."""
+    dtype = torch.bfloat16 if "bf16x2" in code else torch.float16
+    values = {"$2": word}
+
+    def pair(bits):
+        return torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.int16).view(dtype)
+
+    def get(name):
+        return values[name] if name in values else int(name, 0)
+    for line in code.replace("{ .reg .b32 t, u, one, less;", "").replace("}", "").split(";"):
+        if not line.strip():
+            continue
+        name, operands = line.split(maxsplit=1)
+        out, *operands = (part.strip() for part in operands.split(","))
+        a, *more = map(get, operands)
+        if name == "prmt.b32":
+            pool, wanted = a.to_bytes(4, "little") + more[0].to_bytes(4, "little"), more[1]
+            found = int.from_bytes(bytes(pool[wanted >> 4 * i & 7] for i in range(4)), "little")
+        elif name == "lop3.b32":
+            assert more[2] == 0xEA
+            found = a & more[0] | more[1]
+        elif name in ("fma.rn.bf16x2", "sub.f16x2"):
+            numbers = pair(a) * pair(more[0]) + pair(more[1]) if "fma" in name else pair(a) - pair(more[0])
+            halves = numbers.view(torch.int16).tolist()
+            found = (halves[1] & 0xFFFF) << 16 | (halves[0] & 0xFFFF)
+        elif name == "mov.b32":
+            found = a
+        else:
+            found = {"and.b32": operator.and_, "shr.u32": operator.rshift, "xor.b32": operator.xor}[name](a, *more)
+        values[out] = found
+    return torch.cat([pair(values["$0"]), pair(values["$1"])]).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_machine_code_makes_numbers_of_bytes(dtype):
+    pytest.importorskip("triton")
+    from fastlm.ops.quantized_linear_triton import BYTES, HIGH, LOW
+
+    for value in range(256):
+        found = [value, 255 - value, 7 * value % 256, value ^ 0x80]
+        word = int.from_bytes(bytes(found), "little")
+        assert emulate(LOW[dtype], word) == [(b & 15) - 8 for b in found]
+        assert emulate(HIGH[dtype], word) == [(b >> 4) - 8 for b in found]
+        assert emulate(BYTES[dtype], word) == [b - 256 * (b > 127) for b in found]
 
 
 def test_only_a_linear_layer_is_quantized():
