@@ -11,6 +11,10 @@
 // A team exchanges in one of two ways. On a grid it goes through L2: all blocks of the launch are on the chip together,
 // `teams` teams of each direction, and each takes group after group. In a cluster the blocks write into each other's
 // shared memory: a group has its own team, a cluster each, and clusters that find no place yet wait for their turn.
+//
+// Layers of few units in 16 bits have a third way, again in clusters: resident.h. There a block owns 32 units and its
+// weights stay in registers, `m_tiles` products of 16 x 16 a warp; backward its depth is its own gates, and what blocks
+// send each other are sums.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +36,7 @@ constexpr int kTiles[] = {1, 2, 4, 8};  // of rows (16 each) and of sequences (8
 constexpr int kTogether = 18;  // multiprocessors, at most, that a cluster may lie on: an H200 holds no 8 clusters of 13
 constexpr int kPackedSequences = 512;  // whose lengths travel as kernel arguments
 
-enum class Exchange : int { cheapest, grid, cluster };  // of what a team publishes
+enum class Exchange : int { cheapest, grid, cluster, resident };  // of what a team publishes
 
 struct Layer {
   Cell cell;
@@ -49,6 +53,7 @@ struct Chip {
 
 struct Plan {
   bool cluster;          // how a team exchanges
+  bool resident;         // and whether its weights stay in registers
   int m_tiles, n_tiles;  // of a block's product
   int units, slices;     // units of a block; blocks of a team
   int groups, teams;     // of each direction
@@ -135,9 +140,55 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool 
   return p;
 }
 
+// What a block of resident.h keeps in shared memory: two barriers and what it is sent of two steps, backward its own
+// gates of two steps besides.
+constexpr int kBarriers = 128;  // bytes, in front
+FASTLM_INLINE constexpr int resident_slot(bool backward, int m_tiles, int n_tiles, int slices) {
+  return n_tiles * (backward ? slices * 2 * 32 * kLoad : m_tiles * 256);
+}
+constexpr int kOwnGates = kWarps * 256;  // bytes of a step and 8 sequences
+
+// Clocks of a step of resident.h: estimated, not fitted.
+constexpr double resident_clocks(const Layer& l, bool backward, const Plan& p) {
+  const double received = std::min(8.0 * p.n_tiles, double(l.batch)) * (backward ? p.slices * 128 : l.hidden * 2);
+  return (backward ? 800 : 650) + received / 14 + 13 * p.m_tiles * p.n_tiles;
+}
+
+// Backward, two tiles of sequences beside 128 registers of weights would spill.
+constexpr bool resident_exists(bool backward, int m_tiles, int n_tiles) { return !backward || m_tiles * n_tiles <= 32; }
+
+// The plan of blocks whose weights stay in registers; its `blocks` is 0 where it does not fit.
+constexpr Plan plan_resident(const Layer& l, bool backward, const Chip& chip, int n_tiles) {
+  Plan p{};
+  p.cluster = p.resident = true;
+  p.m_tiles = l.hidden <= 256 ? 16 : 32;
+  p.n_tiles = n_tiles;
+  p.units = kSpan;
+  p.slices = divide_up(l.hidden, p.units);
+  p.groups = p.teams = divide_up(l.batch, 8 * n_tiles);
+  p.depth = p.row = 16 * p.m_tiles;
+  const int shared = kBarriers + 2 * resident_slot(backward, p.m_tiles, n_tiles, p.slices) +
+                     (backward ? 2 * n_tiles * kOwnGates : 0);
+  const int together = std::max(1, chip.multiprocessors / kTogether) * (kTogether / std::max(p.slices, 1));
+  if (!resident_exists(backward, p.m_tiles, n_tiles) || gates_of(l.cell) == 1 || size_of(l.number) != 2 || l.hidden > 512 || p.slices > chip.cluster ||
+      shared > chip.shared)
+    return p;
+  p.blocks = l.directions * p.teams * p.slices;
+  p.shared = std::max(shared, chip.shared / 2 + 1);  // no two on a multiprocessor
+  p.cost = resident_clocks(l, backward, p) * divide_up(l.directions * p.groups, together);
+  return p;
+}
+
 // The cheapest plan; its `blocks` is 0 where the recurrent weights do not fit the chip.
 constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
   Plan best{};
+  if (l.exchange == Exchange::resident) {
+    for (const int n_tiles : {1, 2}) {
+      const Plan p = plan_resident(l, backward, chip, n_tiles);
+      if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
+    }
+    return best;
+  }
   for (const bool cluster : {false, true}) {
     if (l.exchange == (cluster ? Exchange::grid : Exchange::cluster)) continue;
     for (const int m_tiles : kTiles)

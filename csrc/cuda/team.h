@@ -116,12 +116,31 @@ struct Cluster {
   __device__ static bool complete(const uint4&) { return true; }
 };
 
+// A unit of a sequence: a thread owns up to pairs_of them through all steps.
+struct Pair {
+  int local, column;   // of the block's units; of the group's sequences
+  int unit, sequence;  // of all
+  bool owned;
+
+  Pair() = default;
+  template <class Team>
+  __device__ Pair(const Team& team, int local, int column)
+      : local(local),
+        column(column),
+        unit(team.unit(local)),
+        sequence(team.first() + column),
+        owned(column < team.sequences() && unit < team.task.hidden) {}
+};
+
 // A block in its team, on one group of sequences.
 template <class P_, class X_>
 struct Team {
   using P = P_;
   using X = X_;
   using T = typename P::Number;
+  static constexpr bool kCluster = X::kCluster;
+  template <class A>
+  static constexpr int kPairs = pairs_of(A::kBackward, P::kRows / 16, P::kSequences / 8);
   const Task& task;
   int gates;  // in a span of the depth
   int direction, team, slice, group = 0;
@@ -159,13 +178,18 @@ struct Team {
   __device__ int place(int sequence, int unit, int gate) const {
     return sequence * task.plan.row + (unit / kSpan * gates + gate) * kSpan + unit % kSpan;
   }
-  __device__ void publish_number(int s, int place, Wide<T> value) const {
-    exchange.put(s, place, P::operand(to<T>(value)));
+  __device__ Pair pair(int p) const {
+    const int index = int(threadIdx.x) + p * kThreads;
+    return {*this, index % task.plan.units, index / task.plan.units};
   }
-  __device__ void published_all() const { exchange.put_all(); }
+  __device__ void publish(int s, int, int place, int gate, Wide<T> value) const {
+    exchange.put(s, place + gate * kSpan, P::operand(to<T>(value)));
+  }
+  __device__ void published_all(int) const { exchange.put_all(); }
+  __device__ void finish() const { exchange.wait(); }
 
-  // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a row and sequence is what
-  // came out. Runs `meanwhile` where the block would only wait.
+  // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a pair and gate is what came
+  // out. Runs `meanwhile` where the block would only wait.
   template <int kChunks, class Meanwhile>
   __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
     if constexpr (X::kCluster) {
@@ -177,10 +201,11 @@ struct Team {
     }
     __syncthreads();
   }
-  __device__ Wide<T> sum(int row, int sequence) const {
+  __device__ Wide<T> sum(int, const Pair& pair, int gate) const {
+    const int row = min(gate, gates_of(task.cell) - 1) * task.plan.units + pair.local;
     Wide<T> total = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) total += part[i * kPart + sequence * part_row(P::kRows / 16) + row];
+    for (int i = 0; i < kWarps; ++i) total += part[i * kPart + pair.column * part_row(P::kRows / 16) + row];
     return total;
   }
 
@@ -194,25 +219,7 @@ struct Team {
     const int count = kSpan - task.hidden % kSpan;
     for (int s = slice; s < steps(); s += task.plan.slices)
       for (int i = int(threadIdx.x); i < sequences() * gates * count; i += kThreads)
-        publish_number(s, place(i / count / gates, task.hidden + i % count, i / count % gates), 0);
-  }
-};
-
-// A unit of a sequence: a thread owns up to pairs_of them through all steps.
-struct Pair {
-  int local, column;   // of the block's units; of the group's sequences
-  int unit, sequence;  // of all
-  bool owned;
-
-  Pair() = default;
-  template <class Team>
-  __device__ Pair(const Team& team, int p) {
-    const int units = team.task.plan.units, index = int(threadIdx.x) + p * kThreads;
-    local = index % units;
-    column = index / units;
-    unit = team.unit(local);
-    sequence = team.first() + column;
-    owned = column < team.sequences() && unit < team.task.hidden;
+        publish(s, 0, place(i / count / gates, task.hidden + i % count, i / count % gates), 0, 0);
   }
 };
 
