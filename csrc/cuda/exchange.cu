@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads, 1) through_cluster(const __grid_cons
     cluster_arrive();
     cluster_wait();
     uint64_t begin = 0;
-    for (int s = 0; s < a.steps; ++s) {
+    const bool sends = thread < mine * a.blocks;  // nobody would wait for another thread: see resident.h
+    for (int s = 0; s < a.steps && sends; ++s) {
       for (int i = thread; i < mine * a.blocks; i += kThreads) {
         const int peer = (slice + i / mine) % a.blocks;
         send(Peer(shared, peer), kBarriers + (s % 2 * pieces + first + i % mine) * kLoad, s % 2 * 8,
@@ -80,13 +81,14 @@ __global__ void __launch_bounds__(kThreads, 1) through_cluster(const __grid_cons
 
 void exchange_alone(const ExchangeAlone& a, void* stream) {
   const char* const name = "exchange_alone";
+  if (a.cluster && a.bytes <= kLoad * (a.blocks - 1)) throw std::runtime_error(std::string(name) + ": too few bytes");
   const int64_t slot = int64_t(divide_up(a.bytes, kLoad)) * kLoad;
   const int shared = a.cluster ? int(kBarriers + 2 * slot) : 0;
   const auto kernel = a.cluster ? through_cluster : through_l2;
   const void* const function = reinterpret_cast<const void*>(kernel);
   check(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   if (a.cluster) check(name, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  const Launch how(a.cluster ? a.blocks : 0, a.blocks * a.teams, shared, stream);
+  const Launch how(a.cluster ? a.blocks : 0, !a.cluster, a.blocks * a.teams, shared, stream);
   if (!a.cluster)
     check(name, cudaMemsetAsync(a.workspace, 0xff, size_t(slot * a.steps * a.teams), how.config.stream));
   check(name, cudaLaunchKernelEx(&how.config, kernel, a));

@@ -6,6 +6,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "plane.h"
 #include "resident.h"
 
 namespace fastlm::cuda {
@@ -62,9 +63,17 @@ void take_resident(const Plan& plan, Kernels& found) {
   if constexpr (resident_exists(true, m, n)) found.backward = kernel<Scatter<T, m, n>, Backward>;
 }
 
+template <class T, int m, int n>
+void take_plane(const Plan& plan, Kernels& found) {
+  using P = TensorProduct<T, m, n>;
+  if (plan.m_tiles != m || plan.n_tiles != n) return;
+  if constexpr (plane_exists(false, m, n)) found.forward = kernel<Plane<P, kPlaneRanks[0], false>, Forward>;
+  if constexpr (plane_exists(true, m, n)) found.backward = kernel<Plane<P, kPlaneRanks[1], true>, Backward>;
+}
+
 template <template <class, int, int> class Product, class T>
 Kernels choose(const Plan& plan) {
-  if constexpr (sizeof(T) == 2)
+  if constexpr (sizeof(T) == 2) {
     if (plan.resident) {
       Kernels found{};
       take_resident<T, 16, 1>(plan, found);
@@ -73,6 +82,16 @@ Kernels choose(const Plan& plan) {
       take_resident<T, 32, 2>(plan, found);
       return found;
     }
+    if (!plan.cluster && plan.ranks) {
+      Kernels found{};
+      take_plane<T, 4, 1>(plan, found);
+      take_plane<T, 4, 2>(plan, found);
+      take_plane<T, 4, 4>(plan, found);
+      take_plane<T, 6, 1>(plan, found);
+      take_plane<T, 6, 2>(plan, found);
+      return found;
+    }
+  }
   return choose<Product, T>(plan, std::make_integer_sequence<int, 32>());
 }
 

@@ -18,25 +18,27 @@ inline void check(const char* name, cudaError_t status) {
 
 // How blocks are launched: all that wait for each other are on the chip together, or CUDA refuses.
 struct Launch {
-  cudaLaunchAttribute together{};
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
 
-  // `cluster`: blocks of one, or 0.
-  Launch(int cluster, int blocks, int shared, void* stream = nullptr) {
+  // `cluster`: blocks of one, or 0. `together`: all blocks of the launch wait for each other.
+  Launch(int cluster, bool together, int blocks, int shared, void* stream = nullptr) {
     if (cluster) {
-      together.id = cudaLaunchAttributeClusterDimension;
-      together.val.clusterDim.x = unsigned(cluster);
-      together.val.clusterDim.y = together.val.clusterDim.z = 1;
-    } else {
-      together.id = cudaLaunchAttributeCooperative;
-      together.val.cooperative = 1;
+      cudaLaunchAttribute& a = attributes[config.numAttrs++];
+      a.id = cudaLaunchAttributeClusterDimension;
+      a.val.clusterDim.x = unsigned(cluster);
+      a.val.clusterDim.y = a.val.clusterDim.z = 1;
+    }
+    if (together) {
+      cudaLaunchAttribute& a = attributes[config.numAttrs++];
+      a.id = cudaLaunchAttributeCooperative;
+      a.val.cooperative = 1;
     }
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = size_t(shared);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &together;
-    config.numAttrs = 1;
+    config.attrs = attributes;
   }
   Launch(const Launch&) = delete;
 };

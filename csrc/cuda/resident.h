@@ -3,7 +3,8 @@
 // A block owns 32 units, its warp w the units 4w to 4w + 3. Numbers go straight into the shared memory of the block that
 // needs them, with a barrier there that counts their bytes: a step costs one way through the cluster, and nobody waits
 // but for what it needs. Two slots are enough, as in Cluster: who sends step s + 2 has received s + 1 of all warps that
-// read its receiver's slot s.
+// read its receiver's slot s. A warp that sent nothing would not be waited for, and find the barrier two phases on, as if
+// its own had not ended.
 //
 // Forward (Gather), all blocks receive h of all units. A warp's four units with their gates are the 16 rows of one
 // product over the whole depth, so that the gates of a pair come out in two lanes and the block needs no barrier at all.
@@ -89,7 +90,7 @@ struct Gather : Resident<T, m, n> {
   float sums[n][4];                          // of a pair: its gates'
 
   __device__ Gather(const Task& task, int, uint4* shared)
-      : Base(task, shared), all(this->steps()), bytes(divide_up(task.hidden, 4) * this->sent_pairs() * kLoad) {
+      : Base(task, shared), all(this->steps()), bytes(task.plan.slices * kWarps * this->sent_pairs() * kLoad) {
     uint4* const slots = reinterpret_cast<uint4*>(this->shared + kBarriers);
     for (int i = int(threadIdx.x); i < 2 * kSlot / kLoad; i += kThreads) slots[i] = {0, 0, 0, 0};
     this->begin(bytes);
@@ -113,7 +114,7 @@ struct Gather : Resident<T, m, n> {
       const uint32_t low = row & 2 ? other : two, high = row & 2 ? two : other;
       const uint32_t its_low = swap_lanes(low, 16), its_high = swap_lanes(high, 16);
       const uint4 x = row & 4 ? uint4{its_low, its_high, low, high} : uint4{low, high, its_low, its_high};
-      if (!this->sends(quarter, p) || operand * 4 >= this->task.hidden) continue;
+      if (!this->sends(quarter, p)) continue;  // every warp sends, also of units that there are not: see Resident
       const int place = kBarriers + s % 2 * kSlot + (p * m + operand / 4) * 256;
       const int in_operand = operand % 4 * 64 + (quarter ^ (operand & 2)) * kLoad;
       for (int peer = row; peer < this->task.plan.slices; peer += 8)

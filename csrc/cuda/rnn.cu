@@ -33,12 +33,12 @@ void permit(const char* name, Kernel<A> kernel, bool cluster, int shared) {
 
 template <class A>
 bool fits(const char* name, Kernel<A> kernel, const Plan& plan, const Chip& chip) {
-  permit(name, kernel, plan.cluster, chip.shared);
+  permit(name, kernel, plan.ranks, chip.shared);
   int found = 0;
-  if (plan.cluster) {
-    const Launch launch(plan.cluster ? plan.slices : 0, plan.blocks, plan.shared);
+  if (plan.ranks) {
+    const Launch launch(plan.ranks, false, plan.blocks, plan.shared);
     check(name, cudaOccupancyMaxActiveClusters(&found, kernel, &launch.config));
-    return found > 0;
+    return found * plan.ranks >= (plan.cluster ? 1 : plan.blocks);
   }
   check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, size_t(plan.shared)));
   return found * chip.multiprocessors >= plan.blocks;
@@ -60,7 +60,7 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
     for (int64_t t = 0; t < pass.steps; ++t)
       for (int64_t b = 0; b < pass.batch_sizes[t]; ++b) task.lengths[b] = int(t) + 1;
   }
-  const Launch how(found.cluster ? found.slices : 0, found.blocks, found.shared, stream);
+  const Launch how(found.ranks, !found.cluster, found.blocks, found.shared, stream);
   if (found.workspace)
     check(name, cudaMemsetAsync(pass.workspace, 0xff, size_t(found.workspace * pass.steps), how.config.stream));
   check(name, cudaLaunchKernelEx(&how.config, kernel, a));
@@ -99,7 +99,7 @@ int largest_cluster(int shared) {
   check("largest_cluster", cudaFuncGetAttributes(&built, kernel));
   if (built.ptxVersion < 90) return 0;  // the code that runs here was written for older GPUs
   permit("largest_cluster", kernel, true, shared);
-  const Launch launch(found.slices, found.blocks, found.shared);
+  const Launch launch(found.ranks, false, found.blocks, found.shared);
   int blocks = 0;
   check("largest_cluster", cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &launch.config));
   return std::min(blocks, kMost);

@@ -20,7 +20,7 @@ from fastlm.ops.tensors import addresses
 
 NUMBERS = {torch.float32: 0, torch.float64: 1, "tf32": 2, torch.bfloat16: 3, torch.float16: 4}
 MEASURED = dict(units=1024, sequences=64, steps=64)  # at most, at most and at least
-EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2, "resident": 3}  # how the blocks of a kernel hand their results to each other
+EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2, "resident": 3, "plane": 4}  # how the blocks of a kernel hand their results to each other
 
 
 class CudaLayers:

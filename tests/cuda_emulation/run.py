@@ -27,7 +27,7 @@ GATES_AND_STATES = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
 FEATURES = {"no bias", "packed", "packed bidirectional layers", "no sequences", "outliers", "not a number",
             "not contiguous", "relu plain", "relu packed bidirectional layers"}
 # Multiprocessors, shared memory of a block, blocks of a cluster: few multiprocessors make teams small and take turns.
-HOPPER = {count: (count, 227 << 10, 16) for count in (1, 3, 4, 6, 7, 8, 9, 10, 20, 132)}
+HOPPER = {count: (count, 227 << 10, 16) for count in (1, 3, 4, 6, 7, 8, 9, 10, 20, 40, 132)}
 SIZES = {
     "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), HOPPER[1]),
     "T3 B1 H33": (dict(steps=3, batch=1, hidden=33), HOPPER[132]),
@@ -66,6 +66,17 @@ RESIDENT = {name: SIZES[name] for name in
     "T3 B3 H290": (dict(steps=3, batch=3, hidden=290), HOPPER[132]),
     "T3 B9 H290 both ways": (dict(steps=3, batch=9, hidden=290, bidirectional=True), HOPPER[20])}
 
+# Planes, in one cluster and in several, whose last one is not full; groups in turn.
+PLANES = {
+    "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), HOPPER[20]),
+    "T7 B3 H7 both ways": (dict(steps=7, batch=3, hidden=7, bidirectional=True), HOPPER[40]),
+    "T3 B17 H70": (dict(steps=3, batch=17, hidden=70), HOPPER[40]),
+    "T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[132]),
+    "T3 B33 H97": (dict(steps=3, batch=33, hidden=97), HOPPER[40]),
+    "T2 B3 H90": (dict(steps=2, batch=3, hidden=90), HOPPER[20]),
+    "tall packed": (SIZES["tall packed"][0], HOPPER[40]),
+}
+
 NOT_NUMBERS = {"NaN of all bits": dict(steps=3, batch=9),
                "NaN of all bits, packed": dict(lengths=(3, 3, 2, 2, 2, 1), bidirectional=True)}
 
@@ -78,7 +89,7 @@ def counted(name):
     def run(layer, chip, *rest):
         plan = native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
         launched.append(name)
-        tiles.add((name, "resident" if plan["resident"] else "cluster" if plan["cluster"] else "grid", layer[1], plan["m_tiles"], plan["n_tiles"]))
+        tiles.add((name, "resident" if plan["resident"] else "plane" if plan["ranks"] and not plan["cluster"] else "cluster" if plan["cluster"] else "grid", layer[1], plan["m_tiles"], plan["n_tiles"]))
         kernel(layer, chip, *rest)
     return run
 
@@ -104,19 +115,20 @@ def cases(op):
             ("grid", "float64", SIZES), ("grid", "bfloat16", SIZES | WIDE[op.name]), ("grid", "float16", FEW),
             ("grid", "float32", FEW), ("grid", "tf32", FEW), ("cheapest", "float32", FEW),
             ("cheapest", "bfloat16", FEW), ("cluster", "bfloat16", CLUSTERS), ("cluster", "float16", FEW),
-            ("cluster", "tf32", FEW), ("resident", "bfloat16", RESIDENT), ("resident", "float16", FEW)):
-        if exchange == "resident" and op.name == "rnn":
+            ("cluster", "tf32", FEW), ("resident", "bfloat16", RESIDENT), ("resident", "float16", FEW),
+            ("plane", "bfloat16", PLANES), ("plane", "float16", {"T1 B1 H1": PLANES["T1 B1 H1"]})):
+        if exchange in ("resident", "plane") and op.name == "rnn":
             continue
         dtype = torch.float32 if form == "tf32" else getattr(torch, form)
         for name, (shape, chip) in sizes.items():
             args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
             yield exchange, form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
-        if exchange == "grid" or (exchange, form) == ("resident", "bfloat16"):  # as in places that nothing has been published in
+        if exchange == "grid" or exchange in ("resident", "plane") and form == "bfloat16":  # as in places that nothing has been published in
             for name, shape in NOT_NUMBERS.items():
                 args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", hidden=9, **shape)
                 for tensor in (args[0], *args[2]):
                     set_all_bits(tensor)
-                yield exchange, form, HOPPER[8], Sample(name, (*args, "tanh") if op.name == "rnn" else args)
+                yield exchange, form, HOPPER[20], Sample(name, (*args, "tanh") if op.name == "rnn" else args)
 
 
 def set_all_bits(tensor):
