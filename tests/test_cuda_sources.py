@@ -36,7 +36,7 @@ CHEAPEST, GRID, CLUSTER, REGISTERS = range(4)
 CHIPS = {"A100": (108, 163 << 10, 0), "H100 PCIe": (114, 227 << 10, 16), "H100": (132, 227 << 10, 16),
          "B200": (148, 227 << 10, 16), "slice": (16, 227 << 10, 8)}
 KERNELS = 8 + 6 + 3 + 4  # of a format by tensor cores: forward and backward, on a grid and in a cluster
-RESIDENT = 4 + 3  # besides, of one of 16 bits: forward and backward
+RESIDENT = 4 + 3 + 3 + 5 + 8 + 6  # besides, of one of 16 bits: in registers, in a plane, and sparing on a grid
 
 
 def reports(sources, targets, folder):

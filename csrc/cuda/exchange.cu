@@ -94,4 +94,15 @@ void exchange_alone(const ExchangeAlone& a, void* stream) {
   check(name, cudaLaunchKernelEx(&how.config, kernel, a));
 }
 
+int clusters_at_once(int blocks, int shared) {
+  const char* const name = "clusters_at_once";
+  const void* const function = reinterpret_cast<const void*>(through_cluster);
+  check(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  check(name, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  const Launch how(blocks, false, blocks, shared / 2 + 1);
+  int found = 0;
+  check(name, cudaOccupancyMaxActiveClusters(&found, through_cluster, &how.config));
+  return found;
+}
+
 }  // namespace fastlm::cuda

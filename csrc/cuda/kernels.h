@@ -39,12 +39,14 @@ Kernels kernels_tf32(const Plan&);
 Kernels kernels_bf16(const Plan&);
 Kernels kernels_fp16(const Plan&);
 
-template <template <class, int, int> class Product, class T, bool cluster, int m, int n>
+template <template <class, int, int> class Product, class T, bool cluster, int m, int n, bool sparing = false>
 void take(const Plan& plan, Kernels& found) {
   using P = Product<T, m, n>;
-  using X = std::conditional_t<cluster, Cluster<T>, Grid<T>>;
-  if (plan.cluster != cluster || plan.m_tiles != m || plan.n_tiles != n) return;
-  if constexpr (tiles_exist(P::kTensorCore, false, cluster, m, n)) found.forward = kernel<Team<P, X>, Forward>;
+  using Ahead = std::conditional_t<sparing, HeldProduct<T, m, n, kHeld>, P>;
+  using X = std::conditional_t<cluster, Cluster<T>, Grid<T, sparing>>;
+  if (plan.cluster != cluster || plan.sparing != sparing || plan.m_tiles != m || plan.n_tiles != n) return;
+  if constexpr (tiles_exist(P::kTensorCore, false, cluster, m, n) && (!sparing || held_exists(m, n)))
+    found.forward = kernel<Team<Ahead, X>, Forward>;
   if constexpr (tiles_exist(P::kTensorCore, true, cluster, m, n)) found.backward = kernel<Team<P, X>, Backward>;
 }
 
@@ -52,6 +54,8 @@ template <template <class, int, int> class Product, class T, int... i>
 Kernels choose(const Plan& plan, std::integer_sequence<int, i...>) {
   Kernels found{};
   (take<Product, T, i / 16 == 1, kTiles[i / 4 % 4], kTiles[i % 4]>(plan, found), ...);
+  if constexpr (sizeof(T) == 2)
+    ((i < 16 ? take<Product, T, false, kTiles[i / 4 % 4], kTiles[i % 4], true>(plan, found) : void()), ...);
   return found;
 }
 
@@ -65,7 +69,7 @@ void take_resident(const Plan& plan, Kernels& found) {
 
 template <class T, int m, int n>
 void take_plane(const Plan& plan, Kernels& found) {
-  using P = TensorProduct<T, m, n>;
+  using P = std::conditional_t<m == 4, HeldProduct<T, m, n, 2>, TensorProduct<T, m, n>>;
   if (plan.m_tiles != m || plan.n_tiles != n) return;
   if constexpr (plane_exists(false, m, n)) found.forward = kernel<Plane<P, kPlaneRanks[0], false>, Forward>;
   if constexpr (plane_exists(true, m, n)) found.backward = kernel<Plane<P, kPlaneRanks[1], true>, Backward>;

@@ -39,7 +39,7 @@ constexpr int kTiles[] = {1, 2, 4, 8};  // of rows (16 each) and of sequences (8
 constexpr int kTogether = 18;  // multiprocessors, at most, that a cluster may lie on: an H200 holds no 8 clusters of 13
 constexpr int kPackedSequences = 512;  // whose lengths travel as kernel arguments
 
-enum class Exchange : int { cheapest, grid, cluster, resident, plane };  // of what a team publishes
+enum class Exchange : int { cheapest, grid, cluster, resident, plane, sparing };  // of what a team publishes
 
 struct Layer {
   Cell cell;
@@ -56,6 +56,7 @@ struct Chip {
 
 struct Plan {
   bool cluster;          // how a team exchanges
+  bool sparing;          // on a grid: whether what has come is not loaded again
   bool resident;         // and whether its weights stay in registers
   int ranks;             // blocks of a hardware cluster; 0: there are none. Of a plane, less than `slices`
   int m_tiles, n_tiles;  // of a block's product
@@ -68,6 +69,10 @@ struct Plan {
   int64_t workspace;     // bytes for each step of the pass: what the teams publish; a cluster needs none
   double cost;           // estimated clocks of a step, times how often groups take turns
 };
+
+// Chunks of the depth whose weights a warp holds in registers on a sparing grid, forward, and tiles that leave it some.
+constexpr int kHeld = 4;
+constexpr bool held_exists(int m_tiles, int n_tiles) { return m_tiles * (kHeld * 8 + n_tiles * 4) <= 160; }
 
 // Products whose sums fit the registers of a thread. Backward, where a row is a unit, pairs_of allows no more. A
 // cluster, whose few blocks hold all units, has many rows in a block.
@@ -214,6 +219,7 @@ constexpr Plan plan_plane(const Layer& l, bool backward, const Chip& chip, int m
   p.depth = p.row = divide_up(clusters * p.units, kSpan) * kSpan * (backward ? gates : 1);
   const int64_t shared = kBarriers + int64_t(rows) * p.depth * 2 + int64_t(kWarps) * sequences * part_row(m_tiles) * 4 +
                          2 * rows * sequences * 4;
+  if (m_tiles == 4 && p.depth * 2 > 2 * kWarps * kChunk) return p;  // as many weights as a warp holds
   const int fit = ranks == 2 ? chip.multiprocessors / 2 : chip.multiprocessors / kTogether * (kTogether / ranks);
   const int together = fit / (clusters * l.directions);
   if (gates == 1 || size_of(l.number) != 2 || together == 0 || shared > chip.shared || ranks > chip.cluster) return p;
@@ -246,10 +252,13 @@ constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
   }
   for (const bool cluster : {false, true}) {
     if (l.exchange == (cluster ? Exchange::grid : Exchange::cluster)) continue;
+    if (l.exchange == Exchange::sparing && (cluster || size_of(l.number) != 2)) continue;
     for (const int m_tiles : kTiles)
       for (const int n_tiles : kTiles) {
         if (!tiles_exist(by_tensor_core(l.number), backward, cluster, m_tiles, n_tiles)) continue;
-        const Plan p = plan_tiles(l, backward, chip, cluster, m_tiles, n_tiles);
+        Plan p = plan_tiles(l, backward, chip, cluster, m_tiles, n_tiles);
+        p.sparing = l.exchange == Exchange::sparing;
+        if (p.sparing && !backward && (!held_exists(m_tiles, n_tiles) || p.depth * 2 > kHeld * kWarps * kChunk)) continue;
         if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
       }
   }

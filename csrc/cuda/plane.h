@@ -29,7 +29,7 @@ struct Plane {
   float* part;
   float* slots;  // [2][ranks][sequences][kOwned]
   uint64_t* barriers;
-  Grid<T> exchange;
+  Grid<T, true> exchange;
 
   __device__ Plane(const Task& task, int gates, uint4* shared)
       : task(task),
@@ -62,7 +62,7 @@ struct Plane {
   __device__ int first_chunk() const { return int(threadIdx.x) / 32 * divide_up(all_chunks(), kWarps); }
   __device__ int chunks() const { return min(all_chunks() - first_chunk(), divide_up(all_chunks(), kWarps)); }
   __device__ typename P::Lane lane() const {
-    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), sequences()};
+    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), chunks(), sequences()};
   }
   // Of this block, and of the block of a rank of this cluster, or of a cluster and this block's rank.
   __device__ int unit(int local) const { return slice * task.plan.units + local; }
@@ -90,8 +90,8 @@ struct Plane {
 
   template <int kChunks, class Meanwhile>
   __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
-    P::template multiply<Grid<T>, kChunks>(lane, exchange.at(s) + rank * P::kSequences * task.plan.row + lane.published,
-                                           chunks, meanwhile);
+    P::template multiply<Grid<T, true>, kChunks>(
+        lane, exchange.at(s) + rank * P::kSequences * task.plan.row + lane.published, chunks, meanwhile);
     __syncthreads();
     const int slot = slot_of(s) * kSlot;
 #pragma unroll

@@ -74,6 +74,9 @@ struct ExchangeAlone {
 };
 void exchange_alone(const ExchangeAlone&, void* stream);
 
+// Clusters of so many blocks, one on a multiprocessor, that the current GPU holds at a time.
+int clusters_at_once(int blocks, int shared);
+
 // Chip::cluster of the current GPU, whose blocks may use `shared` bytes; 0 where the code that runs on it knows none.
 int largest_cluster(int shared);
 

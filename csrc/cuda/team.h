@@ -67,9 +67,9 @@ struct Step {
 
 // Through L2, between the blocks of a cooperative launch. Every step has its place, and a number says by itself that it
 // is there: a step costs one way to L2 and one back, without fences or flags.
-template <class T>
+template <class T, bool sparing = false>
 struct Grid {
-  static constexpr bool kCluster = false;
+  static constexpr bool kCluster = false, kSparing = sparing;
   T* published = nullptr;
   int slot;
 
@@ -91,7 +91,7 @@ struct Grid {
 // Through shared memory, between the blocks of a cluster: each has all that is published, and one barrier orders it.
 template <class T>
 struct Cluster {
-  static constexpr bool kCluster = true;
+  static constexpr bool kCluster = true, kSparing = false;
   T* published;
   int slot, slice, blocks;
 
@@ -162,12 +162,13 @@ struct Team {
     group = next;
     exchange.take(task, direction * task.plan.groups + next);
     if (!X::kCluster && task.hidden % kSpan) publish_padding();
+    __syncthreads();  // the weights are there
   }
   // The warp's chunks of the depth, and where this thread begins.
   __device__ int first_chunk() const { return int(threadIdx.x) / 32 * divide_up(all_chunks(), kWarps); }
   __device__ int chunks() const { return min(all_chunks() - first_chunk(), divide_up(all_chunks(), kWarps)); }
   __device__ typename P::Lane lane() const {
-    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), sequences()};
+    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), chunks(), sequences()};
   }
   __device__ int unit(int local) const { return slice * task.plan.units + local; }
   __device__ int first() const { return group * P::kSequences; }

@@ -16,7 +16,7 @@ cuda::Layer layer_of(const py::tuple& a) {
   const cuda::Layer l{static_cast<Cell>(at(0)), static_cast<cuda::Number>(at(1)), at(2), at(3), at(4),
                       static_cast<cuda::Exchange>(at(5))};
   if (a.size() != 6 || at(0) < 0 || at(0) > 3 || at(1) < 0 || at(1) > 4 || l.batch < 1 || l.hidden < 1 ||
-      l.directions < 1 || l.directions > 2 || at(5) < 0 || at(5) > 4)
+      l.directions < 1 || l.directions > 2 || at(5) < 0 || at(5) > 5)
     throw std::invalid_argument("rnn: sizes out of range");
   return l;
 }
@@ -51,6 +51,9 @@ void define_cuda(py::module_ m) {
   m.def("largest_cluster", &cuda::largest_cluster,
         "Return how many blocks a cluster may have on the current GPU, whose blocks may use so many bytes of shared "
         "memory; 0: it has no clusters.");
+  m.def("clusters_at_once", &cuda::clusters_at_once,
+        "Return how many clusters of so many blocks, one on a multiprocessor, the current GPU holds at a time; blocks "
+        "may use `shared` bytes.");
   m.def("exchange_alone",
         [](bool cluster, int blocks, int teams, int bytes, int steps, uintptr_t workspace, uintptr_t nanoseconds,
            uintptr_t stream) {

@@ -77,8 +77,16 @@ PLANES = {
     "tall packed": (SIZES["tall packed"][0], HOPPER[40]),
 }
 
+ONE = {"T1 B1 H1": PLANES["T1 B1 H1"]}
+SPARING = {name: SIZES[name] for name in ("T1 B1 H1", "T2 B17 H33", "T3 B33 H70", "tall packed")} | {
+    "T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[40])}
+
+NEW = ("resident", "plane", "sparing")  # of LSTM and GRU in 16 bits
+
 NOT_NUMBERS = {"NaN of all bits": dict(steps=3, batch=9),
                "NaN of all bits, packed": dict(lengths=(3, 3, 2, 2, 2, 1), bidirectional=True)}
+
+WAYS = {number: name for name, number in recurrent_cuda.EXCHANGES.items()}
 
 chip, launched, tiles = None, [], set()
 
@@ -89,7 +97,8 @@ def counted(name):
     def run(layer, chip, *rest):
         plan = native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
         launched.append(name)
-        tiles.add((name, "resident" if plan["resident"] else "plane" if plan["ranks"] and not plan["cluster"] else "cluster" if plan["cluster"] else "grid", layer[1], plan["m_tiles"], plan["n_tiles"]))
+        way = WAYS[layer[5]] if WAYS[layer[5]] in NEW else "cluster" if plan["cluster"] else "grid"
+        tiles.add((name, way, layer[1], plan["m_tiles"], plan["n_tiles"]))
         kernel(layer, chip, *rest)
     return run
 
@@ -116,14 +125,14 @@ def cases(op):
             ("grid", "float32", FEW), ("grid", "tf32", FEW), ("cheapest", "float32", FEW),
             ("cheapest", "bfloat16", FEW), ("cluster", "bfloat16", CLUSTERS), ("cluster", "float16", FEW),
             ("cluster", "tf32", FEW), ("resident", "bfloat16", RESIDENT), ("resident", "float16", FEW),
-            ("plane", "bfloat16", PLANES), ("plane", "float16", {"T1 B1 H1": PLANES["T1 B1 H1"]})):
-        if exchange in ("resident", "plane") and op.name == "rnn":
+            ("plane", "bfloat16", PLANES), ("plane", "float16", ONE), ("sparing", "bfloat16", SPARING)):
+        if exchange in NEW and op.name == "rnn":
             continue
         dtype = torch.float32 if form == "tf32" else getattr(torch, form)
         for name, (shape, chip) in sizes.items():
             args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
             yield exchange, form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
-        if exchange == "grid" or exchange in ("resident", "plane") and form == "bfloat16":  # as in places that nothing has been published in
+        if exchange == "grid" or (exchange in NEW and form == "bfloat16"):  # as in places that are empty
             for name, shape in NOT_NUMBERS.items():
                 args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", hidden=9, **shape)
                 for tensor in (args[0], *args[2]):
