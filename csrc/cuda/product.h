@@ -27,10 +27,8 @@ __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step
     for (int s = 0; s < kSteps; ++s) {
       if (s >= steps) break;
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) {
-        if (X::kSparing && polls > 0 && X::complete(to[s][j])) continue;
+      for (int j = 0; j < kRows; ++j)
         to[s][j] = wanted(j) ? X::load(from + j * row_step + s * step) : uint4{0, 0, 0, 0};
-      }
     }
     if (polls == 0) meanwhile();
     bool complete = true;
@@ -40,6 +38,21 @@ __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step
 #pragma unroll
         for (int j = 0; j < kRows; ++j) complete &= X::complete(to[s][j]);
       }
+    }
+    if (complete || X::kSparing) break;
+    if (polls == kPatience) __trap();
+  }
+  for (uint32_t polls = 0; X::kSparing; ++polls) {
+    bool complete = true;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (s >= steps) break;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j)
+        if (!X::complete(to[s][j])) {
+          to[s][j] = X::load(from + j * row_step + s * step);
+          complete = false;
+        }
     }
     if (complete) break;
     if (polls == kPatience) __trap();

@@ -63,7 +63,13 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
   const Launch how(found.ranks, !found.cluster, found.blocks, found.shared, stream);
   if (found.workspace)
     check(name, cudaMemsetAsync(pass.workspace, 0xff, size_t(found.workspace * pass.steps), how.config.stream));
-  check(name, cudaLaunchKernelEx(&how.config, kernel, a));
+  cudaError_t launched = cudaLaunchKernelEx(&how.config, kernel, a);
+  if (launched != cudaSuccess && found.ranks && !found.cluster) {  // where both attributes do not go together
+    cudaGetLastError();
+    const Launch apart(found.ranks, false, found.blocks, found.shared, stream);
+    launched = cudaLaunchKernelEx(&apart.config, kernel, a);
+  }
+  check(name, launched);
 }
 
 }  // namespace
