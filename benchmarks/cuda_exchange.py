@@ -1,9 +1,10 @@
-"""The second experiment on a GPU: the two ways in which blocks of a recurrent kernel exchange, against each other.
+"""The second experiment on a GPU: the ways in which blocks of a recurrent kernel exchange, against each other.
 
-One LSTM or GRU layer, T = 512, input as wide as the hidden state: stock, the kernels on a grid, and in a cluster where
-the layer fits one. Numbers come first: what breaks the error rule in 32 steps, results or gradients, has no time.
+One LSTM or GRU layer, T = 512, input as wide as the hidden state: stock, the kernels in each way that they have
+(`recurrent_cuda.EXCHANGES`), and what an exchange takes alone: the same bytes between as many blocks, no arithmetic.
+Numbers come first: what breaks the error rule in 32 steps, results or gradients, has no time.
 Prints a row for each shape and writes those that there are to FOLDER/cuda-exchange.json.
-Usage: python benchmarks/cuda_exchange.py FOLDER [grid] [cluster]
+Usage: python benchmarks/cuda_exchange.py FOLDER [grid] [cluster] ...
 """
 
 import functools
@@ -15,6 +16,7 @@ from cudnn_rnn import Rows
 
 from fastlm import measure, ops
 from fastlm.ops import gru_native, lstm_native, recurrent
+from fastlm.tools.suites.rnn_cuda import exchanges as alone
 
 CELLS = {"lstm": (4, 2, lstm_native), "gru": (3, 1, gru_native)}
 OPS = {op.name: op for op in ops.ALL}
@@ -51,7 +53,9 @@ def main(folder: str, *exchanges: str) -> None:
                                        hidden=hidden)
 
         op, layers = OPS[cell], module._layers.cuda
-        row = {"cell": cell, "batch": batch, "hidden": hidden, "declined": {}}
+        row = {"cell": cell, "batch": batch, "hidden": hidden, "declined": {},
+               "alone": {mode.__name__: alone(cell, torch.bfloat16, "cuda", batch, hidden, mode is training)
+                         for mode in (forward, training)}}
         candidates = {"stock": op.implementations["torch"].run}
         for exchange in exchanges:
             run = functools.partial(layers.run, exchange=exchange)
@@ -67,7 +71,8 @@ def main(folder: str, *exchanges: str) -> None:
         rows.add(row, f"{cell:5}B{batch:<3} H{hidden:<5}" + "  ".join(
             f"{mode.__name__} " + " ".join(f"{name} {seconds * 1e6 / STEPS:.2f}" for name, seconds in
                                            row[mode.__name__].items()) for mode in (forward, training))
-            + f" µs a step  {row['declined'] or ''}")
+            + " µs a step, alone " + " ".join(f"{name} {seconds * 1e6:.2f}" for of_mode in row["alone"].values()
+                                              for name, seconds in of_mode.items()) + f"  {row['declined'] or ''}")
 
 
 if __name__ == "__main__":

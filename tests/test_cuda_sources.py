@@ -31,11 +31,12 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 TARGETS = re.findall(r'"(\w+)"', re.search(r"CUDA_TARGETS = (\[.*\])", (ROOT / "setup.py").read_text()).group(1))
 FORMATS = ["float32", "float64", "tf32", "bfloat16", "float16"]
 CELLS, GATES, SIZES = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}, (4, 3, 1, 1), (4, 8, 4, 2, 2)
-CHEAPEST, GRID, CLUSTER = range(3)
+CHEAPEST, GRID, CLUSTER, REGISTERS = range(4)
 # Multiprocessors, shared memory of a block, blocks of a cluster: A100, H100 (PCIe, SXM), B200, and a slice of an H100.
 CHIPS = {"A100": (108, 163 << 10, 0), "H100 PCIe": (114, 227 << 10, 16), "H100": (132, 227 << 10, 16),
          "B200": (148, 227 << 10, 16), "slice": (16, 227 << 10, 8)}
 KERNELS = 8 + 6 + 3 + 4  # of a format by tensor cores: forward and backward, on a grid and in a cluster
+RESIDENT = 4 + 3 + 3 + 5 + 8 + 6  # besides, of one of 16 bits: in registers, in a plane, and sparing on a grid
 
 
 def reports(sources, targets, folder):
@@ -66,7 +67,7 @@ def compiled(request, tmp_path_factory):
 def test_compiles_without_spills(compiled):
     kernels, _, targets, deep = compiled
     names = {name for name, *_ in kernels}
-    assert len(names) == (3 * KERNELS + 2 * (3 + 3) if deep else KERNELS)
+    assert len(names) == (3 * KERNELS + 2 * RESIDENT + 2 * (3 + 3) + 2 if deep else KERNELS + RESIDENT)
     assert sorted(k[:2] for k in kernels) == sorted((n, f"sm_{t}") for n in names for t in TARGETS if t in targets)
     for name, target, stack, stores, loads, registers in kernels:
         print(f"\n{target:8} {registers:4} registers  {name}", end="")
@@ -188,19 +189,23 @@ def test_emulated_kernels_obey_the_error_rule(emulated):
     printed = emulated(EMULATION / "run.py")
     found = verdicts(printed)
     assert {name: verdict for name, verdict in found.items() if verdict != "ok"} == {}
-    assert len(found) == 3 * (7 + 7 + 7 + 3 + 10) + 2 + 6 + 3 + 3 * (2 + 7 + 2)
+    assert len(found) == 3 * (7 + 7 + 7 + 3 + 10) + 2 + 6 + 3 + 3 * (2 + 7 + 2) + 2 * (5 + 4 + 1 + 2)
+    assert len(re.findall("^exchanged", printed, re.M)) == 3
     ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
     assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124" if m + n != "44"}, ran
     assert ran >= {("backward", "grid", m, n) for m, n in ("11", "12", "14", "21", "22", "41")}, ran
     assert ran >= {("forward", "cluster", m, n) for m, n in ("41", "42", "81")}, ran
     assert ran >= {("backward", "cluster", m, n) for m, n in ("11", "12", "21", "22")}, ran
+    ran = set(re.findall(r"^tiles rnn_(\w+) resident 3 (\d+) (\d)$", printed, re.M))
+    assert ran >= {("forward", m, n) for m in ("16", "32") for n in "12"}, ran
+    assert ran >= {("backward", m, n) for m, n in (("16", "1"), ("16", "2"), ("32", "1"))}, ran
 
 
 @pytest.mark.parametrize("omitted", ["FASTLM_EMULATED_BARRIERS", "FASTLM_EMULATED_WAITS"])
 def test_emulation_notices_what_is_missing(emulated, omitted):
     """Without the barriers in a block, or without waiting for other blocks, the numbers are wrong."""
     found = verdicts(emulated(EMULATION / "run.py", "T2 B17 H33", **{omitted: "0"}))
-    assert len(found) == 3 * 10
+    assert len(found) == 3 * 10 + 2 * 2
     assert "ok" not in found.values()
 
 
@@ -260,6 +265,26 @@ def test_plans(emulated, tmp_path):
         slots = 2 * sequences * plan["row"] * size
         assert plan["shared"] == weights + sums + cluster * slots <= shared
         assert plan["workspace"] == (0 if cluster else directions * plan["groups"] * slots // 2)
+
+
+def test_plans_in_registers(emulated, tmp_path):
+    """A team is one cluster of one direction and group; all that a warp multiplies with has a place."""
+    layers = list(itertools.product((0, 1, 2), (2, 3, 4), (1, 8, 9, 17, 64, 500), (1, 33, 256, 257, 512, 513), (1, 2)))
+    wanted = [((*layer, REGISTERS), backward, CHIPS[chip]) for layer in layers for backward in (False, True)
+              for chip in ("A100", "H100", "slice")]
+    for (layer, backward, chip), plan in zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True):
+        cell, number, batch, hidden, directions, _ = layer
+        if plan is None:
+            assert cell == 2 or SIZES[number] == 4 or hidden > 32 * min(chip[2], 16)
+            continue
+        assert plan["resident"] and plan["cluster"] and plan["units"] == 32
+        assert hidden <= plan["depth"] == 16 * plan["m_tiles"]
+        assert plan["slices"] == -(-hidden // 32) <= min(chip[2], plan["m_tiles"] // 2)
+        assert plan["teams"] == plan["groups"] == -(-batch // (8 * plan["n_tiles"]))
+        assert plan["blocks"] == directions * plan["teams"] * plan["slices"]
+        assert plan["workspace"] == 0
+        received = plan["n_tiles"] * (1024 * plan["slices"] + 2048 if backward else 256 * plan["m_tiles"])
+        assert 128 + 2 * received <= plan["shared"] <= chip[1] < 2 * plan["shared"]
 
 
 def test_cheapest_plan(emulated, tmp_path):

@@ -61,15 +61,15 @@ __device__ Kept<Wide<T>> kept_of(const Read<T>& read, Cell cell) {
 }
 
 template <class Team>
-__device__ void run_group(const Backward& a, const Team& team) {
+__device__ void run_group(const Backward& a, Team& team) {
   using T = typename Team::T;
   using V = Wide<T>;
-  constexpr int kPairs = pairs_of(true, Team::P::kRows / 16, Team::P::kSequences / 8);
+  constexpr int kPairs = Team::template kPairs<Backward>;
   const Task& task = a.task;
   const RnnBackward& d = a.direction[team.direction];
   const Cell cell = task.cell;
   const int H = task.hidden, steps = team.steps(), against = team.direction == 1 ? 1 : -1, chunks = team.chunks();
-  const typename Team::P::Lane lane = team.lane();
+  const auto lane = team.lane();
   V dh[kPairs], dc[kPairs];
   Pair pairs[kPairs];
   int place[kPairs];
@@ -78,7 +78,7 @@ __device__ void run_group(const Backward& a, const Team& team) {
   T* dgates_at[kPairs];
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const Pair& pair = pairs[p] = Pair(team, p);
+    const Pair& pair = pairs[p] = team.pair(p);
     if (!pair.owned) continue;
     const int64_t state = int64_t(pair.sequence) * H + pair.unit, in_y = pair.sequence * d.y_row + pair.unit;
     dh[p] = widen(static_cast<const T*>(d.dhn)[state]);
@@ -140,7 +140,7 @@ __device__ void run_group(const Backward& a, const Team& team) {
     for (int p = 0; p < kPairs; ++p) {
       const Pair& pair = pairs[p];
       if (!pair.owned) continue;
-      if (i > 0) dh[p] += team.sum(pair.local, pair.column);
+      if (i > 0) dh[p] += team.sum(p, pair, 0);
       if (pair.sequence < now.alive) {
         dh[p] += widen(read[p].dy);
         kept[p] = kept_of(read[p], cell);
@@ -149,9 +149,9 @@ __device__ void run_group(const Backward& a, const Team& team) {
 #pragma unroll
       for (int g = 0; g < 4; ++g)
         if (g < team.gates)
-          team.publish_number(i, place[p] + g * kSpan, pair.sequence < now.alive ? kept[p].gates[g] : V(0));
+          team.publish(i, p, place[p], g, pair.sequence < now.alive ? kept[p].gates[g] : V(0));
     }
-    team.published_all();
+    team.published_all(i);
     done = now;
     now = before;
     before.move(before.t + against);
@@ -162,7 +162,7 @@ __device__ void run_group(const Backward& a, const Team& team) {
     const Pair& pair = pairs[p];
     if (!pair.owned) continue;
     const int64_t state = int64_t(pair.sequence) * H + pair.unit;
-    static_cast<T*>(d.dh0)[state] = to<T>(dh[p] + team.sum(pair.local, pair.column));
+    static_cast<T*>(d.dh0)[state] = to<T>(dh[p] + team.sum(p, pair, 0));
     if (cell == Cell::lstm) static_cast<T*>(d.dc0)[state] = to<T>(dc[p]);
   }
   __syncthreads();  // the sums are read before the next group's are written

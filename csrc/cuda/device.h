@@ -67,6 +67,15 @@ FASTLM_MMA(float, "m16n8k8", "tf32")
 #undef FASTLM_MMA
 
 __device__ inline void sync_warp() { __syncwarp(); }
+// What the lane whose number differs in the bits of `other` holds.
+__device__ inline uint32_t swap_lanes(uint32_t x, int other) { return __shfl_xor_sync(0xffffffff, x, other); }
+__device__ inline float swap_lanes(float x, int other) { return __shfl_xor_sync(0xffffffff, x, other); }
+
+__device__ inline uint64_t nanoseconds() {
+  uint64_t x;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(x));
+  return x;
+}
 
 // An offset that stays in registers, where the compiler would compute it again at each step.
 __device__ inline int64_t keep(int64_t x) {
@@ -120,6 +129,44 @@ __device__ inline void store_in_peer(T* place, int rank, T value) {
 }
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// A barrier in shared memory that counts bytes. Its phase ends when as many have come as were expected, by one thread;
+// `passed` then, of whether that of a parity has ended. Only shared memory is read after it, so its scope is the block:
+// that of the cluster would drop the L1 cache each time.
+__device__ inline uint32_t in_shared(const void* place) { return uint32_t(__cvta_generic_to_shared(place)); }
+__device__ inline void start_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(in_shared(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ inline void expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ inline bool passed(const uint64_t* barrier, int parity) {
+  uint32_t found;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(found)
+      : "r"(in_shared(barrier)), "r"(parity)
+      : "memory");
+  return found;
+}
+
+// Shared memory of the cluster's block `rank` as this block sees it, from the place that `here` is in this one's.
+struct Peer {
+  uint32_t address;
+  __device__ Peer(const void* here, int rank) {
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(in_shared(here)), "r"(rank));
+  }
+};
+// Stores at `place` bytes from the peer's beginning and counts the bytes at its `barrier`. Nothing waits for it.
+__device__ inline void send(Peer peer, int place, int barrier, uint4 x) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   peer.address + place),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(peer.address + barrier)
+               : "memory");
+}
 
 }  // namespace fastlm::cuda
 #endif

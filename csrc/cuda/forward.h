@@ -30,17 +30,17 @@ __device__ void forward_gates(Cell cell, V (&x)[4], const V (&sums)[4], V bias, 
 }
 
 template <class Team>
-__device__ void run_group(const Forward& a, const Team& team) {
+__device__ void run_group(const Forward& a, Team& team) {
   using T = typename Team::T;
   using V = Wide<T>;
-  constexpr int kPairs = pairs_of(false, Team::P::kRows / 16, Team::P::kSequences / 8);
+  constexpr int kPairs = Team::template kPairs<Forward>;
   const Task& task = a.task;
   const RnnForward& d = a.direction[team.direction];
   const Cell cell = task.cell;
   const int H = task.hidden, gates = gates_of(cell), steps = team.steps();
   const bool reverse = team.direction == 1;
   const int chunks = team.chunks();
-  const typename Team::P::Lane lane = team.lane();
+  const auto lane = team.lane();
   V h[kPairs], c[kPairs], bias[kPairs];
   Pair pairs[kPairs];
   int place[kPairs];
@@ -48,12 +48,12 @@ __device__ void run_group(const Forward& a, const Team& team) {
   V* c_at[kPairs];
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const Pair& pair = pairs[p] = Pair(team, p);
+    const Pair& pair = pairs[p] = team.pair(p);
     if (!pair.owned) continue;
     const int64_t state = int64_t(pair.sequence) * H + pair.unit;
     h[p] = widen(static_cast<const T*>(d.h0)[state]);
     place[p] = team.place(pair.column, pair.unit, 0);
-    team.publish_number(0, place[p], h[p]);
+    team.publish(0, p, place[p], 0, h[p]);
     c[p] = cell == Cell::lstm ? widen(static_cast<const T*>(d.c0)[state]) : V(0);
     bias[p] = d.b_hn ? widen(static_cast<const T*>(d.b_hn)[pair.unit]) : V(0);
     gates_at[p] = static_cast<T*>(d.gates) + keep(pair.sequence * d.gates_row + pair.unit);
@@ -61,7 +61,7 @@ __device__ void run_group(const Forward& a, const Team& team) {
     if (d.before) before_at[p] = static_cast<T*>(d.before) + state;
     if (d.c) c_at[p] = static_cast<V*>(d.c) + keep(state);
   }
-  team.published_all();
+  team.published_all(0);
 
   T read[kPairs][4];  // W x + b on its way: whatever touches it waits for it
   const auto read_step = [&](const Step& step) {
@@ -100,14 +100,14 @@ __device__ void run_group(const Forward& a, const Team& team) {
         V sums[4];
 #pragma unroll
         for (int g = 0; g < 4; ++g) {  // those of gates that there are not are not used
-          sums[g] = team.sum(min(g, gates - 1) * task.plan.units + pair.local, pair.column);
+          sums[g] = team.sum(p, pair, g);
           x[p][g] = g < gates ? widen(read[p][g]) : V(0);
         }
         forward_gates<Math<T>>(cell, x[p], sums, bias[p], h[p], c[p]);
       }
-      if (i + 1 < steps) team.publish_number(i + 1, place[p], h[p]);
+      if (i + 1 < steps) team.publish(i + 1, p, place[p], 0, h[p]);
     }
-    team.published_all();  // not only where something was: see Grid::put_all
+    team.published_all(i + 1);  // not only where something was: see Grid::put_all
     done = now;
     now.move(reverse ? now.t - 1 : now.t + 1);
     read_step(now);
@@ -121,7 +121,7 @@ __device__ void run_group(const Forward& a, const Team& team) {
     static_cast<T*>(d.hn)[state] = to<T>(h[p]);
     if (cell == Cell::lstm) static_cast<T*>(d.cn)[state] = to<T>(c[p]);
   }
-  team.exchange.wait();
+  team.finish();
 }
 
 template <class Team>

@@ -11,6 +11,13 @@
 // A team exchanges in one of two ways. On a grid it goes through L2: all blocks of the launch are on the chip together,
 // `teams` teams of each direction, and each takes group after group. In a cluster the blocks write into each other's
 // shared memory: a group has its own team, a cluster each, and clusters that find no place yet wait for their turn.
+//
+// Large layers have a way between the two: plane.h. Small clusters, of `ranks` blocks, exchange sums through shared
+// memory and what is published through L2; a block's depth is one part in `ranks` of all.
+//
+// Layers of few units in 16 bits have a third way, again in clusters: resident.h. There a block owns 32 units and its
+// weights stay in registers, `m_tiles` products of 16 x 16 a warp; backward its depth is its own gates, and what blocks
+// send each other are sums.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +39,7 @@ constexpr int kTiles[] = {1, 2, 4, 8};  // of rows (16 each) and of sequences (8
 constexpr int kTogether = 18;  // multiprocessors, at most, that a cluster may lie on: an H200 holds no 8 clusters of 13
 constexpr int kPackedSequences = 512;  // whose lengths travel as kernel arguments
 
-enum class Exchange : int { cheapest, grid, cluster };  // of what a team publishes
+enum class Exchange : int { cheapest, grid, cluster, resident, plane, sparing };  // of what a team publishes
 
 struct Layer {
   Cell cell;
@@ -49,6 +56,9 @@ struct Chip {
 
 struct Plan {
   bool cluster;          // how a team exchanges
+  bool sparing;          // on a grid: whether what has come is not loaded again
+  bool resident;         // and whether its weights stay in registers
+  int ranks;             // blocks of a hardware cluster; 0: there are none. Of a plane, less than `slices`
   int m_tiles, n_tiles;  // of a block's product
   int units, slices;     // units of a block; blocks of a team
   int groups, teams;     // of each direction
@@ -59,6 +69,10 @@ struct Plan {
   int64_t workspace;     // bytes for each step of the pass: what the teams publish; a cluster needs none
   double cost;           // estimated clocks of a step, times how often groups take turns
 };
+
+// Chunks of the depth whose weights a warp holds in registers on a sparing grid, forward, and tiles that leave it some.
+constexpr int kHeld = 4;
+constexpr bool held_exists(int m_tiles, int n_tiles) { return m_tiles * (kHeld * 8 + n_tiles * 4) <= 160; }
 
 // Products whose sums fit the registers of a thread. Backward, where a row is a unit, pairs_of allows no more. A
 // cluster, whose few blocks hold all units, has many rows in a block.
@@ -111,6 +125,7 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool 
   const int gates = gates_of(l.cell), sequences = 8 * n_tiles, number = size_of(l.number);
   Plan p{};
   p.cluster = cluster;
+  p.ranks = 0;
   p.m_tiles = m_tiles;
   p.n_tiles = n_tiles;
   const int owned = pairs_of(backward, m_tiles, n_tiles) * kThreads;
@@ -128,6 +143,7 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool 
   if (cluster) together = std::min(together, std::max(1, chip.multiprocessors / kTogether) * (kTogether / p.slices));
   if (together == 0 || shared > chip.shared || (cluster && p.slices > chip.cluster)) return p;
   p.teams = cluster ? p.groups : std::min(p.groups, together);
+  p.ranks = cluster ? p.slices : 0;
   p.blocks = l.directions * p.teams * p.slices;
   p.shared = int(shared);
   p.workspace = cluster ? 0 : l.directions * p.groups * slot_bytes(l, p);
@@ -135,15 +151,114 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool 
   return p;
 }
 
+// What a block of resident.h keeps in shared memory: two barriers and what it is sent of two steps, backward its own
+// gates of two steps besides.
+constexpr int kBarriers = 128;  // bytes, in front
+FASTLM_INLINE constexpr int resident_slot(bool backward, int m_tiles, int n_tiles, int slices) {
+  return n_tiles * (backward ? slices * 2 * 32 * kLoad : m_tiles * 256);
+}
+constexpr int kOwnGates = kWarps * 256;  // bytes of a step and 8 sequences
+
+// Clocks of a step of resident.h: estimated, not fitted.
+constexpr double resident_clocks(const Layer& l, bool backward, const Plan& p) {
+  const double received = std::min(8.0 * p.n_tiles, double(l.batch)) * (backward ? p.slices * 128 : l.hidden * 2);
+  return (backward ? 800 : 650) + received / 14 + 13 * p.m_tiles * p.n_tiles;
+}
+
+// Backward, two tiles of sequences beside 128 registers of weights would spill.
+constexpr bool resident_exists(bool backward, int m_tiles, int n_tiles) { return !backward || m_tiles * n_tiles <= 32; }
+
+// The plan of blocks whose weights stay in registers; its `blocks` is 0 where it does not fit.
+constexpr Plan plan_resident(const Layer& l, bool backward, const Chip& chip, int n_tiles) {
+  Plan p{};
+  p.cluster = p.resident = true;
+  p.m_tiles = l.hidden <= 256 ? 16 : 32;
+  p.n_tiles = n_tiles;
+  p.units = kSpan;
+  p.slices = p.ranks = divide_up(l.hidden, p.units);
+  p.groups = p.teams = divide_up(l.batch, 8 * n_tiles);
+  p.depth = p.row = 16 * p.m_tiles;
+  const int shared = kBarriers + 2 * resident_slot(backward, p.m_tiles, n_tiles, p.slices) +
+                     (backward ? 2 * n_tiles * kOwnGates : 0);
+  const int together = std::max(1, chip.multiprocessors / kTogether) * (kTogether / std::max(p.slices, 1));
+  if (!resident_exists(backward, p.m_tiles, n_tiles) || gates_of(l.cell) == 1 || size_of(l.number) != 2 || l.hidden > 512 || p.slices > chip.cluster ||
+      shared > chip.shared)
+    return p;
+  p.blocks = l.directions * p.teams * p.slices;
+  p.shared = std::max(shared, chip.shared / 2 + 1);  // no two on a multiprocessor
+  p.cost = resident_clocks(l, backward, p) * divide_up(l.directions * p.groups, together);
+  return p;
+}
+
+// Tiles of rows of a plane, and blocks of its clusters.
+constexpr int kPlaneRanks[] = {2, 8};  // forward, backward
+constexpr bool plane_exists(bool backward, int m_tiles, int n_tiles) {
+  return m_tiles == 4 || (backward && m_tiles == 6 && n_tiles <= 2);
+}
+
+// Clocks of a step of a plane: estimated, not fitted.
+constexpr double plane_clocks(const Layer& l, const Plan& p) {
+  const double some = std::min(8.0 * p.n_tiles, double(l.batch)), rows = 16.0 * p.m_tiles, size = size_of(l.number);
+  const double read = some * p.depth * size, sent = 8.0 * p.n_tiles * rows * 4;
+  const double chunks = divide_up(int(p.depth * size) / kChunk, kWarps);
+  return 2200 + read / 30 + read * p.blocks / 3000 + sent / 14 + 2 * kWarps * sent / 128 +
+         chunks * p.n_tiles * (40 + 6 * p.m_tiles);
+}
+
+// The plan of a plane of given tiles; its `blocks` is 0 where it does not fit.
+constexpr Plan plan_plane(const Layer& l, bool backward, const Chip& chip, int m_tiles, int n_tiles) {
+  const int gates = gates_of(l.cell), ranks = kPlaneRanks[int(backward)], sequences = 8 * n_tiles, rows = 16 * m_tiles;
+  Plan p{};
+  p.m_tiles = m_tiles;
+  p.n_tiles = n_tiles;
+  p.ranks = ranks;
+  const int most = rows / ranks / (backward ? 1 : 4), clusters = divide_up(l.hidden, most * ranks);
+  p.units = divide_up(l.hidden, clusters * ranks);
+  p.slices = clusters * ranks;
+  p.groups = divide_up(l.batch, sequences);
+  p.depth = p.row = divide_up(clusters * p.units, kSpan) * kSpan * (backward ? gates : 1);
+  const int64_t shared = kBarriers + int64_t(rows) * p.depth * 2 + int64_t(kWarps) * sequences * part_row(m_tiles) * 4 +
+                         2 * rows * sequences * 4;
+  if (m_tiles == 4 && p.depth * 2 > 2 * kWarps * kChunk) return p;  // as many weights as a warp holds
+  const int fit = ranks == 2 ? chip.multiprocessors / 2 : chip.multiprocessors / kTogether * (kTogether / ranks);
+  const int together = fit / (clusters * l.directions);
+  if (gates == 1 || size_of(l.number) != 2 || together == 0 || shared > chip.shared || ranks > chip.cluster) return p;
+  p.teams = std::min(p.groups, together);
+  p.blocks = l.directions * p.teams * p.slices;
+  p.shared = int(std::max(shared, int64_t(chip.shared / 2 + 1)));
+  p.workspace = l.directions * p.groups * slot_bytes(l, p) * ranks;
+  p.cost = plane_clocks(l, p) * divide_up(p.groups, p.teams);
+  return p;
+}
+
 // The cheapest plan; its `blocks` is 0 where the recurrent weights do not fit the chip.
 constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
   Plan best{};
+  if (l.exchange == Exchange::resident) {
+    for (const int n_tiles : {1, 2}) {
+      const Plan p = plan_resident(l, backward, chip, n_tiles);
+      if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
+    }
+    return best;
+  }
+  if (l.exchange == Exchange::plane) {
+    for (const int m_tiles : {4, 6})
+      for (const int n_tiles : {1, 2, 4}) {
+        if (!plane_exists(backward, m_tiles, n_tiles)) continue;
+        const Plan p = plan_plane(l, backward, chip, m_tiles, n_tiles);
+        if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
+      }
+    return best;
+  }
   for (const bool cluster : {false, true}) {
     if (l.exchange == (cluster ? Exchange::grid : Exchange::cluster)) continue;
+    if (l.exchange == Exchange::sparing && (cluster || size_of(l.number) != 2)) continue;
     for (const int m_tiles : kTiles)
       for (const int n_tiles : kTiles) {
         if (!tiles_exist(by_tensor_core(l.number), backward, cluster, m_tiles, n_tiles)) continue;
-        const Plan p = plan_tiles(l, backward, chip, cluster, m_tiles, n_tiles);
+        Plan p = plan_tiles(l, backward, chip, cluster, m_tiles, n_tiles);
+        p.sparing = l.exchange == Exchange::sparing;
+        if (p.sparing && !backward && (!held_exists(m_tiles, n_tiles) || p.depth * 2 > kHeld * kWarps * kChunk)) continue;
         if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
       }
   }

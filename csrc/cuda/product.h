@@ -17,7 +17,7 @@ constexpr uint32_t kPatience = 1u << 28;  // loads
 
 // Loads groups of kLoad bytes, `row_step` groups apart from row to row and `step` from step to step, of the first
 // `steps` steps; zeros where a row is not wanted. `meanwhile` runs before they are there. Again until all of them are
-// complete: to load all is less code, and takes fewer branches, than to load what was not. What does not come at all
+// complete, all or, X::kSparing, what was not: the latter leaves L2 to the blocks that are late. What does not come at all
 // ends the launch with an error after about two minutes: longer than anything else may hold a part of the GPU.
 template <class X, int kSteps, int kRows, class Wanted, class Meanwhile>
 __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step, int step, int steps,
@@ -38,6 +38,21 @@ __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step
 #pragma unroll
         for (int j = 0; j < kRows; ++j) complete &= X::complete(to[s][j]);
       }
+    }
+    if (complete || X::kSparing) break;
+    if (polls == kPatience) __trap();
+  }
+  for (uint32_t polls = 0; X::kSparing; ++polls) {
+    bool complete = true;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (s >= steps) break;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j)
+        if (!X::complete(to[s][j])) {
+          to[s][j] = X::load(from + j * row_step + s * step);
+          complete = false;
+        }
     }
     if (complete) break;
     if (polls == kPatience) __trap();
@@ -77,6 +92,8 @@ struct TensorProduct {
     int sequences;      // from the lane's first on
     float* part;
 
+    __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int, int sequences)
+        : Lane(weights, part, plan, first, sequences) {}
     __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int sequences) {
       const int lane = int(threadIdx.x) % 32, row = lane / 4, quarter = lane % 4;
       this->weights = reinterpret_cast<const uint4*>(weights) + first * m * 64 + lane;
@@ -128,6 +145,10 @@ struct TensorProduct {
         }
       }
     }
+    store(lane, sums);
+  }
+
+  __device__ static void store(const Lane& lane, const float (&sums)[m][n][4]) {
 #pragma unroll
     for (int i = 0; i < m; ++i)
 #pragma unroll
@@ -135,6 +156,49 @@ struct TensorProduct {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           lane.part[(j * 8 + e % 2) * part_row(m) + i * 16 + e / 2 * 8] = sums[i][j][e];
+  }
+};
+
+// The same with the weights of a warp's chunks, at most `held`, in registers: what all warps read of them at each step
+// takes as long as the rest of a product of few sequences.
+template <class T, int m, int n, int held>
+struct HeldProduct : TensorProduct<T, m, n> {
+  using Base = TensorProduct<T, m, n>;
+  struct Lane : Base::Lane {
+    uint4 w[held][m][2];
+
+    // The weights are in shared memory by now.
+    __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int chunks, int sequences)
+        : Base::Lane(weights, part, plan, first, sequences) {
+#pragma unroll
+      for (int s = 0; s < held; ++s)
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            w[s][i][half] = s < chunks ? this->weights[(s * m + i) * 64 + half * 32] : uint4{0, 0, 0, 0};
+    }
+  };
+
+  template <class X, int, class Meanwhile>
+  __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
+    uint4 x[held][n];
+    load<X>(x, reinterpret_cast<const uint4*>(published), lane.step, 4, chunks,
+            [&](int j) { return 8 * j < lane.sequences; }, meanwhile);
+    float sums[m][n][4] = {};
+#pragma unroll
+    for (int s = 0; s < held; ++s) {
+      if (s >= chunks) break;
+#pragma unroll
+      for (int i = 0; i < m; ++i) {
+        const uint4 w = lane.w[s][i][0], v = lane.w[s][i][1];
+#pragma unroll
+        for (int j = 0; j < n; ++j) mma(T(), sums[i][j], w.x, w.y, w.z, w.w, x[s][j].x, x[s][j].y);
+#pragma unroll
+        for (int j = 0; j < n; ++j) mma(T(), sums[i][j], v.x, v.y, v.z, v.w, x[s][j].z, x[s][j].w);
+      }
+    }
+    Base::store(lane, sums);
   }
 };
 
@@ -157,7 +221,7 @@ struct ScalarProduct {
     int sequences;      // from the lane's first on
     T* part;
 
-    __device__ Lane(const T* weights, T* part, const Plan& plan, int first, int sequences) {
+    __device__ Lane(const T* weights, T* part, const Plan& plan, int first, int, int sequences) {
       const int lane = int(threadIdx.x) % 32, row = lane / 4, column = lane % 4, k = first * kChunk / int(sizeof(T));
       width = plan.depth / kEach + 1;
       this->weights = reinterpret_cast<const uint4*>(weights + place(row, k, plan.depth));

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace fastlm::cuda {
 namespace {
@@ -22,36 +23,6 @@ Kernels kernels_of(Number number, const Plan& plan) {
   return {};
 }
 
-void check(const char* name, cudaError_t status) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would report it again
-  throw std::runtime_error(std::string(name) + ": CUDA refused the launch: " + cudaGetErrorString(status));
-}
-
-// How a plan is launched: all blocks that wait for each other are on the chip together, or CUDA refuses.
-struct Launch {
-  cudaLaunchAttribute together{};
-  cudaLaunchConfig_t config{};
-
-  explicit Launch(const Plan& plan, void* stream = nullptr) {
-    if (plan.cluster) {
-      together.id = cudaLaunchAttributeClusterDimension;
-      together.val.clusterDim.x = unsigned(plan.slices);
-      together.val.clusterDim.y = together.val.clusterDim.z = 1;
-    } else {
-      together.id = cudaLaunchAttributeCooperative;
-      together.val.cooperative = 1;
-    }
-    config.gridDim = dim3(unsigned(plan.blocks));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = size_t(plan.shared);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &together;
-    config.numAttrs = 1;
-  }
-  Launch(const Launch&) = delete;
-};
-
 // Lets the kernel use all shared memory, whatever this plan takes: threads that launch other plans set the same.
 template <class A>
 void permit(const char* name, Kernel<A> kernel, bool cluster, int shared) {
@@ -62,12 +33,12 @@ void permit(const char* name, Kernel<A> kernel, bool cluster, int shared) {
 
 template <class A>
 bool fits(const char* name, Kernel<A> kernel, const Plan& plan, const Chip& chip) {
-  permit(name, kernel, plan.cluster, chip.shared);
+  permit(name, kernel, plan.ranks, chip.shared);
   int found = 0;
-  if (plan.cluster) {
-    const Launch launch(plan);
+  if (plan.ranks) {
+    const Launch launch(plan.ranks, false, plan.blocks, plan.shared);
     check(name, cudaOccupancyMaxActiveClusters(&found, kernel, &launch.config));
-    return found > 0;
+    return found * plan.ranks >= (plan.cluster ? 1 : plan.blocks);
   }
   check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, size_t(plan.shared)));
   return found * chip.multiprocessors >= plan.blocks;
@@ -89,10 +60,16 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
     for (int64_t t = 0; t < pass.steps; ++t)
       for (int64_t b = 0; b < pass.batch_sizes[t]; ++b) task.lengths[b] = int(t) + 1;
   }
-  const Launch how(found, stream);
+  const Launch how(found.ranks, !found.cluster, found.blocks, found.shared, stream);
   if (found.workspace)
     check(name, cudaMemsetAsync(pass.workspace, 0xff, size_t(found.workspace * pass.steps), how.config.stream));
-  check(name, cudaLaunchKernelEx(&how.config, kernel, a));
+  cudaError_t launched = cudaLaunchKernelEx(&how.config, kernel, a);
+  if (launched != cudaSuccess && found.ranks && !found.cluster) {  // where both attributes do not go together
+    cudaGetLastError();
+    const Launch apart(found.ranks, false, found.blocks, found.shared, stream);
+    launched = cudaLaunchKernelEx(&apart.config, kernel, a);
+  }
+  check(name, launched);
 }
 
 }  // namespace
@@ -128,7 +105,7 @@ int largest_cluster(int shared) {
   check("largest_cluster", cudaFuncGetAttributes(&built, kernel));
   if (built.ptxVersion < 90) return 0;  // the code that runs here was written for older GPUs
   permit("largest_cluster", kernel, true, shared);
-  const Launch launch(found);
+  const Launch launch(found.ranks, false, found.blocks, found.shared);
   int blocks = 0;
   check("largest_cluster", cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &launch.config));
   return std::min(blocks, kMost);

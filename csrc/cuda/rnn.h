@@ -63,6 +63,20 @@ void rnn_backward(const RnnPass&, const RnnBackward* directions, void* stream);
 // Whether the current GPU holds the blocks of the pass that wait for each other at a time.
 bool rnn_fits(const Layer&, bool backward, const Chip&);
 
+// Steps of nothing but an exchange, the floor of a pass: `teams` teams of `blocks` blocks, in which each block publishes
+// its part of `bytes` bytes as soon as all of the step before are there. `cluster`: through shared memory, else through
+// L2 and a workspace of teams · steps · bytes, rounded up to 16. Writes to `nanoseconds`, in device memory.
+struct ExchangeAlone {
+  bool cluster;
+  int blocks, teams, bytes, steps;
+  void* workspace;
+  uint64_t* nanoseconds;  // of all steps but the first
+};
+void exchange_alone(const ExchangeAlone&, void* stream);
+
+// Clusters of so many blocks, one on a multiprocessor, that the current GPU holds at a time.
+int clusters_at_once(int blocks, int shared);
+
 // Chip::cluster of the current GPU, whose blocks may use `shared` bytes; 0 where the code that runs on it knows none.
 int largest_cluster(int shared);
 

@@ -67,9 +67,9 @@ struct Step {
 
 // Through L2, between the blocks of a cooperative launch. Every step has its place, and a number says by itself that it
 // is there: a step costs one way to L2 and one back, without fences or flags.
-template <class T>
+template <class T, bool sparing = false>
 struct Grid {
-  static constexpr bool kCluster = false;
+  static constexpr bool kCluster = false, kSparing = sparing;
   T* published = nullptr;
   int slot;
 
@@ -91,7 +91,7 @@ struct Grid {
 // Through shared memory, between the blocks of a cluster: each has all that is published, and one barrier orders it.
 template <class T>
 struct Cluster {
-  static constexpr bool kCluster = true;
+  static constexpr bool kCluster = true, kSparing = false;
   T* published;
   int slot, slice, blocks;
 
@@ -116,12 +116,31 @@ struct Cluster {
   __device__ static bool complete(const uint4&) { return true; }
 };
 
+// A unit of a sequence: a thread owns up to pairs_of them through all steps.
+struct Pair {
+  int local, column;   // of the block's units; of the group's sequences
+  int unit, sequence;  // of all
+  bool owned;
+
+  Pair() = default;
+  template <class Team>
+  __device__ Pair(const Team& team, int local, int column)
+      : local(local),
+        column(column),
+        unit(team.unit(local)),
+        sequence(team.first() + column),
+        owned(column < team.sequences() && unit < team.task.hidden) {}
+};
+
 // A block in its team, on one group of sequences.
 template <class P_, class X_>
 struct Team {
   using P = P_;
   using X = X_;
   using T = typename P::Number;
+  static constexpr bool kCluster = X::kCluster;
+  template <class A>
+  static constexpr int kPairs = pairs_of(A::kBackward, P::kRows / 16, P::kSequences / 8);
   const Task& task;
   int gates;  // in a span of the depth
   int direction, team, slice, group = 0;
@@ -143,12 +162,13 @@ struct Team {
     group = next;
     exchange.take(task, direction * task.plan.groups + next);
     if (!X::kCluster && task.hidden % kSpan) publish_padding();
+    __syncthreads();  // the weights are there
   }
   // The warp's chunks of the depth, and where this thread begins.
   __device__ int first_chunk() const { return int(threadIdx.x) / 32 * divide_up(all_chunks(), kWarps); }
   __device__ int chunks() const { return min(all_chunks() - first_chunk(), divide_up(all_chunks(), kWarps)); }
   __device__ typename P::Lane lane() const {
-    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), sequences()};
+    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), chunks(), sequences()};
   }
   __device__ int unit(int local) const { return slice * task.plan.units + local; }
   __device__ int first() const { return group * P::kSequences; }
@@ -159,13 +179,18 @@ struct Team {
   __device__ int place(int sequence, int unit, int gate) const {
     return sequence * task.plan.row + (unit / kSpan * gates + gate) * kSpan + unit % kSpan;
   }
-  __device__ void publish_number(int s, int place, Wide<T> value) const {
-    exchange.put(s, place, P::operand(to<T>(value)));
+  __device__ Pair pair(int p) const {
+    const int index = int(threadIdx.x) + p * kThreads;
+    return {*this, index % task.plan.units, index / task.plan.units};
   }
-  __device__ void published_all() const { exchange.put_all(); }
+  __device__ void publish(int s, int, int place, int gate, Wide<T> value) const {
+    exchange.put(s, place + gate * kSpan, P::operand(to<T>(value)));
+  }
+  __device__ void published_all(int) const { exchange.put_all(); }
+  __device__ void finish() const { exchange.wait(); }
 
-  // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a row and sequence is what
-  // came out. Runs `meanwhile` where the block would only wait.
+  // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a pair and gate is what came
+  // out. Runs `meanwhile` where the block would only wait.
   template <int kChunks, class Meanwhile>
   __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
     if constexpr (X::kCluster) {
@@ -177,10 +202,11 @@ struct Team {
     }
     __syncthreads();
   }
-  __device__ Wide<T> sum(int row, int sequence) const {
+  __device__ Wide<T> sum(int, const Pair& pair, int gate) const {
+    const int row = min(gate, gates_of(task.cell) - 1) * task.plan.units + pair.local;
     Wide<T> total = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) total += part[i * kPart + sequence * part_row(P::kRows / 16) + row];
+    for (int i = 0; i < kWarps; ++i) total += part[i * kPart + pair.column * part_row(P::kRows / 16) + row];
     return total;
   }
 
@@ -194,25 +220,7 @@ struct Team {
     const int count = kSpan - task.hidden % kSpan;
     for (int s = slice; s < steps(); s += task.plan.slices)
       for (int i = int(threadIdx.x); i < sequences() * gates * count; i += kThreads)
-        publish_number(s, place(i / count / gates, task.hidden + i % count, i / count % gates), 0);
-  }
-};
-
-// A unit of a sequence: a thread owns up to pairs_of them through all steps.
-struct Pair {
-  int local, column;   // of the block's units; of the group's sequences
-  int unit, sequence;  // of all
-  bool owned;
-
-  Pair() = default;
-  template <class Team>
-  __device__ Pair(const Team& team, int p) {
-    const int units = team.task.plan.units, index = int(threadIdx.x) + p * kThreads;
-    local = index % units;
-    column = index / units;
-    unit = team.unit(local);
-    sequence = team.first() + column;
-    owned = column < team.sequences() && unit < team.task.hidden;
+        publish(s, 0, place(i / count / gates, task.hidden + i % count, i / count % gates), 0, 0);
   }
 };
 

@@ -16,7 +16,7 @@ cuda::Layer layer_of(const py::tuple& a) {
   const cuda::Layer l{static_cast<Cell>(at(0)), static_cast<cuda::Number>(at(1)), at(2), at(3), at(4),
                       static_cast<cuda::Exchange>(at(5))};
   if (a.size() != 6 || at(0) < 0 || at(0) > 3 || at(1) < 0 || at(1) > 4 || l.batch < 1 || l.hidden < 1 ||
-      l.directions < 1 || l.directions > 2 || at(5) < 0 || at(5) > 2)
+      l.directions < 1 || l.directions > 2 || at(5) < 0 || at(5) > 5)
     throw std::invalid_argument("rnn: sizes out of range");
   return l;
 }
@@ -36,7 +36,7 @@ void define_cuda(py::module_ m) {
           const cuda::Plan p = cuda::plan(l, backward, chip_of(chip));
           if (!p.blocks) return py::none();
           using py::literals::operator""_a;
-          return py::dict("cluster"_a = p.cluster, "m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles,
+          return py::dict("cluster"_a = p.cluster, "resident"_a = p.resident, "ranks"_a = p.ranks, "m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles,
                           "units"_a = p.units, "slices"_a = p.slices, "groups"_a = p.groups, "teams"_a = p.teams,
                           "depth"_a = p.depth, "row"_a = p.row, "blocks"_a = p.blocks, "shared"_a = p.shared,
                           "workspace"_a = p.workspace, "cost"_a = p.cost);
@@ -51,6 +51,17 @@ void define_cuda(py::module_ m) {
   m.def("largest_cluster", &cuda::largest_cluster,
         "Return how many blocks a cluster may have on the current GPU, whose blocks may use so many bytes of shared "
         "memory; 0: it has no clusters.");
+  m.def("clusters_at_once", &cuda::clusters_at_once,
+        "Return how many clusters of so many blocks, one on a multiprocessor, the current GPU holds at a time; blocks "
+        "may use `shared` bytes.");
+  m.def("exchange_alone",
+        [](bool cluster, int blocks, int teams, int bytes, int steps, uintptr_t workspace, uintptr_t nanoseconds,
+           uintptr_t stream) {
+          if (blocks < 1 || teams < 1 || bytes < 1 || steps < 2) throw std::invalid_argument("exchange: out of range");
+          cuda::exchange_alone({cluster, blocks, teams, bytes, steps, pointer<void>(workspace),
+                                pointer<uint64_t>(nanoseconds)}, pointer<void>(stream));
+        },
+        "Queue ExchangeAlone on a stream.");
   const auto pass_of = [](const py::tuple& layer, const py::tuple& chip, int64_t steps, uintptr_t batch_sizes,
                           uintptr_t workspace) {
     if (steps < 1 || steps > INT32_MAX) throw std::invalid_argument("rnn: sizes out of range");

@@ -20,7 +20,8 @@ from fastlm.ops.tensors import addresses
 
 NUMBERS = {torch.float32: 0, torch.float64: 1, "tf32": 2, torch.bfloat16: 3, torch.float16: 4}
 MEASURED = dict(units=1024, sequences=64, steps=64)  # at most, at most and at least
-EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2}  # how the blocks of a kernel hand their results to each other
+# How the blocks of a kernel hand their results to each other.
+EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2, "resident": 3, "plane": 4, "sparing": 5}
 
 
 class CudaLayers:
@@ -245,6 +246,38 @@ def chip_of(native: ModuleType, device: str) -> tuple[int, int, int]:
     with torch.cuda.device(device):
         cluster = native.cuda.largest_cluster(shared) if properties.major >= 9 else 0
     return properties.multi_processor_count, shared, cluster
+
+
+def exchange_alone(native: ModuleType, layer: tuple, backward: bool, device: str) -> dict[str, float]:
+    """Return the seconds that a step of a layer's exchange takes on the GPU, measured without any arithmetic.
+
+    Through L2 ("grid") and in clusters ("cluster", where the layer fits one), each between the blocks, and of the
+    bytes, that the plan of such a kernel exchanges. `layer` is (cell, number, batch, hidden, directions).
+    """
+    found, size = {}, 2 if layer[1] in (NUMBERS[torch.bfloat16], NUMBERS[torch.float16]) else 4
+    for name, exchange in (("grid", "grid"), ("cluster", "resident")):
+        plan = native.cuda.rnn_plan((*layer, EXCHANGES[exchange]), backward, chip_of(native, device))
+        if plan is None:
+            continue
+        sequences = min(layer[2], 8 * plan["n_tiles"])
+        of_one = plan["depth"] * size
+        if name == "cluster" and backward:
+            of_one = plan["slices"] * plan["units"] * 4  # sums, in float32
+        turns = -(-plan["groups"] // plan["teams"])
+        found[name] = turns * _alone(native, name == "cluster", plan["slices"], plan["teams"] * layer[4],
+                                     sequences * of_one, device)
+    return found
+
+
+@functools.cache
+def _alone(native, cluster, blocks, teams, size, device, steps=256):
+    with torch.cuda.device(device):
+        workspace = torch.empty(16 if cluster else teams * steps * (size + 15), dtype=torch.uint8, device=device)
+        taken = torch.zeros(3, dtype=torch.int64, device=device)
+        for i in range(len(taken)):
+            native.cuda.exchange_alone(cluster, blocks, teams, size, steps, workspace.data_ptr(), taken[i:].data_ptr(),
+                                       torch.cuda.current_stream().cuda_stream)
+        return sorted(taken.tolist())[1] / (steps - 1) * 1e-9
 
 
 @functools.cache

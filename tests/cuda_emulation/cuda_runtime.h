@@ -35,6 +35,9 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -222,11 +225,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   threads = blockDim.x;
-  const bool clustered = config->attrs->id == cudaLaunchAttributeClusterDimension;
-  cluster_blocks = clustered ? config->attrs->val.clusterDim.x : gridDim.x;
+  bool clustered = false, together = false;
+  cluster_blocks = gridDim.x;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& a = config->attrs[i];
+    if (a.id == cudaLaunchAttributeClusterDimension) {
+      clustered = true;
+      cluster_blocks = a.val.clusterDim.x;
+    } else {
+      together = a.val.cooperative;
+    }
+  }
   if (gridDim.x == 0 || threads == 0 || threads > 1024 || config->dynamicSmemBytes > kSharedMemory ||
-      config->numAttrs != 1 || (clustered ? cluster_blocks - 1 >= kCluster : !config->attrs->val.cooperative) ||
-      gridDim.x % cluster_blocks)
+      (clustered ? cluster_blocks - 1 >= kCluster : !together) || gridDim.x % cluster_blocks)
     return cudaErrorInvalidConfiguration;
   late.clear();
   blocks.clear();
@@ -256,7 +267,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* found, Kernel, const cudaLaunchConfig_t* config) {
-  *found = config->attrs->val.clusterDim.x <= emulation::kCluster;
+  const unsigned blocks = config->attrs->val.clusterDim.x;
+  *found = blocks <= emulation::kCluster ? int(config->gridDim.x / blocks) : 0;
   return cudaSuccess;
 }
 template <class Kernel>

@@ -102,9 +102,23 @@ void mma(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, u
 }
 
 inline int64_t keep(int64_t x) { return x; }
+inline uint64_t nanoseconds() { return 0; }
 
 inline void sync_warp() {
   emulation::meet(nullptr, [](const emulation::Lane*) {});
+}
+
+template <class T>
+T swap_lanes(T x, int other) {
+  struct {
+    T mine, theirs;
+  } both{x, x};
+  using Both = decltype(both);
+  emulation::meet(&both, [=](const emulation::Lane* lanes) {
+    const auto at = [&](int lane) { return static_cast<Both*>(const_cast<void*>(lanes[lane].argument)); };
+    for (int lane = 0; lane < 32; ++lane) at(lane)->theirs = at(lane ^ other)->mine;
+  });
+  return both.theirs;
 }
 
 inline const bool waits_for_others = emulation::unless_zero("FASTLM_EMULATED_WAITS");
@@ -139,6 +153,51 @@ void store_in_peer(T* place, int rank, T value) {
     store();
   else
     fibers[current].unpublished.push_back(store);
+}
+// A barrier's bytes that are still to come, whether one thread has to say how many, and its phases.
+struct BytesBarrier {
+  int32_t bytes;
+  int16_t unsaid, phase;
+
+  static BytesBarrier& at(void* place) { return *static_cast<BytesBarrier*>(place); }
+  void end() {
+    if (bytes || unsaid) return;
+    unsaid = 1;
+    phase ^= 1;
+    ++emulation::moves;
+  }
+};
+inline void start_barrier(uint64_t* barrier) { BytesBarrier::at(barrier) = {0, 1, 0}; }
+inline void expect(uint64_t* barrier, int bytes) {
+  BytesBarrier& b = BytesBarrier::at(barrier);
+  if (b.unsaid != 1) std::abort();
+  b.bytes += bytes;
+  b.unsaid = 0;
+  b.end();
+}
+inline bool passed(uint64_t* barrier, int parity) {
+  emulation::yield();
+  return !waits_for_others || BytesBarrier::at(barrier).phase != parity;
+}
+struct Peer {
+  char* address;
+  const emulation::Block* block;
+  Peer(const void* here, int rank) {
+    using namespace emulation;
+    const unsigned own = current / threads, peer = own / cluster_blocks * cluster_blocks + unsigned(rank);
+    if (unsigned(rank) >= cluster_blocks) std::abort();
+    block = &blocks[peer];
+    address = block->shared.get() + (static_cast<const char*>(here) - blocks[own].shared.get());
+  }
+};
+inline void send(Peer peer, int place, int barrier, uint4 x) {
+  emulation::late.push_back([=] {
+    if (waits_for_others && peer.block->done == emulation::threads) std::abort();  // its shared memory is another's
+    std::memcpy(peer.address + place, &x, sizeof(x));
+    BytesBarrier& b = BytesBarrier::at(peer.address + barrier);
+    b.bytes -= int32_t(sizeof(x));
+    b.end();
+  });
 }
 inline void cluster_arrive() {
   using namespace emulation;

@@ -36,6 +36,7 @@ int wrong(uint64_t first, uint64_t count) {
 }
 
 struct Never {
+  static constexpr bool kSparing = false;
   static uint4 load(const uint4*) { return {~0u, 0, 0, 0}; }
   static bool complete(const uint4& x) { return fastlm::cuda::complete<Bf16>(x); }
 };

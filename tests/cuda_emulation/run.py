@@ -27,7 +27,7 @@ GATES_AND_STATES = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
 FEATURES = {"no bias", "packed", "packed bidirectional layers", "no sequences", "outliers", "not a number",
             "not contiguous", "relu plain", "relu packed bidirectional layers"}
 # Multiprocessors, shared memory of a block, blocks of a cluster: few multiprocessors make teams small and take turns.
-HOPPER = {count: (count, 227 << 10, 16) for count in (1, 3, 4, 6, 7, 8, 9, 10, 20, 132)}
+HOPPER = {count: (count, 227 << 10, 16) for count in (1, 3, 4, 6, 7, 8, 9, 10, 20, 40, 132)}
 SIZES = {
     "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), HOPPER[1]),
     "T3 B1 H33": (dict(steps=3, batch=1, hidden=33), HOPPER[132]),
@@ -58,9 +58,35 @@ CLUSTERS = {name: SIZES[name] for name in ("T1 B1 H1", "T3 B1 H33", "T2 B17 H33"
     "T5 B9 H75": (dict(steps=5, batch=9, hidden=75), (9, 227 << 10, 4)),
     "T4 B17 H40 both ways": (dict(steps=4, batch=17, hidden=40, bidirectional=True), (3, 227 << 10, 3)),
 }
+# Weights in registers: 256 units and more, one tile of sequences and two, the last of which is not full, two turns.
+RESIDENT = {name: SIZES[name] for name in
+            ("T1 B1 H1", "T7 B3 H7 both ways", "T2 B17 H33", "T3 B33 H70", "tall packed")} | {
+    "T5 B3 H256": (dict(steps=5, batch=3, hidden=256), HOPPER[132]),
+    "T2 B17 H250": (dict(steps=2, batch=17, hidden=250), HOPPER[20]),
+    "T3 B3 H290": (dict(steps=3, batch=3, hidden=290), HOPPER[132]),
+    "T3 B9 H290 both ways": (dict(steps=3, batch=9, hidden=290, bidirectional=True), HOPPER[20])}
+
+# Planes, in one cluster and in several, whose last one is not full; groups in turn.
+PLANES = {
+    "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), HOPPER[20]),
+    "T7 B3 H7 both ways": (dict(steps=7, batch=3, hidden=7, bidirectional=True), HOPPER[40]),
+    "T3 B17 H70": (dict(steps=3, batch=17, hidden=70), HOPPER[40]),
+    "T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[132]),
+    "T3 B33 H97": (dict(steps=3, batch=33, hidden=97), HOPPER[40]),
+    "T2 B3 H90": (dict(steps=2, batch=3, hidden=90), HOPPER[20]),
+    "tall packed": (SIZES["tall packed"][0], HOPPER[40]),
+}
+
+ONE = {"T1 B1 H1": PLANES["T1 B1 H1"]}
+SPARING = {name: SIZES[name] for name in ("T1 B1 H1", "T2 B17 H33", "T3 B33 H70", "tall packed")} | {
+    "T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[40])}
+
+NEW = ("resident", "plane", "sparing")  # of LSTM and GRU in 16 bits
 
 NOT_NUMBERS = {"NaN of all bits": dict(steps=3, batch=9),
                "NaN of all bits, packed": dict(lengths=(3, 3, 2, 2, 2, 1), bidirectional=True)}
+
+WAYS = {number: name for name, number in recurrent_cuda.EXCHANGES.items()}
 
 chip, launched, tiles = None, [], set()
 
@@ -71,7 +97,8 @@ def counted(name):
     def run(layer, chip, *rest):
         plan = native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
         launched.append(name)
-        tiles.add((name, "cluster" if plan["cluster"] else "grid", layer[1], plan["m_tiles"], plan["n_tiles"]))
+        way = WAYS[layer[5]] if WAYS[layer[5]] in NEW else "cluster" if plan["cluster"] else "grid"
+        tiles.add((name, way, layer[1], plan["m_tiles"], plan["n_tiles"]))
         kernel(layer, chip, *rest)
     return run
 
@@ -97,17 +124,20 @@ def cases(op):
             ("grid", "float64", SIZES), ("grid", "bfloat16", SIZES | WIDE[op.name]), ("grid", "float16", FEW),
             ("grid", "float32", FEW), ("grid", "tf32", FEW), ("cheapest", "float32", FEW),
             ("cheapest", "bfloat16", FEW), ("cluster", "bfloat16", CLUSTERS), ("cluster", "float16", FEW),
-            ("cluster", "tf32", FEW)):
+            ("cluster", "tf32", FEW), ("resident", "bfloat16", RESIDENT), ("resident", "float16", FEW),
+            ("plane", "bfloat16", PLANES), ("plane", "float16", ONE), ("sparing", "bfloat16", SPARING)):
+        if exchange in NEW and op.name == "rnn":
+            continue
         dtype = torch.float32 if form == "tf32" else getattr(torch, form)
         for name, (shape, chip) in sizes.items():
             args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
             yield exchange, form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
-        if exchange == "grid":  # as in places that nothing has been published in
+        if exchange == "grid" or (exchange in NEW and form == "bfloat16"):  # as in places that are empty
             for name, shape in NOT_NUMBERS.items():
                 args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", hidden=9, **shape)
                 for tensor in (args[0], *args[2]):
                     set_all_bits(tensor)
-                yield exchange, form, HOPPER[8], Sample(name, (*args, "tanh") if op.name == "rnn" else args)
+                yield exchange, form, HOPPER[20], Sample(name, (*args, "tanh") if op.name == "rnn" else args)
 
 
 def set_all_bits(tensor):
@@ -155,6 +185,7 @@ def wrong(op, form, args):
     return [error for error in measure.errors(op, "native", args) if not error.ours <= slack * error.bound]
 
 
+torch.backends.mkldnn.set_flags(False)  # its bfloat16 products read past a row's end on some CPUs: NaN
 torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled with NaN
 for op in ops.ALL:
     if op.name in GATES_AND_STATES:
@@ -175,5 +206,11 @@ for op in ops.ALL:
                 assert spreads(op, (*numbers, "tanh") if op.name == "rnn" else numbers), sample.name
             if op.name == "lstm" and sample.name in SIZES:
                 assert same_as_fake(sample.args), sample.name
+if not sys.argv[2:]:
+    for cluster, blocks, teams, size in ((False, 5, 2, 300), (True, 3, 2, 300), (True, 16, 1, 4096)):
+        memory = torch.zeros(teams * 4 * (size + 15) + 16, dtype=torch.uint8)
+        at = -(-memory.data_ptr() // 16) * 16
+        native.cuda.exchange_alone(cluster, blocks, teams, size, 4, at, memory[-8:].data_ptr(), 0)
+        print("exchanged", cluster, flush=True)
 for found in sorted(tiles):
     print("tiles", *found)

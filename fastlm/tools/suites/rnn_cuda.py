@@ -6,7 +6,6 @@ Inputs are as wide as the hidden state. A row's share is of a floor that any ker
 import functools
 import importlib.util
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,9 +20,6 @@ GATES = {"LSTM": 4, "GRU": 3}
 MODES = ("forward", "training")
 MEAN = {("LSTM", torch.bfloat16): 2.0, ("GRU", torch.bfloat16): 2.0, ("GRU", torch.float16): 2.0}
 SHARE = 0.5
-# Of the floor, from Hopper's data sheet: what a flag takes from block to block, what a barrier takes in a cluster and
-# how many blocks that has, bytes a second of L2, shared memory of a multiprocessor.
-FLAG, BARRIER, CLUSTER, L2, SHARED = 1e-6, 0.4e-6, 16, 5.5e12, 227 << 10
 
 
 def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[Case]:
@@ -68,21 +64,29 @@ def _layer(cell, dtype, device, steps, batch, hidden, against) -> Subject:
 
 
 def floor(cell: str, dtype: torch.dtype, device: str, steps: int, batch: int, hidden: int, mode: str) -> float:
-    """Return seconds: weights read once, at each step a handshake and h through L2, and the products that do not recur.
+    """Return seconds: weights read once, at each step an exchange between blocks, and the products that do not recur.
 
-    Each multiprocessor that is needed to hold the weights reads the h of all sequences; backward, the gates' gradients.
+    The exchange is the faster of two that this GPU was measured at, with nothing else to do: `exchanges`.
     """
-    gates, size = GATES[cell], dtype.itemsize
+    gates = GATES[cell]
     flops, copy = measure.peaks(device, dtype)
-    weights = gates * hidden * hidden * size
-    blocks = math.ceil(weights / SHARED)
-    handshake = BARRIER if blocks <= CLUSTER else FLAG
-    step = handshake + batch * hidden * size * blocks / L2
-    seconds = weights / copy + steps * step + 2 * gates * hidden * hidden * steps * batch / flops
+    weights = gates * hidden * hidden
+    read, products = weights * dtype.itemsize / copy, 2 * weights * steps * batch / flops
+    seconds = read + products + steps * min(exchanges(cell, dtype, device, batch, hidden, False).values())
     if mode == "forward":
         return seconds
-    back = handshake + gates * (step - handshake)
-    return seconds + weights / copy + steps * back + 3 * 2 * gates * hidden * hidden * steps * batch / flops
+    return seconds + read + 3 * products + steps * min(exchanges(cell, dtype, device, batch, hidden, True).values())
+
+
+def exchanges(cell: str, dtype: torch.dtype, device: str, batch: int, hidden: int, backward: bool) -> dict[str, float]:
+    """Return the seconds of a step's exchange alone: of h, backward of the gates' gradients or their products."""
+    from fastlm import _native
+    from fastlm.ops import recurrent_cuda
+
+    if reason := recurrent_cuda.missing(_native):
+        raise RuntimeError(f"rnn-cuda: nothing to measure the floor with: {reason}")
+    layer = recurrent_cuda.CELLS[cell.lower()], recurrent_cuda.NUMBERS[dtype], batch, hidden, 1
+    return recurrent_cuda.exchange_alone(_native, layer, backward, device)
 
 
 def _flashrnn(x, params):
