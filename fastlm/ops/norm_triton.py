@@ -310,7 +310,7 @@ def _row_sums(u, normal, mean, AXIS: tl.constexpr):
     keep: tl.constexpr = AXIS > 0
     if mean is None:
         along = tl.sum(u * normal, AXIS, keep_dims=keep)
-        level = along * 0.0
+        level = tl.full(along.shape, 0.0, tl.float32)
     elif INTERPRETING:  # element by element, it would take minutes
         along, level = tl.sum(u * normal, AXIS, keep_dims=keep), tl.sum(u, AXIS, keep_dims=keep)
     else:  # at once: a block waits for its warps once
@@ -377,7 +377,7 @@ def backward_shared_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, r
     db = tl.zeros((WIDTH,), tl.float32)
     w = _weight(weight, col, inside)
     for i in tl.range(team, rows, teams, num_stages=STAGES):
-        row = i.to(tl.int64)
+        row = tl.cast(i, tl.int64)
         r = tl.load(rstd + row)
         middle = 0.0
         if mean is not None:

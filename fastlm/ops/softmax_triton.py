@@ -207,7 +207,7 @@ def _place(inner, rows, parts, HEIGHT: tl.constexpr):
 def _row(tile, inner, rows):
     """Return the outer and inner index and the row of a tile of one row."""
     batch = tile // rows
-    return (batch // inner).to(tl.int64), (batch % inner).to(tl.int64), (tile % rows).to(tl.int64)
+    return tl.cast(batch // inner, tl.int64), tl.cast(batch % inner, tl.int64), tl.cast(tile % rows, tl.int64)
 
 
 @triton.jit
@@ -309,16 +309,16 @@ def forward_shared_kernel(x, y, mask, words, scale, inner, rows, cols, tiles, te
         of_mask = mask
         if mask is not None:
             of_mask = mask + o * mask_outer + i * mask_inner + row * mask_row
-        found, keep = _read(x + o * x_outer + i * x_inner + row * x_row, of_mask, x_col, mask_col, col, live)
-        z = _scores(found, keep, scale)
+        read, keep = _read(x + o * x_outer + i * x_inner + row * x_row, of_mask, x_col, mask_col, col, live)
+        z = _scores(read, keep, scale)
         top = tl.max(z, 0)
         e = exp(z - _base(top))
         total = tl.sum(e, 0)
         factor = 1.0
         if parts != 1:  # a part whose highest is 0 has a total of at least 1: its word is not 0
             idle = -(0x00800000 << 32)  # -inf and 0
-            each, sums = numbers(exchange(words + tile.to(tl.int64) * parts, part, word(top, total), idle, parts,
-                                          SLOTS))
+            found = exchange(words + tl.cast(tile, tl.int64) * parts, part, word(top, total), idle, parts, SLOTS)
+            each, sums = numbers(found)
             own = top
             top = tl.max(each, 0)
             factor = exp(own - _base(top))
@@ -402,7 +402,8 @@ def backward_shared_kernel(y, dy, dx, words, scale, inner, rows, cols, tiles, te
                      y_col, dy_col, col, live)
         dot = _dot(p, g, 0, LOG)
         if parts != 1:
-            found = exchange(words + tile.to(tl.int64) * parts, part, word(dot * 0.0 + 1.0, dot), 1 << 32, parts, SLOTS)
+            own = word(tl.full((), 1.0, tl.float32), dot)
+            found = exchange(words + tl.cast(tile, tl.int64) * parts, part, own, 1 << 32, parts, SLOTS)
             dot = tl.sum(numbers(found)[1], 0)
         tl.store(dx + o * dx_outer + i * dx_inner + row * dx_row + col.to(tl.int64) * dx_col,
                  _slope(p, g, dot, scale, LOG), live)
