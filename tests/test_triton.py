@@ -146,19 +146,18 @@ def norm_cases(generation):
                          ((4096, 16384), torch.bfloat16), ((4096, 16384), torch.float32),
                          ((1024, 32768), torch.bfloat16), ((64, 131072), torch.bfloat16)):
         x, rows = tensor(*shape, dtype=dtype), tensor(shape[0])
-        programs = norm_triton.programs(x)
-        parts, total = tensor(programs, shape[1]), tensor(shape[1], dtype=dtype)
+        split = norm_triton.split_rows(x)
+        parts, total = tensor(split.teams, shape[1]), tensor(shape[1], dtype=dtype)
         weight = tensor(shape[1], dtype=dtype)
+        words = tensor(shape[0], split.parts, dtype=torch.int64) if split.parts > 1 else None
         label = "x".join(map(str, shape)) + f" {str(dtype)[6:]}"
         for kind, residual, bias, mean in (("rms", None, None, None), ("add layer", x, weight, rows)):
+            # Registers are bounded, so that all programs run at once: a few are spilled for it.
             yield Case(f"{label} {kind}", norm_triton.plan_forward(x, residual, weight, bias, x, residual, mean, rows,
-                                                                   1e-5), generation)
+                                                                   1e-5), generation, spills=12)
             second = None if bias is None else parts
-            plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts, second, programs)
-            # Registers are bounded, so that all programs run at once: a few are spilled for it. The widest rows fill
-            # all registers with their sums: to spill some of them costs less than to read the rows twice.
-            wide = shape[1] == 16384
-            yield Case(f"{label} {kind}", plan, generation, spills=400 if wide else 32)
+            plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts, second, words, split)
+            yield Case(f"{label} {kind}", plan, generation, spills=32)
         yield Case(label, norm_triton.plan_sum(parts, parts, total, total), generation)
 
 

@@ -97,10 +97,12 @@ def backward_kernel(dy, gate, up, dgate, dup, gate_row, up_row, cols, blocks, KI
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = col < cols
     g = tl.load(dy + row * cols + col, live, 0.0).to(tl.float32)
+    if up is not None:  # read before anything is written, which no compiler lets it pass
+        u = tl.load(up + row * up_row + col, live, 0.0).to(tl.float32)
     value, slope = _gate(tl.load(gate + row * gate_row + col, live, 0.0), KIND)
     if up is not None:
         tl.store(dup + row * cols + col, g * value, live)
-        slope *= tl.load(up + row * up_row + col, live, 0.0).to(tl.float32)
+        slope *= u
     tl.store(dgate + row * cols + col, g * slope, live)
 
 

@@ -50,24 +50,35 @@ def _masked(x, residual, seed, p):
 
 def plan(x, residual, seed, y, p):
     """Return (kernel, grid, arguments) for contiguous tensors."""
+    # What is drawn is a whole number of 32 bits.
     return kernel, (triton.cdiv(x.numel(), 4 * BLOCK),), dict(
-        x=x, residual=residual, seed=seed, y=y, numbers=x.numel(), p=float(p), scale=1 / (1 - p) if p < 1 else 0.0,
-        BLOCK=BLOCK, num_warps=4)
+        x=x, residual=residual, seed=seed, y=y, numbers=x.numel(), least=min(round(p * 2**32), 2**32 - 1) - 2**31,
+        scale=1 / (1 - p) if p < 1 else 0.0, BLOCK=BLOCK, num_warps=4)
 
 
 @triton.jit
-def kernel(x, residual, seed, y, numbers, p, scale, BLOCK: tl.constexpr):
+def _four(x, at, numbers, BLOCK: tl.constexpr):
+    return (tl.load(x + at, at < numbers, 0.0), tl.load(x + at + BLOCK, at + BLOCK < numbers, 0.0),
+            tl.load(x + at + 2 * BLOCK, at + 2 * BLOCK < numbers, 0.0),
+            tl.load(x + at + 3 * BLOCK, at + 3 * BLOCK < numbers, 0.0))
+
+
+@triton.jit
+def kernel(x, residual, seed, y, numbers, least, scale, BLOCK: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    draws = tl.rand4x(tl.load(seed), block * BLOCK + lane)
+    at = block * 4 * BLOCK + lane
+    # All are read before the first is written, which no compiler lets them pass.
+    z = _four(x, at, numbers, BLOCK)
+    if residual is not None:
+        r = _four(residual, at, numbers, BLOCK)
+    # Seven rounds pass all tests of randomness (Salmon et al., 2011); ten take longer than the memory does.
+    draws = tl.randint4x(tl.load(seed), block * BLOCK + lane, 7)
     for i in tl.static_range(4):
-        at = (block * 4 + i) * BLOCK + lane
-        live = at < numbers
-        z = tl.load(x + at, live, 0.0).to(tl.float32)
-        z = tl.where(draws[i] >= p, z * scale, 0.0)
+        found = tl.where(draws[i].to(tl.int32, bitcast=True) >= least, z[i].to(tl.float32) * scale, 0.0)
         if residual is not None:
-            z += tl.load(residual + at, live, 0.0).to(tl.float32)
-        tl.store(y + at, z, live)
+            found += r[i].to(tl.float32)
+        tl.store(y + at + i * BLOCK, found, at + i * BLOCK < numbers)
 
 
 def _gradient(grads, tensors, needs, p):

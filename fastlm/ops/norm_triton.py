@@ -4,19 +4,55 @@ Rows that fit are read once. Wider ones are walked in pieces, twice; their gradi
 of memory that belongs to one program, which the cache holds.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
+from fastlm.ops.exchange_kernels_triton import exchange, numbers, word
 from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
-from fastlm.ops.triton_kernels import DTYPES, adjacent, cannot_here, launch, like, multiprocessors
+from fastlm.ops.triton_kernels import (
+    DTYPES,
+    adjacent,
+    cannot_here,
+    concurrent,
+    generation,
+    launch,
+    like,
+    multiprocessors,
+)
 from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
-# The widest rows that a block holds without spilling, see tests/test_triton.py, and the pieces of wider ones.
-FORWARD_WIDTH, BACKWARD_WIDTH, PIECE = 32768, 16384, 4096
-TILE = 1024  # numbers that a program of backward takes at a time, where rows are shorter
+INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
+# The widest rows that a block holds without spilling, see tests/test_triton.py, the part that it holds of rows that it
+# shares with others, and the pieces of rows that are walked.
+FORWARD_WIDTH, BACKWARD_WIDTH, PART, PIECE = 32768, 8192, 4096, 4096
+SUM_WIDTH = 16  # columns of the parts' sums, of which a program adds up all rows
+EARLY = False  # whether that program is launched before what makes the parts has ended
+
+
+class Tile(NamedTuple):
+    """What a program takes at a time.
+
+    Attributes:
+        height: rows.
+        width: columns.
+        warps: that compute them.
+        each: programs on a multiprocessor, which stay and take one tile after the other; 0 where they take one.
+        stages: tiles that are on their way or computed.
+        held: whether the weight stays in registers.
+    """
+
+    height: int
+    width: int
+    warps: int
+    each: int
+    stages: int
+    held: bool = True
 
 
 def cannot(input, residual, weight, bias, shape, eps, centred):
@@ -42,75 +78,122 @@ def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
     weight = None if weight is None else weight.contiguous()
     dx = like(x) if needs[0] else None
-    count = programs(x)
-    make = x.new_empty if x.shape[1] <= BACKWARD_WIDTH else x.new_zeros  # pieces are added to what is there
-    parts = [make((count, x.shape[1]), dtype=torch.float32) if dtype else None for dtype in needs[1:]]
-    launch(plan_backward, dy, dsum, x, weight, mean, rstd, dx, *parts, count)
-    sums = [x.new_empty(x.shape[1], dtype=dtype) if dtype else None for dtype in needs[1:]]
+    split = split_rows(x)
+    teams, parts, tile = split
+    make = x.new_zeros if parts * tile.width < x.shape[1] else x.new_empty  # pieces are added to what is there
+    sums = [make((teams, x.shape[1]), dtype=torch.float32) if dtype else None for dtype in needs[1:]]
+    words = x.new_zeros(x.shape[0], parts, dtype=torch.int64) if parts > 1 and needs[0] else None
+    launch(plan_backward, dy, dsum, x, weight, mean, rstd, dx, *sums, words, split)
+    found = [x.new_empty(x.shape[1], dtype=dtype) if dtype else None for dtype in needs[1:]]
     if any(needs[1:]):
-        launch(plan_sum, *parts, *sums)
-    return dx, *sums
+        launch(plan_sum, *sums, *found)
+    return dx, *found
 
 
-def programs(x):
-    """Return how many programs share the rows of x.
+class Split(NamedTuple):
+    """How programs share the rows: teams of so many programs, one for each part of a row, and their tile."""
 
-    Each has a row of float32 sums. More than one on a multiprocessor have eight rows of x at least: their sums are few.
+    teams: int
+    parts: int
+    tile: Tile
+
+
+def split_rows(x):
+    """Choose how programs share the rows of x.
+
+    Each team has a row of float32 sums. More than one on a multiprocessor have eight rows of x at least: their sums are
+    few.
     """
     rows, cols = x.shape
-    most = max(multiprocessors(x.device), min(_each(cols) * multiprocessors(x.device), rows // 8))
-    return max(1, min(triton.cdiv(rows, _height(cols)), most))
+    processors, parts = multiprocessors(x.device), 1
+    if cols <= BACKWARD_WIDTH:
+        tile = backward_tile(triton.next_power_of_2(cols), x.element_size())
+    elif concurrent(x.device) and cols <= PART * processors:
+        tile = shared_tile()
+        parts = triton.cdiv(cols, tile.width)
+    else:
+        tile = Tile(1, PIECE, 8, 1, 1)
+    most = max(processors, min(tile.each * processors, rows * parts // 8)) // parts
+    return Split(max(1, min(triton.cdiv(rows, tile.height), most)), parts, tile)
 
 
-def _each(cols):
-    """Return how many programs a multiprocessor runs, of which one computes while others load."""
-    return max(1, min(8, 8192 // triton.next_power_of_2(cols)))
+def forward_tile(width, bytes):
+    """Choose the tile of rows that fit `width` columns, a power of 2, where so many bytes a number are read."""
+    if width > 16384:
+        return Tile(1, width, width // 1024, 0, 1, False)
+    height = max(1, 2048 // width)
+    warps = height * width // 512
+    each = 32 // warps
+    stages = min(3, 1 + (216 << 10) // (each * height * width * bytes))
+    return Tile(height, width, warps, each if stages > 1 else 0, stages)
 
 
-def _height(cols):
-    return max(1, TILE // triton.next_power_of_2(cols))
+def backward_tile(width, size):
+    """Choose the tile of rows that fit `width` columns, a power of 2, of `size` bytes a number."""
+    if width > 2048:
+        return Tile(1, width, width // 512, 8192 // width, 3 if size == 2 else 1)
+    return Tile(2048 // width, width, 4, 4, 3)
+
+
+def shared_tile():
+    """Choose the tile of parts of rows."""
+    return Tile(1, PART, 8, 2, 3)
 
 
 def plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps):
     """Return (kernel, grid, arguments) for x and residual `[T, H]`."""
     rows, cols = x.shape
-    width = triton.next_power_of_2(cols)
-    whole = width <= FORWARD_WIDTH
-    height = max(1, 2048 // width) if whole else 1
-    width = width if whole else PIECE
-    warps = height * width // 1024
     arguments = dict(x=x, x_row=x.stride(0), residual=residual, weight=weight, bias=bias, y=y, total=total, mean=mean,
                      residual_row=0 if residual is None else residual.stride(0), rstd=rstd, rows=rows, cols=cols,
-                     eps=eps, HEIGHT=height, WIDTH=width, WHOLE=whole, num_warps=warps)
-    return forward_kernel, (triton.cdiv(rows, height),), arguments
-
-
-def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, programs):
-    """Return (kernel, grid, arguments); `dweight` and `dbias` are `[programs, H]`, zeros where rows are wide."""
-    rows, cols = x.shape
+                     eps=eps)
     width = triton.next_power_of_2(cols)
-    whole = width <= BACKWARD_WIDTH
-    height = _height(cols)
-    width = width if whole else PIECE
-    warps = min(max(width // 512, 4), 16 if x.element_size() == 2 else 32)
-    # Of the narrowest and of the widest rows, which fill the registers, the next come into shared memory meanwhile.
-    stages = 3 if width <= 1024 else 2 if width == BACKWARD_WIDTH and x.element_size() == 2 else 1
-    # Without fusion of products and sums: a row of one number has the gradient 0, w·g less w·g, rounded alike.
+    if width > FORWARD_WIDTH:
+        return forward_pieces_kernel, (rows,), arguments | dict(WIDTH=PIECE, num_warps=PIECE // 1024)
+    bytes = x.element_size() * (1 if residual is None else 2)
+    tile = forward_tile(width, bytes)
+    blocks = triton.cdiv(rows, tile.height)
+    programs = min(blocks, tile.each * multiprocessors(x.device)) if tile.each else blocks
+    return forward_kernel, (programs,), arguments | dict(
+        blocks=blocks, programs=programs, HEIGHT=tile.height, WIDTH=width, EVEN=cols == width, HELD=tile.held,
+        STAGES=tile.stages, num_warps=tile.warps, maxnreg=_registers(tile))
+
+
+def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, words, split):
+    """Return (kernel, grid, arguments); `dweight` and `dbias` are `[teams, H]`, zeros where rows go in pieces."""
+    rows, cols = x.shape
+    teams, parts, tile = split
     arguments = dict(dy=dy, dy_row=dy.stride(0), dsum=dsum, dsum_row=0 if dsum is None else dsum.stride(0), x=x,
                      x_row=x.stride(0), weight=weight, mean=mean, rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
-                     rows=rows, cols=cols, share=triton.cdiv(rows, max(programs * height, 1)), HEIGHT=height,
-                     WIDTH=width, WHOLE=whole, HELD=1024 < width <= 8192, STAGES=stages, num_warps=warps,
-                     maxnreg=min(65536 // (32 * warps * _each(cols)), 255), enable_fp_fusion=False)
-    return backward_kernel, (programs,), arguments
+                     rows=rows, cols=cols, teams=teams, WIDTH=tile.width, num_warps=tile.warps,
+                     maxnreg=_registers(tile),
+                     # A row of one number has the gradient 0, w·g less w·g, which have to be rounded alike.
+                     enable_fp_fusion=cols > 1)
+    if parts * tile.width < cols:
+        return backward_pieces_kernel, (teams,), arguments | dict(share=triton.cdiv(rows, max(teams, 1)))
+    arguments["STAGES"] = tile.stages
+    if parts > 1:
+        return backward_shared_kernel, (teams * parts,), arguments | dict(
+            words=words, parts=parts, SLOTS=max(32, triton.next_power_of_2(parts)))
+    return backward_kernel, (teams,), arguments | dict(blocks=triton.cdiv(rows, tile.height), HEIGHT=tile.height,
+                                                       # Short rows lie in several threads: summed in the end.
+                                                       SUMS=1 if tile.width >= 1024 else tile.height, HELD=tile.held)
+
+
+def _registers(tile):
+    """Return how many registers a thread has where all programs run at once, None where ptxas may choose."""
+    return min(65536 // (32 * tile.warps * tile.each) // 8 * 8, 255) if tile.each else None
 
 
 def plan_sum(dweight, dbias, weight_sum, bias_sum):
-    """Return (kernel, grid, arguments) for parts `[programs, H]` and their sums `[H]`, of which a pair may be None."""
-    programs, cols = (dbias if dweight is None else dweight).shape
-    height = min(triton.next_power_of_2(programs), 1024)
-    return sum_kernel, (triton.cdiv(cols, 8),), dict(
-        dweight=dweight, dbias=dbias, weight_sum=weight_sum, bias_sum=bias_sum, programs=programs, cols=cols,
-        HEIGHT=height, WIDTH=8, num_warps=max(height // 128, 1))
+    """Return (kernel, grid, arguments) for parts `[teams, H]` and their sums `[H]`, of which a pair may be None."""
+    teams, cols = (dbias if dweight is None else dweight).shape
+    device = (dbias if dweight is None else dweight).device
+    early = EARLY and concurrent(device) and generation(device) >= 90
+    width = SUM_WIDTH if cols <= SUM_WIDTH * 256 else 4 * SUM_WIDTH
+    height = min(max(triton.next_power_of_2(teams), 1024 // width), 16384 // width)
+    return sum_kernel, (triton.cdiv(cols, width),), dict(
+        dweight=dweight, dbias=dbias, weight_sum=weight_sum, bias_sum=bias_sum, teams=teams, cols=cols,
+        HEIGHT=height, WIDTH=width, EARLY=early, num_warps=max(height * width // 1024, 1), launch_pdl=early)
 
 
 @triton.jit
@@ -123,21 +206,35 @@ def _added(x, residual, total, at, residual_at, live):
 
 
 @triton.jit
-def _scaled(z, weight, bias, lane, inside):
+def _weight(weight, col, inside):
+    w = None
     if weight is not None:
-        z *= tl.load(weight + lane, inside, 0.0).to(tl.float32)
-    if bias is not None:
-        z += tl.load(bias + lane, inside, 0.0).to(tl.float32)
+        w = tl.load(weight + col, inside, 0.0)
+    return w
+
+
+@triton.jit
+def _scaled(z, w, b):
+    if w is not None:
+        z *= w.to(tl.float32)
+    if b is not None:
+        z += b.to(tl.float32)
     return z
 
 
 @triton.jit
-def forward_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mean, rstd, rows, cols, eps,
-                   HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+def forward_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mean, rstd, rows, cols, eps, blocks,
+                   programs, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, HELD: tl.constexpr,
+                   STAGES: tl.constexpr):
+    """Take every `programs`-th block of HEIGHT whole rows."""
     lane = tl.arange(0, WIDTH)[None, :]
-    if WHOLE:
-        live = (row < rows) & (lane < cols)
+    inside = lane < cols
+    if HELD:
+        w = _weight(weight, lane, inside)
+        b = _weight(bias, lane, inside)
+    for block in tl.range(tl.program_id(0), blocks, programs, num_stages=STAGES):
+        row = block * HEIGHT + tl.arange(0, HEIGHT)[:, None].to(tl.int64)
+        live = (row < rows) & inside
         z = _added(x, residual, total, row * x_row + lane, row * residual_row + lane, live)
         out = row * cols + lane
         if total is not None:
@@ -145,143 +242,230 @@ def forward_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mea
         if mean is not None:
             middle = tl.sum(z, 1, keep_dims=True) / cols
             tl.store(mean + row, middle, row < rows)
-            z = tl.where(live, z - middle, 0.0)
+            z -= middle
+            if not EVEN:
+                z = tl.where(inside, z, 0.0)
         r = 1 / tl.sqrt(tl.sum(z * z, 1, keep_dims=True) / cols + eps)
         tl.store(rstd + row, r, row < rows)
-        tl.store(y + out, _scaled(z * r, weight, bias, lane, lane < cols), live)
-    else:
-        middle = tl.zeros((HEIGHT, 1), tl.float32)
-        squares = tl.zeros((HEIGHT, 1), tl.float32)
-        for start in range(0, cols, WIDTH):
-            col = start + lane
-            live = (row < rows) & (col < cols)
-            z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
-            if total is not None:
-                tl.store(total + row * cols + col, z, live)
-            if mean is not None:  # join the piece's mean and squares with those before it (Chan et al., 1979)
-                count = tl.minimum(cols - start, WIDTH)
-                own = tl.sum(z, 1, keep_dims=True) / count
-                z = tl.where(live, z - own, 0.0)
-                away = own - middle
-                share = count / (start + count).to(tl.float32)
-                squares += away * away * (start * share)
-                middle += away * share
-            squares += tl.sum(z * z, 1, keep_dims=True)
-        r = 1 / tl.sqrt(squares / cols + eps)
-        tl.store(rstd + row, r, row < rows)
-        if mean is not None:
-            tl.store(mean + row, middle, row < rows)
-        for start in range(0, cols, WIDTH):
-            col = start + lane
-            live = (row < rows) & (col < cols)
-            z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
-            tl.store(y + row * cols + col, _scaled((z - middle) * r, weight, bias, col, col < cols), live)
+        if not HELD:
+            w = _weight(weight, lane, inside)
+            b = _weight(bias, lane, inside)
+        tl.store(y + out, _scaled(z * r, w, b), live)
 
 
 @triton.jit
-def _parts(dy, x, w, dy_at, x_at, live, middle, r):
-    """Return the upstream gradient g, the normalised x, and u = w ⊙ g."""
-    g = tl.load(dy + dy_at, live, 0.0).to(tl.float32)
-    normal = tl.where(live, (tl.load(x + x_at, live, 0.0).to(tl.float32) - middle) * r, 0.0)
+def forward_pieces_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mean, rstd, rows, cols, eps,
+                          WIDTH: tl.constexpr):
+    """Walk a row twice."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    middle = 0.0
+    squares = 0.0
+    for start in range(0, cols, WIDTH):
+        col = start + lane
+        live = col < cols
+        z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
+        if total is not None:
+            tl.store(total + row * cols + col, z, live)
+        if mean is not None:  # join the piece's mean and squares with those before it (Chan et al., 1979)
+            count = tl.minimum(cols - start, WIDTH)
+            own = tl.sum(z, 0) / count
+            z = tl.where(live, z - own, 0.0)
+            away = own - middle
+            share = count / (start + count).to(tl.float32)
+            squares += away * away * (start * share)
+            middle += away * share
+        squares += tl.sum(z * z, 0)
+    r = 1 / tl.sqrt(squares / cols + eps)
+    tl.store(rstd + row, r)
+    if mean is not None:
+        tl.store(mean + row, middle)
+    for start in range(0, cols, WIDTH):
+        col = start + lane
+        live = col < cols
+        z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
+        w = _weight(weight, col, live)
+        b = _weight(bias, col, live)
+        tl.store(y + row * cols + col, _scaled((z - middle) * r, w, b), live)
+
+
+@triton.jit
+def _parts(g, x, w, middle, r):
+    """Return the upstream gradient g, the normalised x, and u = w ⊙ g, all float32."""
+    g = g.to(tl.float32)
     u = g
     if w is not None:
         u = g * w.to(tl.float32)
-    return g, normal, u
+    return g, (x.to(tl.float32) - middle) * r, u
 
 
 @triton.jit
-def _weight(weight, lane, inside):
-    w = None
-    if weight is not None:
-        w = tl.load(weight + lane, inside, 0.0)
-    return w
+def _both(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, rows, cols, share,
-                    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, HELD: tl.constexpr,
+def _row_sums(u, normal, mean, AXIS: tl.constexpr):
+    """Return Σ u ⊙ normal and Σ u along an axis, the latter 0 where there is no mean."""
+    keep: tl.constexpr = AXIS > 0
+    if mean is None:
+        along = tl.sum(u * normal, AXIS, keep_dims=keep)
+        level = tl.full(along.shape, 0.0, tl.float32)
+    elif INTERPRETING:  # element by element, it would take minutes
+        along, level = tl.sum(u * normal, AXIS, keep_dims=keep), tl.sum(u, AXIS, keep_dims=keep)
+    else:  # at once: a block waits for its warps once
+        along, level = tl.reduce((u * normal, u), AXIS, _both, keep_dims=keep)
+    return along, level
+
+
+@triton.jit
+def _slope(u, normal, along, level, r, cols):
+    """Return the gradient of x from a row's sums: r (u - normal · mean(u ⊙ normal) - mean(u))."""
+    share = r / cols
+    return u * r - (normal * (along * share) + level * share)
+
+
+@triton.jit
+def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, rows, cols, blocks,
+                    teams, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, HELD: tl.constexpr,
                     STAGES: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
+    """Take every `teams`-th block of HEIGHT whole rows, and keep the sums of weight and bias meanwhile."""
+    team = tl.program_id(0)
     lane = tl.arange(0, WIDTH)[None, :]
-    own = program * cols
-    dw = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    db = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    if WHOLE and HELD:
+    dw = tl.zeros((SUMS, WIDTH), tl.float32)
+    db = tl.zeros((SUMS, WIDTH), tl.float32)
+    if HELD:
         w = _weight(weight, lane, lane < cols)
-    for i in tl.range(0, share, num_stages=STAGES):
-        row = (program * share + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    for block in tl.range(team, blocks, teams, num_stages=STAGES):
+        row = block * HEIGHT + tl.arange(0, HEIGHT)[:, None].to(tl.int64)
+        here = row < rows
+        live = here & (lane < cols)
+        r = tl.load(rstd + row, here, 0.0)
+        middle = 0.0
+        if mean is not None:
+            middle = tl.load(mean + row, here, 0.0)
+        if not HELD:
+            w = _weight(weight, lane, lane < cols)
+        # Beyond a row g is 0, and with it u: what is normal there is added nowhere.
+        g, normal, u = _parts(tl.load(dy + row * dy_row + lane, live, 0.0), tl.load(x + row * x_row + lane, live, 0.0),
+                              w, middle, r)
+        if dx is not None:
+            along, level = _row_sums(u, normal, mean, 1)
+            d = _slope(u, normal, along, level, r, cols)
+            if dsum is not None:
+                d += tl.load(dsum + row * dsum_row + lane, live, 0.0).to(tl.float32)
+            tl.store(dx + row * cols + lane, d, live)
+        if dweight is not None:
+            dw += g * normal if SUMS == HEIGHT else tl.sum(g * normal, 0, keep_dims=True)
+        if dbias is not None:
+            db += g if SUMS == HEIGHT else tl.sum(g, 0, keep_dims=True)
+    own = team.to(tl.int64) * cols + lane
+    if dweight is not None:
+        tl.store(dweight + own, tl.sum(dw, 0, keep_dims=True), lane < cols)
+    if dbias is not None:
+        tl.store(dbias + own, tl.sum(db, 0, keep_dims=True), lane < cols)
+
+
+@triton.jit
+def backward_shared_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, words, rows,
+                           cols, teams, parts, WIDTH: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr):
+    """Do the same with rows that `parts` neighbouring programs share, which tell each other their parts' sums."""
+    team, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    col = part * WIDTH + tl.arange(0, WIDTH)
+    inside = col < cols
+    dw = tl.zeros((WIDTH,), tl.float32)
+    db = tl.zeros((WIDTH,), tl.float32)
+    w = _weight(weight, col, inside)
+    for i in tl.range(team, rows, teams, num_stages=STAGES):
+        row = tl.cast(i, tl.int64)
+        r = tl.load(rstd + row)
+        middle = 0.0
+        if mean is not None:
+            middle = tl.load(mean + row)
+        g, normal, u = _parts(tl.load(dy + row * dy_row + col, inside, 0.0),
+                              tl.load(x + row * x_row + col, inside, 0.0), w, middle, r)
+        if dx is not None:
+            along, level = _row_sums(u, normal, mean, 0)
+            # No sum is the NaN whose bits are all set, so no word is 0.
+            found = exchange(words + row * parts, part, ~word(along, level), -1, parts, SLOTS)
+            along, level = numbers(~found)
+            d = _slope(u, normal, tl.sum(along, 0), tl.sum(level, 0), r, cols)
+            if dsum is not None:
+                d += tl.load(dsum + row * dsum_row + col, inside, 0.0).to(tl.float32)
+            tl.store(dx + row * cols + col, d, inside)
+        if dweight is not None:
+            dw += g * normal
+        if dbias is not None:
+            db += g
+    own = team.to(tl.int64) * cols + col
+    if dweight is not None:
+        tl.store(dweight + own, dw, inside)
+    if dbias is not None:
+        tl.store(dbias + own, db, inside)
+
+
+@triton.jit
+def backward_pieces_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, rows, cols,
+                           share, teams, WIDTH: tl.constexpr):
+    """Walk each of `share` rows twice, and add to the sums of weight and bias in memory."""
+    team = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, WIDTH)[None, :]
+    own = team * cols
+    for i in range(0, share):
+        row = team * share + i + tl.zeros((1, 1), tl.int64)
         here = row < rows
         r = tl.load(rstd + row, here, 0.0)
         middle = 0.0
         if mean is not None:
             middle = tl.load(mean + row, here, 0.0)
-        if WHOLE:
-            live = here & (lane < cols)
-            if not HELD:
-                w = _weight(weight, lane, lane < cols)
-            g, normal, u = _parts(dy, x, w, row * dy_row + lane, row * x_row + lane, live, middle, r)
-            if dx is not None:
-                d = u - normal * (tl.sum(u * normal, 1, keep_dims=True) / cols)
-                if mean is not None:
-                    d -= tl.sum(u, 1, keep_dims=True) / cols
-                d *= r
-                if dsum is not None:
-                    d += tl.load(dsum + row * dsum_row + lane, live, 0.0).to(tl.float32)
-                tl.store(dx + row * cols + lane, d, live)
-            if dweight is not None:
-                dw += g * normal
-            if dbias is not None:
-                db += g
-        else:
-            along = tl.zeros((HEIGHT, 1), tl.float32)
-            level = tl.zeros((HEIGHT, 1), tl.float32)
-            if dx is not None:
-                for start in range(0, cols, WIDTH):
-                    col = start + lane
-                    live = here & (col < cols)
-                    w = _weight(weight, col, live)
-                    g, normal, u = _parts(dy, x, w, row * dy_row + col, row * x_row + col, live, middle, r)
-                    along += tl.sum(u * normal, 1, keep_dims=True)
-                    if mean is not None:
-                        level += tl.sum(u, 1, keep_dims=True)
+        along = tl.zeros((1, 1), tl.float32)
+        level = tl.zeros((1, 1), tl.float32)
+        if dx is not None:
             for start in range(0, cols, WIDTH):
                 col = start + lane
                 live = here & (col < cols)
                 w = _weight(weight, col, live)
-                g, normal, u = _parts(dy, x, w, row * dy_row + col, row * x_row + col, live, middle, r)
-                if dx is not None:
-                    d = (u - normal * (along / cols) - level / cols) * r
-                    if dsum is not None:
-                        d += tl.load(dsum + row * dsum_row + col, live, 0.0).to(tl.float32)
-                    tl.store(dx + row * cols + col, d, live)
-                if dweight is not None:
-                    tl.store(dweight + own + col, tl.load(dweight + own + col, live, 0.0) + g * normal, live)
-                if dbias is not None:
-                    tl.store(dbias + own + col, tl.load(dbias + own + col, live, 0.0) + g, live)
-    if WHOLE:
-        lane = tl.arange(0, WIDTH)
-        if dweight is not None:
-            tl.store(dweight + own + lane, tl.sum(dw, 0), lane < cols)
-        if dbias is not None:
-            tl.store(dbias + own + lane, tl.sum(db, 0), lane < cols)
+                _, normal, u = _parts(tl.load(dy + row * dy_row + col, live, 0.0),
+                                      tl.load(x + row * x_row + col, live, 0.0), w, middle, r)
+                one, other = _row_sums(u, normal, mean, 1)
+                along += one
+                level += other
+        for start in range(0, cols, WIDTH):
+            col = start + lane
+            live = here & (col < cols)
+            w = _weight(weight, col, live)
+            g, normal, u = _parts(tl.load(dy + row * dy_row + col, live, 0.0),
+                                  tl.load(x + row * x_row + col, live, 0.0), w, middle, r)
+            if dx is not None:
+                d = _slope(u, normal, along, level, r, cols)
+                if dsum is not None:
+                    d += tl.load(dsum + row * dsum_row + col, live, 0.0).to(tl.float32)
+                tl.store(dx + row * cols + col, d, live)
+            if dweight is not None:
+                tl.store(dweight + own + col, tl.load(dweight + own + col, live, 0.0) + g * normal, live)
+            if dbias is not None:
+                tl.store(dbias + own + col, tl.load(dbias + own + col, live, 0.0) + g, live)
 
 
 @triton.jit
-def _sum(parts, sums, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _sum(parts, sums, teams, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for start in range(0, programs, HEIGHT):
+    for start in range(0, teams, HEIGHT):
         row = (start + tl.arange(0, HEIGHT)[:, None]).to(tl.int64)
-        total += tl.load(parts + row * cols + col[None, :], (row < programs) & (col < cols)[None, :], 0.0)
+        total += tl.load(parts + row * cols + col[None, :], (row < teams) & (col < cols)[None, :], 0.0)
     tl.store(sums + col, tl.sum(total, 0), col < cols)
 
 
 @triton.jit
-def sum_kernel(dweight, dbias, weight_sum, bias_sum, programs, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def sum_kernel(dweight, dbias, weight_sum, bias_sum, teams, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+               EARLY: tl.constexpr):
+    if EARLY:  # it was launched before the kernel that makes the parts has ended
+        gdc_wait()
     if dweight is not None:
-        _sum(dweight, weight_sum, programs, cols, HEIGHT, WIDTH)
+        _sum(dweight, weight_sum, teams, cols, HEIGHT, WIDTH)
     if dbias is not None:
-        _sum(dbias, bias_sum, programs, cols, HEIGHT, WIDTH)
+        _sum(dbias, bias_sum, teams, cols, HEIGHT, WIDTH)
 
 
 run = Norms("norm_triton", forward, backward).run

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fastlm.autograd import Differentiable, blank
+from fastlm.ops.exchange_kernels_triton import exchange, numbers, word
 from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.softmax import collapse, gradient
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, concurrent, launch, like, multiprocessors
@@ -77,7 +78,7 @@ def launches(tensors, dim, limit, sums):
         tensors = [None if t is None else t.contiguous() for t in tensors]
         walk = _walk_of(tensors, dim, limit)
     words, parts_of_sums, stages = None, [None] * sums, ("both",)
-    if walk.parts > 1 and walk.tile["WHOLE"]:
+    if walk.share is not None and walk.parts > 1:
         words = first.new_zeros(walk.tiles, walk.parts, dtype=torch.int64)
     elif walk.parts > 1:
         shape, stages = (walk.tiles * walk.tile["HEIGHT"], walk.parts), ("measure", "write")
@@ -88,23 +89,45 @@ def launches(tensors, dim, limit, sums):
 
 def plan_forward(x, y, mask, words, tops, totals, dim, stage, scale, log):
     """Return (kernel, grid, arguments)."""
-    return _plan(forward_kernel, dict(x=x, y=y, mask=mask), FORWARD_TILE, dim, stage, words=words, tops=tops,
-                 totals=totals, scale=float(scale), LOG=log)
+    return _plan((forward_kernel, forward_shared_kernel), dict(x=x, y=y, mask=mask), FORWARD_TILE, dim, stage, words,
+                 dict(tops=tops, totals=totals), scale=float(scale), LOG=log)
 
 
 def plan_backward(y, dy, dx, words, dots, dim, stage, scale, log):
     """Return (kernel, grid, arguments)."""
-    return _plan(backward_kernel, dict(y=y, dy=dy, dx=dx), BACKWARD_TILE, dim, stage, words=words, dots=dots,
-                 scale=float(scale), LOG=log)
+    return _plan((backward_kernel, backward_shared_kernel), dict(y=y, dy=dy, dx=dx), BACKWARD_TILE, dim, stage, words,
+                 dict(dots=dots), scale=float(scale), LOG=log)
 
 
-def _plan(kernel, tensors, limit, dim, stage, **given):
+def _plan(kernels, tensors, limit, dim, stage, words, sums, **given):
     walk = _walk_of(tensors.values(), dim, limit)
     for name, steps in zip(tensors, walk.steps, strict=True):
         given |= zip((f"{name}_{axis}" for axis in ("outer", "inner", "row", "col")), steps, strict=True)
-    return kernel, (walk.tiles * walk.parts,), dict(
-        **tensors, **given, **walk.tile, inner=walk.inner, rows=walk.rows, cols=walk.cols, share=walk.share,
-        parts=walk.parts, SLOTS=triton.next_power_of_2(walk.parts), STAGE=stage)
+    given |= dict(**tensors, inner=walk.inner, rows=walk.rows, cols=walk.cols, parts=walk.parts)
+    if walk.share is None:
+        return kernels[0], (walk.tiles * walk.parts,), given | sums | walk.tile | dict(share=walk.pieces, STAGE=stage)
+    share = walk.share
+    teams = max(1, min(walk.tiles, share.each * multiprocessors(tensors["y"].device) // walk.parts))
+    return kernels[1], (teams * walk.parts,), given | dict(
+        words=words, tiles=walk.tiles, teams=teams, WIDTH=share.width, EVEN=walk.parts * share.width == walk.cols,
+        SLOTS=max(32, triton.next_power_of_2(walk.parts)), STAGES=share.stages, num_warps=share.warps,
+        maxnreg=min(65536 // (32 * share.warps * share.each) // 8 * 8, 255))
+
+
+class Share(NamedTuple):
+    """What a program holds of a row that it shares.
+
+    Attributes:
+        width: columns.
+        warps: that compute them.
+        each: programs on a multiprocessor.
+        stages: rows that are on their way or computed.
+    """
+
+    width: int
+    warps: int
+    each: int
+    stages: int
 
 
 class Walk(NamedTuple):
@@ -114,20 +137,21 @@ class Walk(NamedTuple):
     rows: int
     cols: int
     steps: list[tuple[int, int, int, int]]  # the strides of each tensor
-    tile: dict
     tiles: int
     parts: int  # of a row
-    share: int  # pieces in a part
+    pieces: int  # in a part
+    tile: dict
+    share: Share | None
 
 
 def _walk_of(tensors, dim, limit):
     first, *_ = tensors
     return _walk(first.shape, tuple(None if t is None else t.stride() for t in tensors), dim % first.dim(), limit,
-                 multiprocessors(first.device), concurrent(first.device))
+                 first.element_size(), multiprocessors(first.device), concurrent(first.device))
 
 
 @functools.lru_cache(256)
-def _walk(sizes, strides, dim, limit, processors, together) -> Walk | None:
+def _walk(sizes, strides, dim, limit, size, processors, together) -> Walk | None:
     """Choose how to walk tensors of these sizes and strides, None where no view of four dimensions has them."""
     batch = [i for i in range(len(sizes)) if i != dim]
     groups = collapse([sizes[i] for i in batch], *([0 if s is None else s[i] for i in batch] for s in strides))
@@ -142,10 +166,20 @@ def _walk(sizes, strides, dim, limit, processors, together) -> Walk | None:
     parts = 1 if tile["WHOLE"] else max(1, min(processors // tiles, pieces, 256))
     # Programs that wait for each other must all run: the least that do is one on each multiprocessor.
     part = max(PART[0], triton.next_power_of_2(triton.cdiv(cols, processors)))
+    share = None
     if cols > LONG and tile["HEIGHT"] == 1 and part <= PART[1] and together:
-        parts = triton.cdiv(cols, part)
-        tile = dict(HEIGHT=1, WIDTH=part, WHOLE=True, num_warps=part // 2048)
-    return Walk(inner[0], rows[0], cols, steps, tile, tiles, parts, triton.cdiv(pieces, parts))
+        share = shared_rows(part, size, limit == FORWARD_TILE)
+        parts = triton.cdiv(cols, share.width)
+    return Walk(inner[0], rows[0], cols, steps, tiles, parts, triton.cdiv(pieces, parts), tile, share)
+
+
+def shared_rows(part, size, forward):
+    """Choose how programs share rows of `size` bytes a number, in parts of so many numbers at least."""
+    if part > PART[0]:
+        return Share(part, part // 2048, 2, 2)
+    if forward:
+        return Share(part, 4, 5 if size == 2 else 4, 2)
+    return Share(part, 4, 3, 3 if size == 2 else 2)
 
 
 def _tile(rows, cols, rows_adjacent, limit):
@@ -155,7 +189,8 @@ def _tile(rows, cols, rows_adjacent, limit):
     height = min(at_least, triton.next_power_of_2(rows))
     whole = height * width <= limit
     width = width if whole else PIECE // height
-    return {"HEIGHT": height, "WIDTH": width, "WHOLE": whole, "num_warps": min(max(height * width // 1024, 4), 32)}
+    return {"HEIGHT": height, "WIDTH": width, "WHOLE": whole, "EVEN": width == cols and rows % height == 0,
+            "num_warps": min(max(height * width // 1024, 4), 32)}
 
 
 @triton.jit
@@ -169,40 +204,26 @@ def _place(inner, rows, parts, HEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _word(high, low):
-    """Return the bits of two numbers `[1, 1]` as one, which is written and read at once."""
-    low = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    return high.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low
+def _row(tile, inner, rows):
+    """Return the outer and inner index and the row of a tile of one row."""
+    batch = tile // rows
+    return tl.cast(batch // inner, tl.int64), tl.cast(batch % inner, tl.int64), tl.cast(tile % rows, tl.int64)
 
 
 @triton.jit
-def _numbers(words):
-    return (words >> 32).to(tl.int32).to(tl.float32, bitcast=True), words.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _exchange(words, part, word, idle, parts, SLOTS: tl.constexpr):
-    """Publish a program's word, which is not 0, and wait for those of all parts of its row, `[1, SLOTS]`.
-
-    The parts of a row are neighbours, and programs start in order, so those that one waits for run or are next to.
-    """
-    slot = tl.arange(0, SLOTS)[None, :]
-    tl.atomic_xchg(words + part + tl.zeros((1, 1), tl.int32), word, sem="relaxed")
-    found = tl.load(words + slot, slot < parts, idle, volatile=True)
-    while tl.min((found != 0).to(tl.int32)) == 0:
-        found = tl.load(words + slot, slot < parts, idle, volatile=True)
-    return found
-
-
-@triton.jit
-def _scores(x, mask, x_col, mask_col, col, live, scale):
-    """Return scaled scores, -inf where none is kept, and what is kept."""
+def _read(x, mask, x_col, mask_col, col, live):
+    """Return what is in memory, and what of it is kept."""
     col = col.to(tl.int64)
-    z = tl.load(x + col * x_col, live, 0.0).to(tl.float32) * scale
     keep = live
     if mask is not None:
         keep = live & (tl.load(mask + col * mask_col, live, 0) != 0)
-    return tl.where(keep, z, -float("inf")), keep
+    return tl.load(x + col * x_col, live, 0.0), keep
+
+
+@triton.jit
+def _scores(x, keep, scale):
+    """Return scaled scores, -inf where none is kept."""
+    return tl.where(keep, x.to(tl.float32) * scale, -float("inf"))
 
 
 @triton.jit
@@ -223,10 +244,10 @@ def _result(z, e, factor, keep, mask, top, total, LOG: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, share, parts, x_outer, x_inner, x_row,
+def forward_kernel(x, y, mask, tops, totals, scale, inner, rows, cols, share, parts, x_outer, x_inner, x_row,
                    x_col, y_outer, y_inner, y_row, y_col, mask_outer, mask_inner, mask_row, mask_col,
-                   HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr,
-                   STAGE: tl.constexpr, SLOTS: tl.constexpr):
+                   HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+                   LOG: tl.constexpr, STAGE: tl.constexpr):
     o, i, row, tile, part = _place(inner, rows, parts, HEIGHT)
     lane = tl.arange(0, WIDTH)[None, :]
     x += o * x_outer + i * x_inner + row * x_row
@@ -234,22 +255,14 @@ def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, sh
     if mask is not None:
         mask += o * mask_outer + i * mask_inner + row * mask_row
     if WHOLE:
-        col = part * WIDTH + lane
-        live = (row < rows) & (col < cols)
-        z, keep = _scores(x, mask, x_col, mask_col, col, live, scale)
+        col = lane
+        live = tl.full((HEIGHT, WIDTH), 1, tl.int1) if EVEN else (row < rows) & (col < cols)
+        found, keep = _read(x, mask, x_col, mask_col, col, live)
+        z = _scores(found, keep, scale)
         top = tl.max(z, 1, keep_dims=True)
         e = exp(z - _base(top))
         total = tl.sum(e, 1, keep_dims=True)
-        factor = tl.full((HEIGHT, 1), 1.0, tl.float32)
-        if SLOTS > 1:  # a part whose highest is 0 has a total of at least 1: its word is not 0
-            idle = -(0x00800000 << 32)  # -inf and 0
-            found = _exchange(words + tile * parts, part, _word(top, total), idle, parts, SLOTS)
-            each, sums = _numbers(found)
-            own = top
-            top = tl.max(each, 1, keep_dims=True)
-            factor = exp(own - _base(top))
-            total = tl.sum(sums * exp(each - _base(top)), 1, keep_dims=True)
-        tl.store(y + col.to(tl.int64) * y_col, _result(z, e, factor, keep, mask, top, total, LOG), live)
+        tl.store(y + col.to(tl.int64) * y_col, _result(z, e, 1.0, keep, mask, top, total, LOG), live)
     else:
         first = part * share * WIDTH
         slot = (tile * HEIGHT + tl.arange(0, HEIGHT)[:, None]) * parts
@@ -258,7 +271,7 @@ def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, sh
         if STAGE != "write":
             for piece in range(0, share):
                 col = first + piece * WIDTH + lane
-                z, _ = _scores(x, mask, x_col, mask_col, col, (row < rows) & (col < cols), scale)
+                z = _scores(*_read(x, mask, x_col, mask_col, col, (row < rows) & (col < cols)), scale)
                 new = tl.maximum(top, tl.max(z, 1, keep_dims=True))
                 total = total * exp(top - _base(new)) + tl.sum(exp(z - _base(new)), 1, keep_dims=True)
                 top = new
@@ -276,9 +289,42 @@ def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, sh
             for back in range(0, share):
                 col = first + (share - 1 - back) * WIDTH + lane
                 live = (row < rows) & (col < cols)
-                z, keep = _scores(x, mask, x_col, mask_col, col, live, scale)
+                found, keep = _read(x, mask, x_col, mask_col, col, live)
+                z = _scores(found, keep, scale)
                 e = exp(z - _base(top))
                 tl.store(y + col.to(tl.int64) * y_col, _result(z, e, 1.0, keep, mask, top, total, LOG), live)
+
+
+@triton.jit
+def forward_shared_kernel(x, y, mask, words, scale, inner, rows, cols, tiles, teams, parts, x_outer, x_inner, x_row,
+                          x_col, y_outer, y_inner, y_row, y_col, mask_outer, mask_inner, mask_row, mask_col,
+                          WIDTH: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr,
+                          SLOTS: tl.constexpr, STAGES: tl.constexpr):
+    """Take every `teams`-th row, of which `parts` neighbouring programs hold a part each."""
+    team, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    col = part * WIDTH + tl.arange(0, WIDTH)
+    live = tl.full((WIDTH,), 1, tl.int1) if EVEN else col < cols
+    for tile in tl.range(team, tiles, teams, num_stages=STAGES):
+        o, i, row = _row(tile, inner, rows)
+        of_mask = mask
+        if mask is not None:
+            of_mask = mask + o * mask_outer + i * mask_inner + row * mask_row
+        read, keep = _read(x + o * x_outer + i * x_inner + row * x_row, of_mask, x_col, mask_col, col, live)
+        z = _scores(read, keep, scale)
+        top = tl.max(z, 0)
+        e = exp(z - _base(top))
+        total = tl.sum(e, 0)
+        factor = 1.0
+        if parts != 1:  # a part whose highest is 0 has a total of at least 1: its word is not 0
+            idle = -(0x00800000 << 32)  # -inf and 0
+            found = exchange(words + tl.cast(tile, tl.int64) * parts, part, word(top, total), idle, parts, SLOTS)
+            each, sums = numbers(found)
+            own = top
+            top = tl.max(each, 0)
+            factor = exp(own - _base(top))
+            total = tl.sum(sums * exp(each - _base(top)), 0)
+        tl.store(y + o * y_outer + i * y_inner + row * y_row + col.to(tl.int64) * y_col,
+                 _result(z, e, factor, keep, mask, top, total, LOG), live)
 
 
 @triton.jit
@@ -289,11 +335,11 @@ def _pair(y, dy, y_col, dy_col, col, live):
 
 
 @triton.jit
-def _dot(p, g, LOG: tl.constexpr):
+def _dot(p, g, AXIS: tl.constexpr, LOG: tl.constexpr):
     """Return what a row's gradients share: Σ g of the logarithm, else Σ p g."""
     if not LOG:
         g = p * g
-    return tl.sum(g, 1, keep_dims=True)
+    return tl.sum(g, AXIS, keep_dims=AXIS > 0)
 
 
 @triton.jit
@@ -306,25 +352,20 @@ def _slope(p, g, dot, scale, LOG: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, parts, y_outer, y_inner, y_row, y_col,
+def backward_kernel(y, dy, dx, dots, scale, inner, rows, cols, share, parts, y_outer, y_inner, y_row, y_col,
                     dy_outer, dy_inner, dy_row, dy_col, dx_outer, dx_inner, dx_row, dx_col, HEIGHT: tl.constexpr,
-                    WIDTH: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr, STAGE: tl.constexpr,
-                    SLOTS: tl.constexpr):
+                    WIDTH: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr,
+                    STAGE: tl.constexpr):
     o, i, row, tile, part = _place(inner, rows, parts, HEIGHT)
     lane = tl.arange(0, WIDTH)[None, :]
     y += o * y_outer + i * y_inner + row * y_row
     dy += o * dy_outer + i * dy_inner + row * dy_row
     dx += o * dx_outer + i * dx_inner + row * dx_row
     if WHOLE:
-        col = part * WIDTH + lane
-        live = (row < rows) & (col < cols)
+        col = lane
+        live = tl.full((HEIGHT, WIDTH), 1, tl.int1) if EVEN else (row < rows) & (col < cols)
         p, g = _pair(y, dy, y_col, dy_col, col, live)
-        dot = _dot(p, g, LOG)
-        if SLOTS > 1:
-            word = _word(tl.full((1, 1), 1.0, tl.float32), dot)
-            found = _exchange(words + tile * parts, part, word, 1 << 32, parts, SLOTS)
-            dot = tl.sum(_numbers(found)[1], 1, keep_dims=True)
-        tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, dot, scale, LOG), live)
+        tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, _dot(p, g, 1, LOG), scale, LOG), live)
     else:
         first = part * share * WIDTH
         slot = (tile * HEIGHT + tl.arange(0, HEIGHT)[:, None]) * parts
@@ -333,7 +374,7 @@ def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, par
             for piece in range(0, share):
                 col = first + piece * WIDTH + lane
                 p, g = _pair(y, dy, y_col, dy_col, col, (row < rows) & (col < cols))
-                dot += _dot(p, g, LOG)
+                dot += _dot(p, g, 1, LOG)
         else:
             for n in range(0, parts):
                 dot += tl.load(dots + slot + n)
@@ -345,6 +386,27 @@ def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, par
                 live = (row < rows) & (col < cols)
                 p, g = _pair(y, dy, y_col, dy_col, col, live)
                 tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, dot, scale, LOG), live)
+
+
+@triton.jit
+def backward_shared_kernel(y, dy, dx, words, scale, inner, rows, cols, tiles, teams, parts, y_outer, y_inner, y_row,
+                           y_col, dy_outer, dy_inner, dy_row, dy_col, dx_outer, dx_inner, dx_row, dx_col,
+                           WIDTH: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr,
+                           SLOTS: tl.constexpr, STAGES: tl.constexpr):
+    team, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    col = part * WIDTH + tl.arange(0, WIDTH)
+    live = tl.full((WIDTH,), 1, tl.int1) if EVEN else col < cols
+    for tile in tl.range(team, tiles, teams, num_stages=STAGES):
+        o, i, row = _row(tile, inner, rows)
+        p, g = _pair(y + o * y_outer + i * y_inner + row * y_row, dy + o * dy_outer + i * dy_inner + row * dy_row,
+                     y_col, dy_col, col, live)
+        dot = _dot(p, g, 0, LOG)
+        if parts != 1:
+            own = word(tl.full((), 1.0, tl.float32), dot)
+            found = exchange(words + tl.cast(tile, tl.int64) * parts, part, own, 1 << 32, parts, SLOTS)
+            dot = tl.sum(numbers(found)[1], 0)
+        tl.store(dx + o * dx_outer + i * dx_inner + row * dx_row + col.to(tl.int64) * dx_col,
+                 _slope(p, g, dot, scale, LOG), live)
 
 
 def _fake(tensors, *_):

@@ -1,0 +1,36 @@
+"""How programs of one launch in Triton that share a row tell each other what their parts add to its sums.
+
+A program publishes two numbers as one word of 64 bits, which is written and read at once, and is never 0: so a word
+that is there needs no flag and no fence.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def word(high, low):
+    """Return the bits of two numbers as one."""
+    low = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return high.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low
+
+
+@triton.jit
+def numbers(words):
+    return (words >> 32).to(tl.int32).to(tl.float32, bitcast=True), words.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exchange(words, part, word, idle, parts, SLOTS: tl.constexpr):
+    """Publish a program's word, and wait for those of all parts of its row, `[SLOTS]`, `idle` beyond the last part.
+
+    The parts of a row are neighbours, and programs start in order, so those that one waits for run or are next to. To
+    wait is no loop of Triton's, which would keep it from pipelining the loop around.
+    """
+    tl.atomic_xchg(words + part, word, sem="relaxed")
+    slot = tl.arange(0, SLOTS)
+    found = tl.inline_asm_elementwise(
+        "{.reg .pred absent; wait: ld.relaxed.gpu.global.b64 $0, [$1]; setp.eq.s64 absent, $0, 0; @absent bra wait;}",
+        "=&l,l", [(words + tl.minimum(slot, parts - 1)).to(tl.int64)], tl.int64, False, 1)
+    return tl.where(slot < parts, found, idle)
+
