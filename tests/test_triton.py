@@ -309,7 +309,9 @@ def attention(generation, label, dim, dtype, value_dim=None, deep=False, **given
         parts = attention_launch_triton.parts_of_mask(call)
         plans.append(attention_launch_triton.plan_mask(call, lse, lse, out, parts))
     for plan in plans:
-        yield Case(label, plan, generation, 160, deep)
+        # Causal ALiBi keeps the places of its queries beside the widest sums.
+        far = generation == 90 and dim == 128 and call.slopes is not None and plan[2].get("KIND") == "keys"
+        yield Case(label, plan, generation, 320 if far else 160, deep)
 
 
 KINDS = (softmax_cases, norm_cases, streaming_cases, cross_entropy_cases, linear_cross_entropy_cases,
