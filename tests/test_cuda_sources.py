@@ -293,7 +293,7 @@ def test_plans_of_planes(emulated, tmp_path):
     wanted = [((*layer, PLANE), backward, CHIPS[chip]) for layer in layers for backward in (False, True)
               for chip in ("A100", "H100")]
     for (layer, backward, chip), plan in zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True):
-        cell, number, batch, hidden, directions, _ = layer
+        cell, number, _, hidden, directions, _ = layer
         if plan is None:
             assert cell == 2 or SIZES[number] == 4 or not chip[2] or (directions == 2 and hidden > 512)
             continue
