@@ -31,7 +31,7 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 TARGETS = re.findall(r'"(\w+)"', re.search(r"CUDA_TARGETS = (\[.*\])", (ROOT / "setup.py").read_text()).group(1))
 FORMATS = ["float32", "float64", "tf32", "bfloat16", "float16"]
 CELLS, GATES, SIZES = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}, (4, 3, 1, 1), (4, 8, 4, 2, 2)
-CHEAPEST, GRID, CLUSTER, REGISTERS = range(4)
+CHEAPEST, GRID, CLUSTER, REGISTERS, PLANE = range(5)
 # Multiprocessors, shared memory of a block, blocks of a cluster: A100, H100 (PCIe, SXM), B200, and a slice of an H100.
 CHIPS = {"A100": (108, 163 << 10, 0), "H100 PCIe": (114, 227 << 10, 16), "H100": (132, 227 << 10, 16),
          "B200": (148, 227 << 10, 16), "slice": (16, 227 << 10, 8)}
@@ -189,7 +189,7 @@ def test_emulated_kernels_obey_the_error_rule(emulated):
     printed = emulated(EMULATION / "run.py")
     found = verdicts(printed)
     assert {name: verdict for name, verdict in found.items() if verdict != "ok"} == {}
-    assert len(found) == 3 * (7 + 7 + 7 + 3 + 10) + 2 + 6 + 3 + 3 * (2 + 7 + 2) + 2 * (5 + 4 + 1 + 2)
+    assert len(found) == 3 * (7 + 7 + 7 + 3 + 10) + 2 + 6 + 3 + 3 * (2 + 7 + 2) + 2 * (9 + 1 + 2 + 7 + 1 + 2 + 5 + 2)
     assert len(re.findall("^exchanged", printed, re.M)) == 3
     ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
     assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124" if m + n != "44"}, ran
@@ -205,7 +205,7 @@ def test_emulated_kernels_obey_the_error_rule(emulated):
 def test_emulation_notices_what_is_missing(emulated, omitted):
     """Without the barriers in a block, or without waiting for other blocks, the numbers are wrong."""
     found = verdicts(emulated(EMULATION / "run.py", "T2 B17 H33", **{omitted: "0"}))
-    assert len(found) == 3 * 10 + 2 * 2
+    assert len(found) == 3 * 10 + 2 * 3
     assert "ok" not in found.values()
 
 
@@ -285,6 +285,27 @@ def test_plans_in_registers(emulated, tmp_path):
         assert plan["workspace"] == 0
         received = plan["n_tiles"] * (1024 * plan["slices"] + 2048 if backward else 256 * plan["m_tiles"])
         assert 128 + 2 * received <= plan["shared"] <= chip[1] < 2 * plan["shared"]
+
+
+def test_plans_of_planes(emulated, tmp_path):
+    """Every unit has a place in a row and in a column, and clusters are no more than the chip surely holds."""
+    layers = list(itertools.product((0, 1, 2), (2, 3, 4), (1, 8, 9, 64, 500), (1, 33, 256, 650, 768, 1024), (1, 2)))
+    wanted = [((*layer, PLANE), backward, CHIPS[chip]) for layer in layers for backward in (False, True)
+              for chip in ("A100", "H100")]
+    for (layer, backward, chip), plan in zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True):
+        cell, number, _, hidden, directions, _ = layer
+        if plan is None:
+            assert cell == 2 or SIZES[number] == 4 or not chip[2] or (directions == 2 and hidden > 512)
+            continue
+        ranks, rows = plan["ranks"], 16 * plan["m_tiles"]
+        assert ranks == (8 if backward else 2) and plan["slices"] % ranks == 0
+        assert plan["units"] * plan["slices"] >= hidden > plan["units"] * (plan["slices"] - ranks)
+        assert plan["units"] * (1 if backward else 4) * ranks <= rows
+        gates = GATES[cell] if backward else 1
+        assert plan["depth"] == plan["row"] == -(-plan["slices"] // ranks * plan["units"] // 32) * 32 * gates
+        assert plan["blocks"] == directions * plan["teams"] * plan["slices"] <= chip[0]
+        assert plan["workspace"] == directions * plan["groups"] * ranks * 8 * plan["n_tiles"] * plan["depth"] * 2
+        assert plan["shared"] <= chip[1] < 2 * plan["shared"]
 
 
 def test_cheapest_plan(emulated, tmp_path):

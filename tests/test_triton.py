@@ -325,9 +325,10 @@ def attention(generation, label, dim, dtype, value_dim=None, deep=False, **given
     out, lse = tensor(*q.shape[:3], v.size(3), dtype=dtype), tensor(*q.shape[:3])
     ranges = None if call.query_ids is None else tensor(2, 64, 4, dtype=torch.int32)
     yield Case(label, attention_launch_triton.plan_forward(call, out, lse, lse, 1, ranges), generation, deep=deep)
+    places = None if call.slopes is None else tensor(2048)
     given = None if dtype is torch.float32 else out
     plans = [attention_launch_triton.plan_delta(out, lse, lse, lse, lse, out, options.dropout_p),
-             attention_launch_triton.plan_keys(call, lse, lse, out, k, v, ranges),
+             attention_launch_triton.plan_keys(call, lse, lse, out, k, v, ranges, places),
              attention_launch_triton.plan_queries(call, given, lse, lse, lse, lse, out, q, ranges)]
     if call.mask is not None and call.mask.is_floating_point():
         parts = attention_launch_triton.parts_of_mask(call)

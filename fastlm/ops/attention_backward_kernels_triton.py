@@ -94,8 +94,11 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
         mask = load_mask(across, head, j, queries, band, CUT)
         query = load_query(queries, i, head, band, size, not CUT)
         dout = load_upstream(queries, i, head, band, size, not CUT)
+        away = None
+        if queries.places is not None and not CUT:  # made of i they would wait in registers
+            away = tl.load(queries.places + i)[None, :] - (j - band.ahead).to(tl.float32)
         s = dot(key, query.T, None, scoring.EXACT)
-        s, bend = scores(s, mask, across, head, j, queries, keys, band, scoring, CUT)
+        s, bend = scores(s, mask, away, across, head, j, queries, keys, band, scoring, CUT)
         p = weights_of(s, load_number(sums, queries, i, head, band, float("inf"), not CUT)[None, :], scoring)
         if queries.draws is None:
             weights = p.to(dout.dtype)
@@ -149,7 +152,7 @@ def _slopes(query, dout, sums, delta, mask, r, queries, keys, j, band, scoring, 
     i, head = query_and_head(queries, r[:, None])
     key, value = load_keys(keys, j, band, size, WHOLE)
     s = dot(query, key.T, None, scoring.EXACT)
-    s, bend = scores(s, mask, i, head, j[None, :], queries, keys, band, scoring, CUT)
+    s, bend = scores(s, mask, None, i, head, j[None, :], queries, keys, band, scoring, CUT)
     p = weights_of(s, sums[:, None], scoring)
     dp = dot(dout, value.T, None, scoring.EXACT)
     if queries.draws is not None:

@@ -39,7 +39,7 @@ def _attend(acc, total, highest, query, r, queries, keys, band, scoring, size, w
         mask = load_mask(i, head, j[None, :], queries, band, CUT)
         key, value = load_keys(keys, j, band, size, not CUT)
         s = dot(query, key.T, None, scoring.EXACT)
-        s, _ = scores(s, mask, i, head, j[None, :], queries, keys, band, scoring, CUT)
+        s, _ = scores(s, mask, None, i, head, j[None, :], queries, keys, band, scoring, CUT)
         new = tl.maximum(highest, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
         p = exp_below(s, base[:, None], scoring)

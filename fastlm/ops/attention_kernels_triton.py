@@ -34,11 +34,11 @@ def _tile(tile, tile_j, tile_mask, split, splits, rows_in_all, first_col, col_s,
 
 
 @triton.jit
-def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths, query_ids,
-             key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk, splits,
-             rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d, k_b,
-             k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s, do_d,
-             slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr,
+def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, mask, sinks, slopes, places, lengths,
+             query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk,
+             splits, rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
+             q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s,
+             do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
              SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, NEAR: tl.constexpr, KIND: tl.constexpr,
              EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr, CUT: tl.constexpr):
@@ -77,7 +77,8 @@ def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, m
         tile, tile_j, tile_mask, split, splits, rows_in_all, b * col_b + first_k * col_s + kv_head * col_h, col_s,
         Band(rows, cols, cols - rows, lower, upper, left is not None, CAUSAL or right is not None),
         Queries(q + b * q_b + first_q * q_s, q_h, q_s, q_d, do, do_h, do_s, do_d, mask, mask_h, mask_s, mask_d,
-                mask_keys, slopes, query_ids, draws, b * row_b + first_q * row_s, row_h, row_s, head, group, GROUPED),
+                mask_keys, slopes, places, query_ids, draws, b * row_b + first_q * row_s, row_h, row_s, head, group,
+                GROUPED),
         Keys(k + kv_head * k_h, v + kv_head * v_h, k_b, k_s, k_d, v_b, v_s, v_d, table, page_size, pages, key_ids),
         Scoring(factor, scale, cap, threshold, share, SCALED, EXACT, COARSE, NEAR),
         Size(D, DV, BLOCK_D, BLOCK_DV, CUT_STAGES), sinks, ranges, o, lse, dlse, sums, delta, dq, dk, dv, M, N,
@@ -91,12 +92,12 @@ def _name(specialization):
 @triton.jit(repr=_name, do_not_specialize=[
     "H", "Sq", "Sk", "blocks", "together", "splits", "rows_in_all", "left", "right", "threshold", "pages", "mask_keys",
     "col_b", "col_h", "slopes_b", "table_b", "mask_heads", "shared_heads", "shared", "column_blocks"])
-def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o,
-                     lse, do, dlse, sums, delta, dq, dk, dv, dmask, H, group, Sq, Sk, blocks, together, splits,
-                     rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
-                     q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h,
-                     do_s, do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, mask_heads, shared_heads,
-                     shared, column_blocks, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+def attention_kernel(q, k, v, mask, sinks, slopes, places, lengths, query_ids, key_ids, cu_q, cu_k, table, ranges,
+                     draws, o, lse, do, dlse, sums, delta, dq, dk, dv, dmask, H, group, Sq, Sk, blocks, together,
+                     splits, rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h,
+                     q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b,
+                     do_h, do_s, do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, mask_heads,
+                     shared_heads, shared, column_blocks, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
                      BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
                      SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, NEAR: tl.constexpr,
                      KIND: tl.constexpr, EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr,
@@ -138,11 +139,11 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
         for t in range(0, shared):
             b, head = at // mask_heads + t // shared_heads, at % mask_heads + t % shared_heads
             total += _compute(
-                row, col, given, b, head, head // group, 1, None, q, k, v, mask, sinks, slopes, lengths, query_ids,
-                key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk, splits,
-                rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s, q_d,
-                k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s,
-                do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N,
+                row, col, given, b, head, head // group, 1, None, q, k, v, mask, sinks, slopes, places, lengths,
+                query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk,
+                splits, rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
+                q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h,
+                do_s, do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N,
                 CAUSAL, SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, CUT)
         if draws is not None:
             total = total / share
@@ -167,7 +168,7 @@ def attention_kernel(q, k, v, mask, sinks, slopes, lengths, query_ids, key_ids, 
         if ranges is not None:
             ranges += (b * blocks + tile) * 4
         _compute(
-            tile, None, None, b, kv_head * group, kv_head, group, split, q, k, v, mask, sinks, slopes, lengths,
+            tile, None, None, b, kv_head * group, kv_head, group, split, q, k, v, mask, sinks, slopes, places, lengths,
             query_ids, key_ids, cu_q, cu_k, table, ranges, draws, o, lse, do, dlse, sums, delta, dq, dk, dv, Sq, Sk,
             splits, rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
             q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s,

@@ -122,7 +122,10 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         rows = (None, *rows[1:]) if apart else rows
         launch(plan_queries, call, *rows, dq, _ranges_of_queries(call, "queries"))
     if (dk is not None or dv is not None) and call.key.numel():
-        launch(plan_keys, call, *upstream, dk, dv, _ranges_of_keys(call))
+        places = None
+        if call.slopes is not None and _near(call):
+            places = torch.arange(call.query.size(2), device=lse.device, dtype=torch.float32)
+        launch(plan_keys, call, *upstream, dk, dv, _ranges_of_keys(call), places)
     if dmask is not None and dmask.numel():
         parts = parts_of_mask(call)
         launch(plan_mask, call, *upstream, parts)
@@ -191,12 +194,12 @@ def plan_queries(call, out, lse, dlse, sums, delta, dout, dq, ranges=None):
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
 
-def plan_keys(call, sums, delta, dout, dk, dv, ranges=None):
-    """Plan the gradients of keys and values."""
+def plan_keys(call, sums, delta, dout, dk, dv, ranges=None, places=None):
+    """Plan the gradients of keys and values; with ALiBi `places` may be the numbers of the queries as floats."""
     tiles = _tiles("keys", call)
     blocks = -(-call.longest[1] // tiles["N"])
     arguments = _arguments(call, "keys", tiles, blocks, ranges, sums, sums=sums, delta=delta, do=dout, dk=dk,
-                           dv=dv)
+                           dv=dv, places=places)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
 
@@ -259,9 +262,9 @@ def _ranges(ids, others, blocks, group, rows):
     return found
 
 
-OFF = dict.fromkeys(("o", "lse", "do", "dlse", "sums", "delta", "dq", "dk", "dv", "dmask", "splits", "mask_heads",
-                     "shared_heads", "shared", "column_blocks", "page_size", "pages", "table_b", "slopes_b",
-                     "threshold", "share"))
+OFF = dict.fromkeys(("places", "o", "lse", "do", "dlse", "sums", "delta", "dq", "dk", "dv", "dmask", "splits",
+                     "mask_heads", "shared_heads", "shared", "column_blocks", "page_size", "pages", "table_b",
+                     "slopes_b", "threshold", "share"))
 OFF |= dict(MASK_ROWS=True, MASK_COLS=True)
 STRIDES = [*(f"{name}_{axis}" for name in ("q", "k", "v", "mask", "do") for axis in "bhsd"), "row_b", "row_h", "row_s",
            "col_b", "col_h", "col_s"]
@@ -289,20 +292,25 @@ def _arguments(call, kind, tiles, blocks, ranges, layout, **given):
         cap=options.softcap or None, left=_bound(options.left), right=_bound(options.right),
         mask_keys=None if mask is None else keys, D=query.size(3), DV=value.size(3), BLOCK_D=_block(query.size(3)),
         BLOCK_DV=_block(value.size(3)), CAUSAL=options.is_causal, SCALED=scaled, EXACT=_exact(query),
-        COARSE=query.dtype is torch.bfloat16, NEAR=max(query.size(2), keys) < 1 << 22, KIND=kind,
+        COARSE=query.dtype is torch.bfloat16, NEAR=_near(call), KIND=kind,
         EVEN=mask is not None and keys % 16 == 0, GROUPED=call.group > 1, **tiles, **given)
     of_do = _steps(given.get("do"))
     found.update(zip(STRIDES, (*_steps(query), *_steps(key), *_steps(value), *_steps(mask), *of_do, *_steps(layout),
                                *columns), strict=True))
     if call.table is not None:
-        found.update(Sk=call.table.size(1) * keys, NEAR=call.table.size(1) * keys < 1 << 22, page_size=keys,
-                     pages=key.size(0), table_b=call.table.stride(0))
+        found.update(Sk=call.table.size(1) * keys, page_size=keys, pages=key.size(0), table_b=call.table.stride(0))
     if call.slopes is not None:
         found["slopes_b"] = _steps(call.slopes)[0]
     if options.dropout_p:
         p = options.dropout_p
         found.update(threshold=hopper.threshold(p), share=hopper.share(p))
     return found
+
+
+def _near(call):
+    """Tell whether all positions are below 2²²."""
+    keys = call.key.size(2) * (1 if call.table is None else call.table.size(1))
+    return max(call.query.size(2), keys) < 1 << 22
 
 
 def _exact(x):
@@ -378,7 +386,7 @@ def _tiles(kind, call):
         kind = "few queries"
     M, N, warps, stages, *registers = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
     found = {"M": M, "N": N, "CUT_STAGES": 1, "num_warps": warps, "num_stages": stages}
-    return found | ({"maxnreg": registers[0]} if registers and not call.options.softcap else {})
+    return found | ({"maxnreg": registers[0]} if registers and not call.options.softcap else {})  # a cap would spill
 
 
 def _splits(call):

@@ -68,7 +68,8 @@ class Keys(NamedTuple):
 class Queries(NamedTuple):
     """The queries of the heads that share one head of keys: of `group` heads from `head` on.
 
-    What has one row for each query and head (output, log-sum-exp, delta, dq) is contiguous and shares row numbers.
+    `places` are the numbers 0, 1, … as floats. What has one row for each query and head (output, log-sum-exp, delta,
+    dq) is contiguous and shares row numbers.
     """
 
     q: tl.tensor
@@ -85,6 +86,7 @@ class Queries(NamedTuple):
     mask_d: tl.tensor
     mask_keys: tl.tensor
     slopes: tl.tensor
+    places: tl.tensor
     documents: tl.tensor
     draws: tl.tensor
     row: tl.tensor
@@ -438,16 +440,12 @@ def _tanh(x, scoring):
 
 
 @triton.jit
-def _position(x, scoring):
-    """Return positions as floats, from which others may be subtracted.
+def _position(x):
+    """Return integers between -2²² and 2²² as floats, plus 1.5·2²³.
 
-    NEAR ones are made by one addition, of the bits of 1.5·2²³; to convert them would take the unit that exp2 needs.
+    To set the bits takes one addition; to convert them would take the unit that exp2 needs.
     """
-    if scoring.NEAR:
-        x = (x + 0x4B400000).to(tl.float32, bitcast=True)
-    else:
-        x = x.to(tl.float32)
-    return x
+    return (x + 0x4B400000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -464,11 +462,12 @@ def load_mask(i, head, j, queries, band, CUT: tl.constexpr):
 
 
 @triton.jit
-def scores(s, mask, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr):
+def scores(s, mask, away, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr):
     """Return the scores made of the products s, -∞ where query i may not see key j, and the cap's derivative.
 
-    i, head and j broadcast to the shape of s; `mask` is what `load_mask` found for them. Unless SCALED, the scale or
-    the cap is left to `factor`. Positions and documents are compared in tiles that are CUT only.
+    i, head and j broadcast to the shape of s; `mask` is what `load_mask` found for them, `away` None or the distances
+    i + ahead - j. Unless SCALED, the scale or the cap is left to `factor`. Positions and documents are compared in
+    tiles that are CUT only.
     """
     bend = 1.0
     if scoring.cap is not None:
@@ -480,7 +479,12 @@ def scores(s, mask, i, head, j, queries, keys, band, scoring, CUT: tl.constexpr)
         s = s * scoring.scale
     if queries.slopes is not None:
         slope = as_score(tl.load(queries.slopes + head).to(tl.float32), scoring)
-        s -= slope * tl.abs(_position(i + band.ahead, scoring) - _position(j, scoring))
+        if away is None:
+            if scoring.NEAR:
+                away = _position(i + band.ahead) - _position(j)
+            else:
+                away = (i + band.ahead - j).to(tl.float32)
+        s -= slope * tl.abs(away)
     if mask is not None:
         if mask.dtype == tl.int1:
             s = tl.where(mask, s, -float("inf"))

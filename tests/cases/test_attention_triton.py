@@ -211,9 +211,8 @@ def test_tiles_of_other_documents_are_skipped():
 
 
 def test_distances_of_far_positions(monkeypatch):
-    """Beyond 2²² positions are converted to floats."""
-    arguments_ = launch._arguments
-    monkeypatch.setattr(launch, "_arguments", lambda *args, **given: arguments_(*args, **given) | {"NEAR": False})
+    """Beyond 2²² distances are converted to floats one by one."""
+    monkeypatch.setattr(launch, "_near", lambda call: False)
     monkeypatch.setattr(triton_kernels, "_launches", {})
     check(lambda: arguments(("alibi", "causal"), 65, 130, torch.float32))
 
