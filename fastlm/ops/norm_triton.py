@@ -1,8 +1,8 @@
 """The norms in Triton: one pass forward, a persistent backward that keeps the gradients of weight and bias on the chip.
 
-Rows that fit are read once. Wider ones are shared by programs of backward, which tell each other their parts' sums, or
-walked in pieces, twice; then the gradients of weight and bias grow in a row of memory that belongs to one program, which
-the cache holds.
+Rows that fit are read once. Backward shares wider ones among programs that tell each other their parts' sums. Where
+programs can't wait for each other, and forward, pieces are walked, twice; the gradients of weight and bias then grow in
+a row of memory that belongs to one program, which the cache holds.
 """
 
 from typing import NamedTuple
