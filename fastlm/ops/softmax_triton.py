@@ -32,6 +32,7 @@ ACCEPTS = {"row of 1", "row of 127", "row of 128", "row of 129", "row of 1000", 
 # The largest tiles that a block of 1024 threads (64 registers each) holds without spilling, see tests/test_triton.py,
 # the pieces of longer rows, and rows that programs share, in parts of this many numbers at least and at most.
 FORWARD_TILE, BACKWARD_TILE, PIECE, LONG, PART = 32768, 16384, 8192, 16384, (8192, 16384)
+STAY = 3  # programs on a multiprocessor, where they take one row after the other
 
 
 def cannot(x, dim, mask=None, scale=1.0, log=False):
@@ -154,8 +155,9 @@ def _walk(sizes, strides, dim, limit, size, processors, together) -> Walk | None
     if cols > LONG and tile["HEIGHT"] == 1 and part <= PART[1] and together:
         parts = triton.cdiv(cols, part)
         tile = dict(HEIGHT=1, WIDTH=part, WHOLE=True, EVEN=False, num_warps=part // 2048)
-        # Backward in 16 bits, and nothing else, gains where programs stay and load the next rows meanwhile.
-        each = 3 if limit == BACKWARD_TILE and size == 2 and part == PART[0] else 0
+        # Backward in 16 bits, and nothing else, gains where programs stay and load the next of many rows meanwhile.
+        if limit == BACKWARD_TILE and size == 2 and part == PART[0] and tiles * parts >= 8 * STAY * processors:
+            each = STAY
     return Walk(inner[0], rows[0], cols, steps, tile, tiles, parts, triton.cdiv(pieces, parts), each)
 
 

@@ -73,11 +73,12 @@ def test_norms_of_zeros(shared):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("cols", [128, 201])
 def test_softmax(cols, dtype, shared):
+    """In 16 bits, programs of backward stay."""
     x = torch.randn(3, 2, 11, cols, dtype=dtype).transpose(0, 2)
     x[0, 0, 0] = -300.0
     x[1, 1, 1, :150] = -torch.inf
     mask = (torch.rand(3, cols) < 0.3).expand(x.shape)
     hold(op, x, -1)
-    hold(log_op, torch.randn(5, cols, dtype=dtype), -1, None, 1.0, True)
+    hold(log_op, torch.randn(50, cols, dtype=dtype), -1, None, 1.0, True)
     hold(masked_op, torch.randn(11, 2, 3, cols, dtype=dtype), -1, mask, 0.125, False)
     hold(op, torch.randn(128, 3, dtype=dtype).t(), -1)
