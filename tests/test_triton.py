@@ -142,22 +142,28 @@ def softmax_cases(generation):
 
 
 def norm_cases(generation):
+    with mock.patch.object(norm_triton, "generation", lambda device: generation):
+        yield from cases_of_norms(generation)
+
+
+def cases_of_norms(generation):
     for shape, dtype in (((4096, 512), torch.bfloat16), ((4096, 4096), torch.float32), ((4096, 8192), torch.bfloat16),
                          ((4096, 16384), torch.bfloat16), ((4096, 16384), torch.float32),
                          ((1024, 32768), torch.bfloat16), ((64, 131072), torch.bfloat16)):
         x, rows = tensor(*shape, dtype=dtype), tensor(shape[0])
-        split = norm_triton.split_rows(x)
-        parts, total = tensor(split.teams, shape[1]), tensor(shape[1], dtype=dtype)
-        weight = tensor(shape[1], dtype=dtype)
-        words = tensor(shape[0], split.parts, dtype=torch.int64) if split.parts > 1 else None
+        weight, total = tensor(shape[1], dtype=dtype), tensor(shape[1], dtype=dtype)
         label = "x".join(map(str, shape)) + f" {str(dtype)[6:]}"
-        for kind, residual, bias, mean in (("rms", None, None, None), ("add layer", x, weight, rows)):
-            # Registers are bounded, so that all programs run at once: a few are spilled for it.
+        for kind, residual, bias, mean in (("rms", None, None, None), ("add rms", x, None, None),
+                                           ("add layer", x, weight, rows)):
             yield Case(f"{label} {kind}", norm_triton.plan_forward(x, residual, weight, bias, x, residual, mean, rows,
-                                                                   1e-5), generation, spills=12)
-            second = None if bias is None else parts
-            plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts, second, words, split)
-            yield Case(f"{label} {kind}", plan, generation, spills=32)
+                                                                   1e-5), generation)
+            split = norm_triton.split_rows(x, residual, mean)
+            parts = tensor(split.teams, shape[1])
+            words = tensor(shape[0], split.parts, dtype=torch.int64) if split.parts > 1 else None
+            plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts,
+                                             None if bias is None else parts, words, split)
+            # Registers are bounded, so that all programs run at once: a few are spilled for it.
+            yield Case(f"{label} {kind}", plan, generation, spills=80 if split.tile.width > 8192 else 32)
         yield Case(label, norm_triton.plan_sum(parts, parts, total, total), generation)
 
 

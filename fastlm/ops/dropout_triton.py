@@ -53,7 +53,7 @@ def plan(x, residual, seed, y, p):
     # What is drawn is a whole number of 32 bits.
     return kernel, (triton.cdiv(x.numel(), 4 * BLOCK),), dict(
         x=x, residual=residual, seed=seed, y=y, numbers=x.numel(), least=min(round(p * 2**32), 2**32 - 1) - 2**31,
-        scale=1 / (1 - p) if p < 1 else 0.0, BLOCK=BLOCK, num_warps=4)
+        scale=1 / (1 - p) if p < 1 else 0.0, BLOCK=BLOCK, num_warps=4 if residual is None else 8)
 
 
 @triton.jit

@@ -33,4 +33,3 @@ def exchange(words, part, word, idle, parts, SLOTS: tl.constexpr):
         "{.reg .pred absent; wait: ld.relaxed.gpu.global.b64 $0, [$1]; setp.eq.s64 absent, $0, 0; @absent bra wait;}",
         "=&l,l", [(words + tl.minimum(slot, parts - 1)).to(tl.int64)], tl.int64, False, 1)
     return tl.where(slot < parts, found, idle)
-

@@ -1,7 +1,8 @@
 """The norms in Triton: one pass forward, a persistent backward that keeps the gradients of weight and bias on the chip.
 
-Rows that fit are read once. Wider ones are walked in pieces, twice; their gradients of weight and bias grow in a row
-of memory that belongs to one program, which the cache holds.
+Rows that fit are read once. Backward shares wider ones among programs that tell each other their parts' sums. Where
+programs can't wait for each other, and forward, pieces are walked, twice; the gradients of weight and bias then grow in
+a row of memory that belongs to one program, which the cache holds.
 """
 
 from typing import NamedTuple
@@ -30,19 +31,18 @@ __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 # The widest rows that a block holds without spilling, see tests/test_triton.py, the part that it holds of rows that it
 # shares with others, and the pieces of rows that are walked.
-FORWARD_WIDTH, BACKWARD_WIDTH, PART, PIECE = 32768, 8192, 4096, 4096
-SUM_WIDTH = 16  # columns of the parts' sums, of which a program adds up all rows
-EARLY = False  # whether that program is launched before what makes the parts has ended
+FORWARD_WIDTH, BACKWARD_WIDTH, PART, PIECE = 32768, 8192, 2048, 4096
+SUM_WIDTH = 16  # columns of the parts' sums, of which a program adds up all rows; twice as many of wide ones
 
 
 class Tile(NamedTuple):
-    """What a program takes at a time.
+    """What a program of backward takes at a time.
 
     Attributes:
         height: rows.
         width: columns.
         warps: that compute them.
-        each: programs on a multiprocessor, which stay and take one tile after the other; 0 where they take one.
+        each: programs on a multiprocessor, which take one tile after the other.
         stages: tiles that are on their way or computed.
         held: whether the weight stays in registers.
     """
@@ -78,7 +78,7 @@ def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
     weight = None if weight is None else weight.contiguous()
     dx = like(x) if needs[0] else None
-    split = split_rows(x)
+    split = split_rows(x, dsum, mean)
     teams, parts, tile = split
     make = x.new_zeros if parts * tile.width < x.shape[1] else x.new_empty  # pieces are added to what is there
     sums = [make((teams, x.shape[1]), dtype=torch.float32) if dtype else None for dtype in needs[1:]]
@@ -98,8 +98,8 @@ class Split(NamedTuple):
     tile: Tile
 
 
-def split_rows(x):
-    """Choose how programs share the rows of x.
+def split_rows(x, dsum, mean):
+    """Choose how programs share the rows of x, to which the gradient of a sum is added and whose means are known.
 
     Each team has a row of float32 sums. More than one on a multiprocessor have eight rows of x at least: their sums are
     few.
@@ -108,6 +108,9 @@ def split_rows(x):
     processors, parts = multiprocessors(x.device), 1
     if cols <= BACKWARD_WIDTH:
         tile = backward_tile(triton.next_power_of_2(cols), x.element_size())
+    elif cols <= 2 * BACKWARD_WIDTH and mean is None and x.element_size() == 2 and generation(x.device) == 90:
+        # To spill some of one row's sums costs a Hopper less than to share the row.
+        tile = Tile(1, 2 * BACKWARD_WIDTH, 16, 1, 3 if dsum is None else 2, False)
     elif concurrent(x.device) and cols <= PART * processors:
         tile = shared_tile()
         parts = triton.cdiv(cols, tile.width)
@@ -115,17 +118,6 @@ def split_rows(x):
         tile = Tile(1, PIECE, 8, 1, 1)
     most = max(processors, min(tile.each * processors, rows * parts // 8)) // parts
     return Split(max(1, min(triton.cdiv(rows, tile.height), most)), parts, tile)
-
-
-def forward_tile(width, bytes):
-    """Choose the tile of rows that fit `width` columns, a power of 2, where so many bytes a number are read."""
-    if width > 16384:
-        return Tile(1, width, width // 1024, 0, 1, False)
-    height = max(1, 2048 // width)
-    warps = height * width // 512
-    each = 32 // warps
-    stages = min(3, 1 + (216 << 10) // (each * height * width * bytes))
-    return Tile(height, width, warps, each if stages > 1 else 0, stages)
 
 
 def backward_tile(width, size):
@@ -137,25 +129,21 @@ def backward_tile(width, size):
 
 def shared_tile():
     """Choose the tile of parts of rows."""
-    return Tile(1, PART, 8, 2, 3)
+    return Tile(1, PART, 4, 4, 3)
 
 
 def plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps):
     """Return (kernel, grid, arguments) for x and residual `[T, H]`."""
     rows, cols = x.shape
+    width = triton.next_power_of_2(cols)
+    whole = width <= FORWARD_WIDTH
+    height = max(1, 2048 // width) if whole else 1
+    width = width if whole else PIECE
+    warps = height * width // 1024
     arguments = dict(x=x, x_row=x.stride(0), residual=residual, weight=weight, bias=bias, y=y, total=total, mean=mean,
                      residual_row=0 if residual is None else residual.stride(0), rstd=rstd, rows=rows, cols=cols,
-                     eps=eps)
-    width = triton.next_power_of_2(cols)
-    if width > FORWARD_WIDTH:
-        return forward_pieces_kernel, (rows,), arguments | dict(WIDTH=PIECE, num_warps=PIECE // 1024)
-    bytes = x.element_size() * (1 if residual is None else 2)
-    tile = forward_tile(width, bytes)
-    blocks = triton.cdiv(rows, tile.height)
-    programs = min(blocks, tile.each * multiprocessors(x.device)) if tile.each else blocks
-    return forward_kernel, (programs,), arguments | dict(
-        blocks=blocks, programs=programs, HEIGHT=tile.height, WIDTH=width, EVEN=cols == width, HELD=tile.held,
-        STAGES=tile.stages, num_warps=tile.warps, maxnreg=_registers(tile))
+                     eps=eps, HEIGHT=height, WIDTH=width, WHOLE=whole, num_warps=warps)
+    return forward_kernel, (triton.cdiv(rows, height),), arguments
 
 
 def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, words, split):
@@ -165,9 +153,11 @@ def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, words, sp
     arguments = dict(dy=dy, dy_row=dy.stride(0), dsum=dsum, dsum_row=0 if dsum is None else dsum.stride(0), x=x,
                      x_row=x.stride(0), weight=weight, mean=mean, rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
                      rows=rows, cols=cols, teams=teams, WIDTH=tile.width, num_warps=tile.warps,
-                     maxnreg=_registers(tile),
-                     # A row of one number has the gradient 0, w·g less w·g, which have to be rounded alike.
-                     enable_fp_fusion=cols > 1)
+                     # So many that all programs run at once.
+                     maxnreg=min(65536 // (32 * tile.warps * tile.each) // 8 * 8, 255),
+                     # A row of one number has the gradient 0, w·g less w·g, which have to be rounded alike. The widest
+                     # rows fill all registers: to multiply and add at once spills more of them.
+                     enable_fp_fusion=cols > 1 and tile.width <= BACKWARD_WIDTH)
     if parts * tile.width < cols:
         return backward_pieces_kernel, (teams,), arguments | dict(share=triton.cdiv(rows, max(teams, 1)))
     arguments["STAGES"] = tile.stages
@@ -179,17 +169,12 @@ def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, words, sp
                                                        SUMS=1 if tile.width >= 1024 else tile.height, HELD=tile.held)
 
 
-def _registers(tile):
-    """Return how many registers a thread has where all programs run at once, None where ptxas may choose."""
-    return min(65536 // (32 * tile.warps * tile.each) // 8 * 8, 255) if tile.each else None
-
-
 def plan_sum(dweight, dbias, weight_sum, bias_sum):
     """Return (kernel, grid, arguments) for parts `[teams, H]` and their sums `[H]`, of which a pair may be None."""
     teams, cols = (dbias if dweight is None else dweight).shape
     device = (dbias if dweight is None else dweight).device
-    early = EARLY and concurrent(device) and generation(device) >= 90
-    width = SUM_WIDTH if cols <= SUM_WIDTH * 256 else 4 * SUM_WIDTH
+    early = concurrent(device) and generation(device) >= 90
+    width = SUM_WIDTH if cols <= SUM_WIDTH * 256 else 2 * SUM_WIDTH
     height = min(max(triton.next_power_of_2(teams), 1024 // width), 16384 // width)
     return sum_kernel, (triton.cdiv(cols, width),), dict(
         dweight=dweight, dbias=dbias, weight_sum=weight_sum, bias_sum=bias_sum, teams=teams, cols=cols,
@@ -206,35 +191,21 @@ def _added(x, residual, total, at, residual_at, live):
 
 
 @triton.jit
-def _weight(weight, col, inside):
-    w = None
+def _scaled(z, weight, bias, lane, inside):
     if weight is not None:
-        w = tl.load(weight + col, inside, 0.0)
-    return w
-
-
-@triton.jit
-def _scaled(z, w, b):
-    if w is not None:
-        z *= w.to(tl.float32)
-    if b is not None:
-        z += b.to(tl.float32)
+        z *= tl.load(weight + lane, inside, 0.0).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + lane, inside, 0.0).to(tl.float32)
     return z
 
 
 @triton.jit
-def forward_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mean, rstd, rows, cols, eps, blocks,
-                   programs, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, HELD: tl.constexpr,
-                   STAGES: tl.constexpr):
-    """Take every `programs`-th block of HEIGHT whole rows."""
+def forward_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mean, rstd, rows, cols, eps,
+                   HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     lane = tl.arange(0, WIDTH)[None, :]
-    inside = lane < cols
-    if HELD:
-        w = _weight(weight, lane, inside)
-        b = _weight(bias, lane, inside)
-    for block in tl.range(tl.program_id(0), blocks, programs, num_stages=STAGES):
-        row = block * HEIGHT + tl.arange(0, HEIGHT)[:, None].to(tl.int64)
-        live = (row < rows) & inside
+    if WHOLE:
+        live = (row < rows) & (lane < cols)
         z = _added(x, residual, total, row * x_row + lane, row * residual_row + lane, live)
         out = row * cols + lane
         if total is not None:
@@ -242,51 +213,45 @@ def forward_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mea
         if mean is not None:
             middle = tl.sum(z, 1, keep_dims=True) / cols
             tl.store(mean + row, middle, row < rows)
-            z -= middle
-            if not EVEN:
-                z = tl.where(inside, z, 0.0)
+            z = tl.where(live, z - middle, 0.0)
         r = 1 / tl.sqrt(tl.sum(z * z, 1, keep_dims=True) / cols + eps)
         tl.store(rstd + row, r, row < rows)
-        if not HELD:
-            w = _weight(weight, lane, inside)
-            b = _weight(bias, lane, inside)
-        tl.store(y + out, _scaled(z * r, w, b), live)
+        tl.store(y + out, _scaled(z * r, weight, bias, lane, lane < cols), live)
+    else:
+        middle = tl.zeros((HEIGHT, 1), tl.float32)
+        squares = tl.zeros((HEIGHT, 1), tl.float32)
+        for start in range(0, cols, WIDTH):
+            col = start + lane
+            live = (row < rows) & (col < cols)
+            z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
+            if total is not None:
+                tl.store(total + row * cols + col, z, live)
+            if mean is not None:  # join the piece's mean and squares with those before it (Chan et al., 1979)
+                count = tl.minimum(cols - start, WIDTH)
+                own = tl.sum(z, 1, keep_dims=True) / count
+                z = tl.where(live, z - own, 0.0)
+                away = own - middle
+                share = count / (start + count).to(tl.float32)
+                squares += away * away * (start * share)
+                middle += away * share
+            squares += tl.sum(z * z, 1, keep_dims=True)
+        r = 1 / tl.sqrt(squares / cols + eps)
+        tl.store(rstd + row, r, row < rows)
+        if mean is not None:
+            tl.store(mean + row, middle, row < rows)
+        for start in range(0, cols, WIDTH):
+            col = start + lane
+            live = (row < rows) & (col < cols)
+            z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
+            tl.store(y + row * cols + col, _scaled((z - middle) * r, weight, bias, col, col < cols), live)
 
 
 @triton.jit
-def forward_pieces_kernel(x, x_row, residual, residual_row, weight, bias, y, total, mean, rstd, rows, cols, eps,
-                          WIDTH: tl.constexpr):
-    """Walk a row twice."""
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, WIDTH)
-    middle = 0.0
-    squares = 0.0
-    for start in range(0, cols, WIDTH):
-        col = start + lane
-        live = col < cols
-        z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
-        if total is not None:
-            tl.store(total + row * cols + col, z, live)
-        if mean is not None:  # join the piece's mean and squares with those before it (Chan et al., 1979)
-            count = tl.minimum(cols - start, WIDTH)
-            own = tl.sum(z, 0) / count
-            z = tl.where(live, z - own, 0.0)
-            away = own - middle
-            share = count / (start + count).to(tl.float32)
-            squares += away * away * (start * share)
-            middle += away * share
-        squares += tl.sum(z * z, 0)
-    r = 1 / tl.sqrt(squares / cols + eps)
-    tl.store(rstd + row, r)
-    if mean is not None:
-        tl.store(mean + row, middle)
-    for start in range(0, cols, WIDTH):
-        col = start + lane
-        live = col < cols
-        z = _added(x, residual, total, row * x_row + col, row * residual_row + col, live)
-        w = _weight(weight, col, live)
-        b = _weight(bias, col, live)
-        tl.store(y + row * cols + col, _scaled((z - middle) * r, w, b), live)
+def _weight(weight, col, inside):
+    w = None
+    if weight is not None:
+        w = tl.load(weight + col, inside, 0.0)
+    return w
 
 
 @triton.jit
@@ -460,7 +425,7 @@ def _sum(parts, sums, teams, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def sum_kernel(dweight, dbias, weight_sum, bias_sum, teams, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                EARLY: tl.constexpr):
-    if EARLY:  # it was launched before the kernel that makes the parts has ended
+    if EARLY:  # launched before the kernel that makes the parts has ended: wait until what it wrote is there
         gdc_wait()
     if dweight is not None:
         _sum(dweight, weight_sum, teams, cols, HEIGHT, WIDTH)

@@ -32,6 +32,7 @@ ACCEPTS = {"row of 1", "row of 127", "row of 128", "row of 129", "row of 1000", 
 # The largest tiles that a block of 1024 threads (64 registers each) holds without spilling, see tests/test_triton.py,
 # the pieces of longer rows, and rows that programs share, in parts of this many numbers at least and at most.
 FORWARD_TILE, BACKWARD_TILE, PIECE, LONG, PART = 32768, 16384, 8192, 16384, (8192, 16384)
+STAY = 3  # programs on a multiprocessor, where they take one row after the other
 
 
 def cannot(x, dim, mask=None, scale=1.0, log=False):
@@ -78,7 +79,7 @@ def launches(tensors, dim, limit, sums):
         tensors = [None if t is None else t.contiguous() for t in tensors]
         walk = _walk_of(tensors, dim, limit)
     words, parts_of_sums, stages = None, [None] * sums, ("both",)
-    if walk.share is not None and walk.parts > 1:
+    if walk.parts > 1 and walk.tile["WHOLE"]:
         words = first.new_zeros(walk.tiles, walk.parts, dtype=torch.int64)
     elif walk.parts > 1:
         shape, stages = (walk.tiles * walk.tile["HEIGHT"], walk.parts), ("measure", "write")
@@ -89,45 +90,29 @@ def launches(tensors, dim, limit, sums):
 
 def plan_forward(x, y, mask, words, tops, totals, dim, stage, scale, log):
     """Return (kernel, grid, arguments)."""
-    return _plan((forward_kernel, forward_shared_kernel), dict(x=x, y=y, mask=mask), FORWARD_TILE, dim, stage, words,
+    return _plan(forward_kernel, dict(x=x, y=y, mask=mask), FORWARD_TILE, dim, stage, words,
                  dict(tops=tops, totals=totals), scale=float(scale), LOG=log)
 
 
 def plan_backward(y, dy, dx, words, dots, dim, stage, scale, log):
     """Return (kernel, grid, arguments)."""
-    return _plan((backward_kernel, backward_shared_kernel), dict(y=y, dy=dy, dx=dx), BACKWARD_TILE, dim, stage, words,
-                 dict(dots=dots), scale=float(scale), LOG=log)
+    return _plan(backward_kernel, dict(y=y, dy=dy, dx=dx), BACKWARD_TILE, dim, stage, words, dict(dots=dots),
+                 scale=float(scale), LOG=log)
 
 
-def _plan(kernels, tensors, limit, dim, stage, words, sums, **given):
+def _plan(kernel, tensors, limit, dim, stage, words, sums, **given):
     walk = _walk_of(tensors.values(), dim, limit)
     for name, steps in zip(tensors, walk.steps, strict=True):
         given |= zip((f"{name}_{axis}" for axis in ("outer", "inner", "row", "col")), steps, strict=True)
-    given |= dict(**tensors, inner=walk.inner, rows=walk.rows, cols=walk.cols, parts=walk.parts)
-    if walk.share is None:
-        return kernels[0], (walk.tiles * walk.parts,), given | sums | walk.tile | dict(share=walk.pieces, STAGE=stage)
-    share = walk.share
-    teams = max(1, min(walk.tiles, share.each * multiprocessors(tensors["y"].device) // walk.parts))
-    return kernels[1], (teams * walk.parts,), given | dict(
-        words=words, tiles=walk.tiles, teams=teams, WIDTH=share.width, EVEN=walk.parts * share.width == walk.cols,
-        SLOTS=max(32, triton.next_power_of_2(walk.parts)), STAGES=share.stages, num_warps=share.warps,
-        maxnreg=min(65536 // (32 * share.warps * share.each) // 8 * 8, 255))
-
-
-class Share(NamedTuple):
-    """What a program holds of a row that it shares.
-
-    Attributes:
-        width: columns.
-        warps: that compute them.
-        each: programs on a multiprocessor.
-        stages: rows that are on their way or computed.
-    """
-
-    width: int
-    warps: int
-    each: int
-    stages: int
+    given |= dict(**tensors, words=words, inner=walk.inner, rows=walk.rows, cols=walk.cols, parts=walk.parts,
+                  SLOTS=max(32, triton.next_power_of_2(walk.parts)))
+    if not walk.each:
+        return kernel, (walk.tiles * walk.parts,), given | sums | walk.tile | dict(share=walk.share, STAGE=stage)
+    teams = max(1, min(walk.tiles, walk.each * multiprocessors(tensors["y"].device) // walk.parts))
+    width, warps = walk.tile["WIDTH"], 4
+    return backward_shared_kernel, (teams * walk.parts,), given | dict(
+        tiles=walk.tiles, teams=teams, WIDTH=width, EVEN=walk.cols % width == 0, STAGES=3, num_warps=warps,
+        maxnreg=65536 // (32 * warps * walk.each) // 8 * 8)
 
 
 class Walk(NamedTuple):
@@ -137,11 +122,11 @@ class Walk(NamedTuple):
     rows: int
     cols: int
     steps: list[tuple[int, int, int, int]]  # the strides of each tensor
+    tile: dict
     tiles: int
     parts: int  # of a row
-    pieces: int  # in a part
-    tile: dict
-    share: Share | None
+    share: int  # pieces in a part
+    each: int  # programs on a multiprocessor that take one row after the other; 0 where a program takes one tile
 
 
 def _walk_of(tensors, dim, limit):
@@ -166,20 +151,14 @@ def _walk(sizes, strides, dim, limit, size, processors, together) -> Walk | None
     parts = 1 if tile["WHOLE"] else max(1, min(processors // tiles, pieces, 256))
     # Programs that wait for each other must all run: the least that do is one on each multiprocessor.
     part = max(PART[0], triton.next_power_of_2(triton.cdiv(cols, processors)))
-    share = None
+    each = 0
     if cols > LONG and tile["HEIGHT"] == 1 and part <= PART[1] and together:
-        share = shared_rows(part, size, limit == FORWARD_TILE)
-        parts = triton.cdiv(cols, share.width)
-    return Walk(inner[0], rows[0], cols, steps, tiles, parts, triton.cdiv(pieces, parts), tile, share)
-
-
-def shared_rows(part, size, forward):
-    """Choose how programs share rows of `size` bytes a number, in parts of so many numbers at least."""
-    if part > PART[0]:
-        return Share(part, part // 2048, 2, 2)
-    if forward:
-        return Share(part, 4, 5 if size == 2 else 4, 2)
-    return Share(part, 4, 3, 3 if size == 2 else 2)
+        parts = triton.cdiv(cols, part)
+        tile = dict(HEIGHT=1, WIDTH=part, WHOLE=True, EVEN=False, num_warps=part // 2048)
+        # Backward in 16 bits, and nothing else, gains where programs stay and load the next of many rows meanwhile.
+        if limit == BACKWARD_TILE and size == 2 and part == PART[0] and tiles * parts >= 8 * STAY * processors:
+            each = STAY
+    return Walk(inner[0], rows[0], cols, steps, tile, tiles, parts, triton.cdiv(pieces, parts), each)
 
 
 def _tile(rows, cols, rows_adjacent, limit):
@@ -190,7 +169,7 @@ def _tile(rows, cols, rows_adjacent, limit):
     whole = height * width <= limit
     width = width if whole else PIECE // height
     return {"HEIGHT": height, "WIDTH": width, "WHOLE": whole, "EVEN": width == cols and rows % height == 0,
-            "num_warps": min(max(height * width // 1024, 4), 32)}
+            "num_warps": min(max(height * width // 1024, 2 if height == 1 else 4), 32)}
 
 
 @triton.jit
@@ -211,19 +190,13 @@ def _row(tile, inner, rows):
 
 
 @triton.jit
-def _read(x, mask, x_col, mask_col, col, live):
-    """Return what is in memory, and what of it is kept."""
+def _scores(x, mask, x_col, mask_col, col, live, scale):
+    """Return scaled scores, -inf where none is kept, and what is kept."""
     col = col.to(tl.int64)
     keep = live
     if mask is not None:
         keep = live & (tl.load(mask + col * mask_col, live, 0) != 0)
-    return tl.load(x + col * x_col, live, 0.0), keep
-
-
-@triton.jit
-def _scores(x, keep, scale):
-    """Return scaled scores, -inf where none is kept."""
-    return tl.where(keep, x.to(tl.float32) * scale, -float("inf"))
+    return tl.where(keep, tl.load(x + col * x_col, live, 0.0).to(tl.float32) * scale, -float("inf")), keep
 
 
 @triton.jit
@@ -244,10 +217,10 @@ def _result(z, e, factor, keep, mask, top, total, LOG: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(x, y, mask, tops, totals, scale, inner, rows, cols, share, parts, x_outer, x_inner, x_row,
+def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, share, parts, x_outer, x_inner, x_row,
                    x_col, y_outer, y_inner, y_row, y_col, mask_outer, mask_inner, mask_row, mask_col,
                    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
-                   LOG: tl.constexpr, STAGE: tl.constexpr):
+                   LOG: tl.constexpr, STAGE: tl.constexpr, SLOTS: tl.constexpr):
     o, i, row, tile, part = _place(inner, rows, parts, HEIGHT)
     lane = tl.arange(0, WIDTH)[None, :]
     x += o * x_outer + i * x_inner + row * x_row
@@ -255,14 +228,22 @@ def forward_kernel(x, y, mask, tops, totals, scale, inner, rows, cols, share, pa
     if mask is not None:
         mask += o * mask_outer + i * mask_inner + row * mask_row
     if WHOLE:
-        col = lane
+        col = part * WIDTH + lane
         live = tl.full((HEIGHT, WIDTH), 1, tl.int1) if EVEN else (row < rows) & (col < cols)
-        found, keep = _read(x, mask, x_col, mask_col, col, live)
-        z = _scores(found, keep, scale)
+        z, keep = _scores(x, mask, x_col, mask_col, col, live, scale)
         top = tl.max(z, 1, keep_dims=True)
         e = exp(z - _base(top))
         total = tl.sum(e, 1, keep_dims=True)
-        tl.store(y + col.to(tl.int64) * y_col, _result(z, e, 1.0, keep, mask, top, total, LOG), live)
+        factor = 1.0
+        if words is not None:  # a part whose highest is 0 has a total of at least 1: its word is not 0
+            idle = -(0x00800000 << 32)  # -inf and 0
+            found = exchange(words + tile * parts, part, word(tl.max(top), tl.max(total)), idle, parts, SLOTS)
+            each, sums = numbers(found)
+            own = top
+            top = tl.max(each, 0)
+            factor = exp(own - _base(top))
+            total = tl.sum(sums * exp(each - _base(top)), 0)
+        tl.store(y + col.to(tl.int64) * y_col, _result(z, e, factor, keep, mask, top, total, LOG), live)
     else:
         first = part * share * WIDTH
         slot = (tile * HEIGHT + tl.arange(0, HEIGHT)[:, None]) * parts
@@ -271,7 +252,7 @@ def forward_kernel(x, y, mask, tops, totals, scale, inner, rows, cols, share, pa
         if STAGE != "write":
             for piece in range(0, share):
                 col = first + piece * WIDTH + lane
-                z = _scores(*_read(x, mask, x_col, mask_col, col, (row < rows) & (col < cols)), scale)
+                z, _ = _scores(x, mask, x_col, mask_col, col, (row < rows) & (col < cols), scale)
                 new = tl.maximum(top, tl.max(z, 1, keep_dims=True))
                 total = total * exp(top - _base(new)) + tl.sum(exp(z - _base(new)), 1, keep_dims=True)
                 top = new
@@ -289,42 +270,9 @@ def forward_kernel(x, y, mask, tops, totals, scale, inner, rows, cols, share, pa
             for back in range(0, share):
                 col = first + (share - 1 - back) * WIDTH + lane
                 live = (row < rows) & (col < cols)
-                found, keep = _read(x, mask, x_col, mask_col, col, live)
-                z = _scores(found, keep, scale)
+                z, keep = _scores(x, mask, x_col, mask_col, col, live, scale)
                 e = exp(z - _base(top))
                 tl.store(y + col.to(tl.int64) * y_col, _result(z, e, 1.0, keep, mask, top, total, LOG), live)
-
-
-@triton.jit
-def forward_shared_kernel(x, y, mask, words, scale, inner, rows, cols, tiles, teams, parts, x_outer, x_inner, x_row,
-                          x_col, y_outer, y_inner, y_row, y_col, mask_outer, mask_inner, mask_row, mask_col,
-                          WIDTH: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr,
-                          SLOTS: tl.constexpr, STAGES: tl.constexpr):
-    """Take every `teams`-th row, of which `parts` neighbouring programs hold a part each."""
-    team, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    col = part * WIDTH + tl.arange(0, WIDTH)
-    live = tl.full((WIDTH,), 1, tl.int1) if EVEN else col < cols
-    for tile in tl.range(team, tiles, teams, num_stages=STAGES):
-        o, i, row = _row(tile, inner, rows)
-        of_mask = mask
-        if mask is not None:
-            of_mask = mask + o * mask_outer + i * mask_inner + row * mask_row
-        read, keep = _read(x + o * x_outer + i * x_inner + row * x_row, of_mask, x_col, mask_col, col, live)
-        z = _scores(read, keep, scale)
-        top = tl.max(z, 0)
-        e = exp(z - _base(top))
-        total = tl.sum(e, 0)
-        factor = 1.0
-        if parts != 1:  # a part whose highest is 0 has a total of at least 1: its word is not 0
-            idle = -(0x00800000 << 32)  # -inf and 0
-            found = exchange(words + tl.cast(tile, tl.int64) * parts, part, word(top, total), idle, parts, SLOTS)
-            each, sums = numbers(found)
-            own = top
-            top = tl.max(each, 0)
-            factor = exp(own - _base(top))
-            total = tl.sum(sums * exp(each - _base(top)), 0)
-        tl.store(y + o * y_outer + i * y_inner + row * y_row + col.to(tl.int64) * y_col,
-                 _result(z, e, factor, keep, mask, top, total, LOG), live)
 
 
 @triton.jit
@@ -343,6 +291,13 @@ def _dot(p, g, AXIS: tl.constexpr, LOG: tl.constexpr):
 
 
 @triton.jit
+def _shared(dot, words, part, parts, SLOTS: tl.constexpr):
+    """Return the sum of what the parts of a row add to it."""
+    own = word(tl.full((), 1.0, tl.float32), dot)
+    return tl.sum(numbers(exchange(words, part, own, 1 << 32, parts, SLOTS))[1], 0)
+
+
+@triton.jit
 def _slope(p, g, dot, scale, LOG: tl.constexpr):
     if LOG:
         d = g - exp(p) * dot
@@ -352,20 +307,23 @@ def _slope(p, g, dot, scale, LOG: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(y, dy, dx, dots, scale, inner, rows, cols, share, parts, y_outer, y_inner, y_row, y_col,
+def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, parts, y_outer, y_inner, y_row, y_col,
                     dy_outer, dy_inner, dy_row, dy_col, dx_outer, dx_inner, dx_row, dx_col, HEIGHT: tl.constexpr,
                     WIDTH: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr,
-                    STAGE: tl.constexpr):
+                    STAGE: tl.constexpr, SLOTS: tl.constexpr):
     o, i, row, tile, part = _place(inner, rows, parts, HEIGHT)
     lane = tl.arange(0, WIDTH)[None, :]
     y += o * y_outer + i * y_inner + row * y_row
     dy += o * dy_outer + i * dy_inner + row * dy_row
     dx += o * dx_outer + i * dx_inner + row * dx_row
     if WHOLE:
-        col = lane
-        live = tl.full((HEIGHT, WIDTH), 1, tl.int1) if EVEN else (row < rows) & (col < cols)
+        col = part * WIDTH + lane
+        live = tl.full((HEIGHT, WIDTH), 1, tl.int1) if EVEN and LOG else (row < rows) & (col < cols)
         p, g = _pair(y, dy, y_col, dy_col, col, live)
-        tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, _dot(p, g, 1, LOG), scale, LOG), live)
+        dot = _dot(p, g, 1, LOG)
+        if words is not None:
+            dot = _shared(tl.max(dot), words + tile * parts, part, parts, SLOTS)
+        tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, dot, scale, LOG), live)
     else:
         first = part * share * WIDTH
         slot = (tile * HEIGHT + tl.arange(0, HEIGHT)[:, None]) * parts
@@ -391,8 +349,9 @@ def backward_kernel(y, dy, dx, dots, scale, inner, rows, cols, share, parts, y_o
 @triton.jit
 def backward_shared_kernel(y, dy, dx, words, scale, inner, rows, cols, tiles, teams, parts, y_outer, y_inner, y_row,
                            y_col, dy_outer, dy_inner, dy_row, dy_col, dx_outer, dx_inner, dx_row, dx_col,
-                           WIDTH: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr,
-                           SLOTS: tl.constexpr, STAGES: tl.constexpr):
+                           WIDTH: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr, SLOTS: tl.constexpr,
+                           STAGES: tl.constexpr):
+    """Take every `teams`-th row, of which `parts` neighbouring programs hold a part each."""
     team, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     col = part * WIDTH + tl.arange(0, WIDTH)
     live = tl.full((WIDTH,), 1, tl.int1) if EVEN else col < cols
@@ -400,11 +359,7 @@ def backward_shared_kernel(y, dy, dx, words, scale, inner, rows, cols, tiles, te
         o, i, row = _row(tile, inner, rows)
         p, g = _pair(y + o * y_outer + i * y_inner + row * y_row, dy + o * dy_outer + i * dy_inner + row * dy_row,
                      y_col, dy_col, col, live)
-        dot = _dot(p, g, 0, LOG)
-        if parts != 1:
-            own = word(tl.full((), 1.0, tl.float32), dot)
-            found = exchange(words + tl.cast(tile, tl.int64) * parts, part, own, 1 << 32, parts, SLOTS)
-            dot = tl.sum(numbers(found)[1], 0)
+        dot = _shared(_dot(p, g, 0, LOG), words + tl.cast(tile, tl.int64) * parts, part, parts, SLOTS)
         tl.store(dx + o * dx_outer + i * dx_inner + row * dx_row + col.to(tl.int64) * dx_col,
                  _slope(p, g, dot, scale, LOG), live)
 
