@@ -90,7 +90,7 @@ def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teache
                 hard, scale, loss, out, out_row, classes, wide, KIND: tl.constexpr, LANES: tl.constexpr,
                 EACH: tl.constexpr):
     LOG_2: tl.constexpr = 0.6931471805599453
-    rate = inverse / LOG_2
+    rate = inverse * (1 / LOG_2)
     row = tl.program_id(0).to(tl.int64)
     student += row * student_row
     teacher += row * teacher_row
