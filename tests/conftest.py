@@ -76,7 +76,7 @@ def poisoned():
 @pytest.fixture
 def small_blocks(monkeypatch, poisoned):
     """Hold an implementation to the error rule on a named sample, in blocks of 7 rows and tiles of 9 classes."""
-    for name, value in dict(MIN_ROWS=7, BLOCK_BYTES=0, GPU_ROWS=7, HALF_ROWS=7, SUM_BYTES=0, TILE=9).items():
+    for name, value in dict(MIN_ROWS=7, BLOCK_BYTES=0, GPU_ROWS=(7, 7), HALF_ROWS=7, SUM_BYTES=0, TILE=9).items():
         monkeypatch.setattr(head, name, value)
 
     def check(op, name, dtype, sample, device):

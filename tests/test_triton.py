@@ -206,20 +206,21 @@ def quantized_linear_cases(generation):
                                     ("int8_dynamic", torch.bfloat16, 64), ("int4", torch.float32, 128),
                                     *(("int4", torch.bfloat16, group_size) for group_size in (32, 64, 128))):
         int4, dynamic = mode == "int4", mode == "int8_dynamic"
-        y = tensor(16, 4096, dtype=dtype)
-        x = tensor(16, 4096, dtype=torch.int8) if dynamic else y
-        weight = tensor(4096, 2048, dtype=torch.uint8) if int4 else tensor(4096, 4096, dtype=torch.int8)
-        scale = tensor(4096, 4096 // group_size) if int4 else tensor(4096)
-        for rows in (1, 16):
+        values = tensor(16, 4096, dtype=dtype)
+        x = tensor(16, 4096, dtype=torch.int8) if dynamic else values
+        for rows, outputs in itertools.product((1, 16), (32768, 4096) if group_size == 64 else (4096,)):
+            weight = tensor(outputs, 4096 // (1 + int4), dtype=torch.uint8 if int4 else torch.int8)
+            scale = tensor(outputs, 4096 // group_size) if int4 else tensor(outputs)
             plan = quantized_linear_triton.plan(
                 x[:rows], quantized_linear_triton.in_words(x[:rows], weight), scale,
-                tensor(rows, 1) if dynamic else None, tensor(4096), y[:rows], mode, group_size)
-            yield Case(f"{rows} {mode} {dtype} groups of {group_size}", plan, generation)
+                tensor(rows, 1) if dynamic else None, tensor(outputs), tensor(rows, outputs, dtype=dtype), mode,
+                group_size)
+            yield Case(f"{rows} {mode} {dtype} groups of {group_size}, {outputs} outputs", plan, generation)
         if dynamic:
-            yield Case("round", quantized_linear_triton.plan_round(y, x, tensor(16, 1)), generation)
+            yield Case("round", quantized_linear_triton.plan_round(values, x, tensor(16, 1)), generation)
             sums = tensor(256, 4096, dtype=torch.int32)
-            yield Case("scales", quantized_linear_triton.plan_scales(sums, tensor(256, 1), scale, tensor(4096), y),
-                       generation)
+            plan = quantized_linear_triton.plan_scales(sums, tensor(256, 1), scale, tensor(4096), values)
+            yield Case("scales", plan, generation)
         elif dtype is torch.bfloat16:
             wide = tensor(4096, 4096, dtype=dtype)
             yield Case(f"{mode} groups of {group_size}",
@@ -248,7 +249,7 @@ def distillation_cases(generation):
         logits = Logits(z, tensor(classes) if hard else None, 0.0, 0.5)
         target = tensor(rows, dtype=torch.int64) if hard else None
         plan = distillation_triton.plan(logits, logits, target, kind, 0.5, 1.0, hard, each, each, z)
-        yield Case(f"{rows}x{classes} {dtype} {kind} {hard}", plan, generation, spills=8)
+        yield Case(f"{rows}x{classes} {dtype} {kind} {hard}", plan, generation, spills=4)
     for dtype in (torch.bfloat16, torch.float32):
         gradient, out = tensor(classes, 512, dtype=dtype), tensor(classes, 512, dtype=torch.bfloat16)
         plan = head_kernels_triton.plan_scale(gradient, tensor(), out, dtype is torch.bfloat16)

@@ -14,7 +14,8 @@ from fastlm.ops.tensors import accumulator
 BLOCK_BYTES = 104 << 20
 OWN_BYTES = 16 << 20  # where the products are ours, which lose little by fewer rows: benchmarks/LOG.md 2026-11-25
 MIN_ROWS = 256
-GPU_ROWS = 2048
+# On a GPU: half of the rows, from 2048 up to 4096, which take 8 % less time: benchmarks/LOG.md 2026-11-26.
+GPU_ROWS = 2048, 4096
 # On a GPU rows begin at multiples of ROW numbers, and classes are multiplied by multiples of EVEN: where a size or a
 # stride of 16 bits is no multiple of 16 bytes, products take many times as long.
 ROW, EVEN = 64, 8
@@ -61,7 +62,8 @@ def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, g
     if dtype is torch.bfloat16 and grows and rows * row_bytes <= SUM_BYTES * weight.numel():
         most = rows  # one block is no larger than the sum it spares
     elif x.is_cuda:
-        most = GPU_ROWS
+        least, most = GPU_ROWS
+        most = max(least, min(rows // 2, most // copies))
     elif dtype.itemsize > 2:
         most = max(MIN_ROWS, min(BLOCK_BYTES, OWN_BYTES if ours else BLOCK_BYTES) // max(row_bytes, 1))
     else:

@@ -1,9 +1,9 @@
 """quantized_linear in Triton: few rows by kernels that widen the weight in registers, many by the library's products.
 
 Up to 16 rows a program takes a block of outputs. Its inputs are in slices, each of them multiplied by a warp's tensor
-cores, and the slices' sums are added at the end: so the weight arrives by many copies at once. A single row in float32
-goes without tensor cores. For more rows the weight is widened once, or the rows rounded to 8 bits, and torch
-multiplies.
+cores, and the slices' sums are added at the end: so the weight arrives by many copies at once. A single row goes
+without tensor cores where it was faster. For more rows the weight is widened once, or the rows rounded to 8 bits, and
+torch multiplies. Tiles are those that an H200 was fastest with: benchmarks/LOG.md 2026-11-26.
 """
 
 import torch
@@ -22,7 +22,6 @@ ACCEPTS = {f"{mode} {name}" for mode in MODES for name in ("one row", "odd sizes
 ACCEPTS |= {"groups of 32", "groups of 128"}
 
 MOST_ROWS = 16  # of what reads the weight as it is: the widest tile that a warp gives the rows
-BY_WORDS = (torch.float32,)  # dtypes in which a row alone goes without tensor cores
 
 
 def _pairs(bits, top, number):
@@ -86,9 +85,17 @@ def forward(tensors, needs, mode, group_size):
 
 
 def in_words(x, weight):
-    """View a weight that goes without tensor cores as int32."""
-    by_words = x.shape[0] == 1 and x.dtype in BY_WORDS and x.shape[1] % 8 == 0 and weight.storage_offset() % 4 == 0
-    return weight.view(torch.int32) if by_words else weight
+    """View a weight that goes without tensor cores as int32: that of one row in floating point, unless 8 bits have many
+    outputs."""
+    alone = x.shape[0] == 1 and x.dtype is not torch.int8
+    faster = x.dtype is torch.float32 or weight.dtype is torch.uint8 or not _many(x, weight)
+    possible = x.shape[1] % 8 == 0 and weight.storage_offset() % 4 == 0
+    return weight.view(torch.int32) if alone and faster and possible else weight
+
+
+def _many(x, weight):
+    """Return whether each multiprocessor has many outputs."""
+    return weight.shape[0] >= 64 * multiprocessors(x.device)
 
 
 def plan_round(x, values, row_scale):
@@ -102,33 +109,38 @@ def plan_round(x, values, row_scale):
 def plan(x, weight, scale, row_scale, bias, y, mode, group_size):
     """Return (kernel, grid, arguments); `row_scale` `[M, 1]` and an int8 x are for "int8_dynamic", see `in_words`."""
     (rows, inputs), (outputs, columns) = x.shape, weight.shape
-    int4, group_bytes = mode == "int4", group_size // 2
+    int4, group_bytes, many = mode == "int4", group_size // 2, _many(x, weight)
     arguments = dict(x=x, weight=weight, scale=scale, row_scale=row_scale, bias=bias, y=y, rows=rows, outputs=outputs,
                      groups=scale.shape[1] if int4 else 1, INT4=int4)
     if weight.dtype is torch.int32:
         return row_kernel, (rows * triton.cdiv(outputs, 8),), arguments | dict(
             eights=inputs // 8, magic=0x4B000000, COLS=8, GROUP=group_size // 8,
-            WORDS=max(min(triton.next_power_of_2(columns), 1024), group_size // 8), num_warps=4)
+            WORDS=max(min(triton.next_power_of_2(columns), 1024), group_size // 8),
+            num_warps=4 if many or x.dtype is torch.float32 else 8)
     packed = not INTERPRETED and x.dtype in BYTES
-    tile = _tile(x, outputs, int4, group_bytes)
+    tile = _tile(x, many, int4, group_bytes)
     return slices_kernel, (triton.cdiv(outputs, tile["COLS"]),), arguments | tile | dict(
         inputs=inputs, row_bytes=columns, ROWS=8 if rows <= 8 else 16, GROUP_BYTES=group_bytes,
         GROUPS=max(tile["SPAN"] // group_bytes, 1) if int4 else 1, LOW=LOW[x.dtype] if packed else None,
         HIGH=HIGH[x.dtype] if packed else None, BYTES=BYTES[x.dtype] if packed else None)
 
 
-def _tile(x, outputs, int4, group_bytes):
+def _tile(x, many, int4, group_bytes):
     """Choose how many outputs a program has, and in how many slices of SPAN bytes of weight its inputs go at a time.
 
     For "int4" these are one group, or two where one is too short for a tensor core's operand.
     """
     if x.dtype is torch.float32:
-        return dict(COLS=32, SLICES=4, SPAN=min(max(group_bytes, 16), 32) if int4 else 32, num_warps=4, num_stages=3)
-    cols = 32 if outputs >= 64 * multiprocessors(x.device) else 16
-    span = max(group_bytes, 32) if int4 else 64
-    # Two programs share a multiprocessor's memory: x takes more of it for more rows, and for two groups of a slice.
-    once = 512 if len(x) <= 8 and not (int4 and span > group_bytes) else 256
-    return dict(COLS=cols, SLICES=once // span, SPAN=span, num_warps=4, num_stages=4)
+        span = min(group_bytes, 32) if int4 else 32
+        cols, once, stages = 32, 4 * span, 3
+    elif int4:
+        span = max(group_bytes, 32)
+        cols, once, stages = 32 if many else 16, 256 if many or span > group_bytes else 512, 3
+    elif x.dtype is torch.int8 or len(x) > 8:
+        cols, once, span, stages = 32, 256, 64, 4 if many else 6
+    else:
+        cols, once, span, stages = 16, 512, 128, 4
+    return dict(COLS=cols, SLICES=once // span, SPAN=span, num_warps=4, num_stages=stages)
 
 
 def plan_widen(weight, scale, wide, mode, group_size):
@@ -206,15 +218,15 @@ def row_kernel(x, weight, scale, row_scale, bias, y, rows, eights, outputs, grou
             a1, a5 = tl.split(a15)
             a2, a6 = tl.split(a26)
             a3, a7 = tl.split(a37)
-            high = w >> 20
+            high = w >> 16
             part = _field(w, magic, 0, 4) * a0[None, :]
             part += _field(w, magic, 4, 4) * (a1 / 16)[None, :]
             part += _field(w, magic, 8, 4) * (a2 / 256)[None, :]
             part += _field(w, magic, 12, 4) * (a3 / 4096)[None, :]
             part += _field(w, magic, 16, 4) * (a4 / 65536)[None, :]
-            part += _field(high, magic, 0, 4) * a5[None, :]
-            part += _field(high, magic, 4, 4) * (a6 / 16)[None, :]
-            part += _field(high, magic, 8, 4) * (a7 / 256)[None, :]
+            part += _field(high, magic, 4, 4) * (a5 / 16)[None, :]
+            part += _field(high, magic, 8, 4) * (a6 / 256)[None, :]
+            part += _field(high, magic, 12, 4) * (a7 / 4096)[None, :]
             group = start // GROUP + tl.arange(0, WORDS // GROUP)
             s = tl.load(scale + col[:, None] * groups + group[None, :],
                         (group < groups)[None, :] & (col < outputs)[:, None], 0.0)

@@ -23,8 +23,9 @@ def test_on_a_gpu_products_of_16_bits_have_sizes_that_tensor_cores_like(classes,
 
 @pytest.mark.parametrize(("shape", "classes", "dtype", "copies", "rows"), [
     ((8192, 4096), 128256, torch.bfloat16, 1, 8192),  # the logits are no larger than the sum that they spare
-    ((8193, 4096), 128256, torch.bfloat16, 1, 1639),
-    ((8192, 4096), 128256, torch.float16, 1, 2048), ((1024, 512), 50257, torch.bfloat16, 2, 1024)])
+    ((8193, 4096), 128256, torch.bfloat16, 1, 2731), ((8192, 1024), 50257, torch.bfloat16, 1, 4096),
+    ((6000, 1024), 50257, torch.bfloat16, 1, 3000), ((4096, 1024), 50257, torch.float16, 1, 2048),
+    ((1024, 512), 50257, torch.bfloat16, 2, 1024), ((8192, 512), 50257, torch.bfloat16, 2, 2048)])
 def test_rows_of_a_block_on_a_gpu(shape, classes, dtype, copies, rows):
     x = SimpleNamespace(shape=shape, is_cuda=True)
     weight = torch.empty(classes, shape[1], dtype=dtype, device="meta")
