@@ -335,8 +335,8 @@ def _block(dim):
 
 # (M, N, warps, stages) and, where given, the most registers of a thread, for heads up to 64, 128 and 256 wide: for
 # 16-bit types on a generation of GPUs or a later one, and for float32; with a mask, dropout, documents or a narrow
-# window, a cap, or ALiBi others, where named. Those of 16 bits for Hopper, up to 128 wide, are the fastest of a sweep on an
-# H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
+# window, a cap, or ALiBi others, where named. Those of 16 bits for Hopper, up to 128 wide, are the fastest of a sweep
+# on an H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
 TILES = {
     90: {
         "forward": ((64, 64, 4, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
@@ -391,7 +391,7 @@ def _tiles(kind, call):
     if kind == "forward" and call.longest[0] * call.group <= 16:
         kind = "few queries"
     M, N, warps, stages, *registers = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
-    ahead = kind == "queries" and feature == "narrow" and window and wide > 64 and table is TILES[90]
+    ahead = kind == "queries" and feature == "narrow" and window and 64 < wide <= 128 and table is TILES[90]
     found = {"M": M, "N": N, "CUT_STAGES": 2 if ahead else 1, "num_warps": warps, "num_stages": stages}
     return found | ({"maxnreg": registers[0]} if registers and not call.options.softcap else {})  # a cap would spill
 
