@@ -97,8 +97,8 @@ def product(a, b, acc, use_acc=True, is_async=False):
 
 
 def assembly(code, constraints, args, dtype, is_pure, pack):
-    if "mul.lo" in code:
-        mixed = args[0].long() * 0x9E3779B9 & 0xFFFFFFFF
+    if "xor" in code:
+        mixed = args[0].long() & 0xFFFFFFFF
         return (mixed ^ mixed >> 15).int()
     if "selp" in code:
         return torch.where(args[0] > args[1], args[2], 0.0)
@@ -170,7 +170,8 @@ def kernel(here, programs, failures):
                                store_wait=ignore),
         "warpgroup_mma": product, "warpgroup_mma_wait": lambda count, deps: deps if len(deps) > 1 else deps[0],
         "fence_async_shared": ignore, "LN_2": 0.6931471805599453,
-        "LOG2_E": 1.4426950408889634, "MINUS_INFINITY": float("-inf")}
+        "LOG2_E": 1.4426950408889634, "MINUS_INFINITY": float("-inf"),
+        "MIX": 0x9E3779B9 - (1 << 32)}
     from fastlm.ops import attention_hopper_kernels_triton as source
 
     text = inspect.getsource(source)

@@ -307,8 +307,13 @@ def hopper_cases(generation):
     for dim, dtype, given in itertools.product((64, 128), (torch.bfloat16, torch.float16), windows):
         q, k = (tensor(2, heads, 2048, dim, dtype=dtype) for heads in (16, 4))
         call = attention_launch_triton.Call(q, k, k, *[None] * 7, Options(scale=0.1, **given))
-        plan = attention_hopper_launch_triton.plan(call, q, tensor(*q.shape[:3]))
-        yield Case(f"Hopper D={dim} {dtype} {given}", plan, generation, spills=16, deep=dtype is torch.float16)
+        alibi = call._replace(slopes=tensor(1, 16))
+        dropout = call._replace(draws=tensor(2, 16, 2048, dtype=torch.int64),
+                                options=call.options._replace(dropout_p=0.1))
+        for label, call in (("", call), ("alibi ", alibi), ("dropout ", dropout)):  # noqa: B020
+            plan = attention_hopper_launch_triton.plan(call, q, tensor(*q.shape[:3]))
+            yield Case(f"Hopper D={dim} {dtype} {label}{given}", plan, generation,
+                       112 if label and "left" in given else 16, dtype is torch.float16 or bool(label and given))
 
 
 def decoding(generation, deep):

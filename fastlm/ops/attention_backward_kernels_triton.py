@@ -155,9 +155,11 @@ def _slopes(query, dout, sums, delta, mask, r, queries, keys, j, band, scoring, 
     s, bend = scores(s, mask, None, i, head, j[None, :], queries, keys, band, scoring, CUT)
     p = weights_of(s, sums[:, None], scoring)
     dp = dot(dout, value.T, None, scoring.EXACT)
-    if queries.draws is not None:
-        dp = drop(dp, 0.0, i, head, j[None, :], queries, band, scoring, not WHOLE)
-    return p * (dp - delta[:, None]), bend, key
+    if queries.draws is None:
+        ds = p * (dp - delta[:, None])
+    else:
+        ds = drop(p, 0.0, i, head, j[None, :], queries, band, scoring, not WHOLE) * dp - p * delta[:, None]
+    return ds, bend, key
 
 
 @triton.jit

@@ -50,6 +50,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 MINUS_INFINITY = gl.constexpr(float("-inf"))
+MIX = gl.constexpr(0x9E3779B9 - (1 << 32))  # as a signed number of 32 bits
 
 
 class Tensors(NamedTuple):
@@ -231,10 +232,9 @@ def biased(s, row, column, rows, sizes, N: gl.constexpr):
 def dropped(e, column, rows, features, N: gl.constexpr):
     """Return the weights that dropout keeps, else 0: see `drop` of attention_score_kernels_triton.py."""
     if rows.times is not None:
-        k = column + gl.arange(0, N, gl.SliceLayout(0, e.type.layout))
-        k = gl.inline_asm_elementwise(  # or LLVM would keep the products of all columns in registers
-            "{.reg .b32 m, h; mul.lo.u32 m, $1, 0x9E3779B9; shr.u32 h, m, 15; xor.b32 $0, m, h;}", "=r,r", [k],
-            gl.int32, True, 1)
+        k = column * MIX + gl.arange(0, N, gl.SliceLayout(0, e.type.layout)) * MIX
+        k = gl.inline_asm_elementwise("{.reg .b32 h; shr.u32 h, $1, 15; xor.b32 $0, $1, h;}", "=r,r", [k], gl.int32,
+                                      True, 1)
         number = rows.plus[:, None] + rows.times[:, None] * k[None, :]
         e = gl.inline_asm_elementwise(
             "{.reg .pred above; setp.gt.s32 above, $1, $2; selp.f32 $0, $3, 0f00000000, above;}", "=f,r,r,f",

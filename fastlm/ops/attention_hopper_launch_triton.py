@@ -15,7 +15,7 @@ KNOWN = triton.__version__.startswith("3.6.")
 LEAST = 128  # fewer queries or keys leave most of a tile empty
 ROWS = 64  # of a warp group
 COLUMNS = 128  # keys in a block
-NARROW = 1024  # a window of fewer keys is the plain kernel's
+NARROW = {64: 1024, 128: 256}  # head size -> a window of fewer keys is the plain kernel's
 # Head size -> warp groups, stages of the rings, registers of a thread: the fastest of a few on an H200. Dropout needs
 # more registers than three groups leave each other.
 TILES = {64: (3, 3, 160), 128: (2, 2, 240)}
@@ -31,10 +31,10 @@ def takes(call) -> bool:
             and all([x.data_ptr() % 16 == 0 for x in tensors]))
 
 
-def narrow(options: Options) -> bool:
-    """Tell whether a window leaves a tile of queries few blocks of keys: then most are cut, and tiles too large."""
+def narrow(options: Options, keys: int) -> bool:
+    """Tell whether a window is of fewer keys: then most tiles are cut, and large ones waste much."""
     right = 0 if options.is_causal else options.right
-    return options.left >= 0 and right >= 0 and options.left + right < NARROW
+    return options.left >= 0 and right >= 0 and options.left + right < keys
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:

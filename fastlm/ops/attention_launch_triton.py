@@ -84,7 +84,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         lse.fill_(-torch.inf)
     if not out.numel():
         return
-    if hopper.takes(call) and not hopper.narrow(call.options):
+    if hopper.takes(call) and not hopper.narrow(call.options, hopper.NARROW[call.query.size(3)]):
         return launch(hopper.plan, call, out, lse)
     launch(plan_forward, call, out, lse, lse, 1, _ranges_of_queries(call, "forward"))
 
@@ -334,9 +334,9 @@ def _block(dim):
 # --- sizes of tiles --------------------------------------------------------------------------------------------
 
 # (M, N, warps, stages) and, where given, the most registers of a thread, for heads up to 64, 128 and 256 wide: for
-# 16-bit types on a generation of GPUs or a later one, and for float32; with a mask, with dropout, or with documents or
-# a narrow window others, where named. Those of 16 bits for Hopper, up to 128 wide, are the fastest of a sweep on an
-# H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
+# 16-bit types on a generation of GPUs or a later one, and for float32; with a mask, dropout, documents or a narrow
+# window, a cap, or ALiBi others, where named. Those of 16 bits for Hopper, up to 128 wide, are the fastest of a sweep
+# on an H200, or within 7% of it; the others are not timed, but fit registers and shared memory.
 TILES = {
     90: {
         "forward": ((64, 64, 4, 3), (128, 128, 8, 3), (64, 32, 8, 2)),
@@ -345,8 +345,11 @@ TILES = {
         "narrow forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2)),
         "keys": ((64, 64, 4, 3, 168), (64, 64, 4, 2), (64, 32, 8, 1)),
         "masked keys": ((64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 8, 1)),
-        "queries": ((64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 1)),
+        "queries": ((128, 64, 8, 3, 128), (64, 64, 4, 2), (32, 32, 8, 1)),
         "masked queries": ((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
+        "capped queries": ((64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 1)),
+        "alibi queries": ((128, 64, 8, 3, 128), (128, 64, 8, 3), (32, 32, 8, 1)),
+        "narrow queries": ((64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 1)),
         "dropout queries": ((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
         "mask": ((64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
         "few queries": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
@@ -380,12 +383,16 @@ def _tiles(kind, call):
     table = TILES["float32"]
     if call.query.element_size() == 2:
         table = TILES[90 if generation(call.query.device) >= 90 else 80]
-    narrow = call.query_ids is not None or hopper.narrow(call.options)
-    feature = "masked" if call.mask is not None else "dropout" if call.draws is not None else "narrow" if narrow else ""
+    window = hopper.narrow(call.options, 1024)
+    features = {"masked": call.mask is not None, "dropout": call.draws is not None,
+                "narrow": window or call.query_ids is not None, "capped": call.options.softcap,
+                "alibi": call.slopes is not None}
+    feature = next((name for name, there in features.items() if there), "")
     if kind == "forward" and call.longest[0] * call.group <= 16:
         kind = "few queries"
     M, N, warps, stages, *registers = table.get(f"{feature} {kind}", table[kind])[(wide > 64) + (wide > 128)]
-    found = {"M": M, "N": N, "CUT_STAGES": 1, "num_warps": warps, "num_stages": stages}
+    ahead = kind == "queries" and feature == "narrow" and window and 64 < wide <= 128 and table is TILES[90]
+    found = {"M": M, "N": N, "CUT_STAGES": 2 if ahead else 1, "num_warps": warps, "num_stages": stages}
     return found | ({"maxnreg": registers[0]} if registers and not call.options.softcap else {})  # a cap would spill
 
 

@@ -1,6 +1,7 @@
 """Attention in Triton: every feature, forward and backward; attention_kernels_triton.py is how.
 
-Plain attention forward has a kernel of its own on Hopper, attention_hopper_kernels_triton.py.
+On Hopper attention forward has a kernel of its own, for 16-bit types, head sizes 64 and 128, and no features but
+causality, windows, ALiBi and dropout: attention_hopper_kernels_triton.py.
 """
 
 import torch

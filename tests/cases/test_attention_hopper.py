@@ -87,7 +87,7 @@ def kind(name):
 def drawn(device, poisoned, monkeypatch):
     """Draw arguments that the kernel for Hopper takes, or skip."""
     monkeypatch.setattr(launch, "_splits", lambda call: 1)  # the plain kernel would have more of so few queries
-    monkeypatch.setattr(hopper, "narrow", lambda options: False)
+    monkeypatch.setattr(hopper, "narrow", lambda *args: False)
 
     def draw(name, dim, seed=0):
         torch.manual_seed(seed)
@@ -209,6 +209,7 @@ def test_forward_hands_over_what_it_takes(on_hopper, monkeypatch):
     seen = []
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch, "launch", lambda plan, *args: seen.append(plan))
-    for args in (meta(), meta(dim=80)):
+    narrow = [meta(dim=dim, left=left, right=0) for dim, left in ((128, 256), (128, 255), (64, 1024), (64, 256))]
+    for args in (meta(), meta(dim=80), *narrow):
         launch.forward(call_of(args), torch.empty_like(args[0]), torch.empty(args[0].shape[:3], device="meta"))
-    assert seen == [hopper.plan, launch.plan_forward]
+    assert seen == [hopper.plan, launch.plan_forward] * 3
