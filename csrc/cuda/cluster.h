@@ -1,13 +1,13 @@
 // Teams of a cluster whose weights stay in registers: 16 bits, at most 512 units, no more than one barrier a step.
 //
-// A block owns 32 units, its warp w the units 4w to 4w + 3. Numbers go straight into the shared memory of the block that
-// needs them, with a barrier there that counts their bytes: a step costs one way through the cluster, and nobody waits
-// but for what it needs. Two slots are enough, as in Cluster: who sends step s + 2 has received s + 1 of all warps that
-// read its receiver's slot s. A warp that sent nothing would not be waited for, and find the barrier two phases on, as if
-// its own had not ended.
+// A block owns 32 units, its warp w the units 4w to 4w + 3. Numbers go straight into the shared memory of the block
+// that needs them, with a barrier there that counts their bytes: a step costs one way through the cluster, and nobody
+// waits but for what it needs. Two slots are enough: who sends step s + 2 has received s + 1 of all warps that read its
+// receiver's slot s. A warp that sent nothing would not be waited for, and find the barrier two phases on, as if its
+// own had not ended.
 //
 // Forward (Gather), all blocks receive h of all units. A warp's four units with their gates are the 16 rows of one
-// product over the whole depth, so that the gates of a pair come out in two lanes and the block needs no barrier at all.
+// product over the whole depth, so that the gates of a pair come out in two lanes and the block needs no barrier.
 // Backward (Scatter), a block multiplies the gradients of its own gates, which its warps share in shared memory, with
 // the weights from all units to them, and sends each owner its part of dh: half the bytes of all gates' gradients.
 //
@@ -26,7 +26,7 @@ FASTLM_INLINE constexpr int operand_place(int quarter, int sequence) {
 
 // A block of the cluster that takes group `group` of direction `direction`.
 template <class T_, int m_, int n_>
-struct Resident {
+struct Cluster {
   using T = T_;
   static constexpr bool kCluster = true;
   template <class A>
@@ -36,7 +36,7 @@ struct Resident {
   char* shared;
   uint32_t w[m_][4];  // of the products, in the order of the instruction's operand
 
-  __device__ Resident(const Task& task, uint4* shared)
+  __device__ Cluster(const Task& task, uint4* shared)
       : task(task),
         gates(gates_of(task.cell)),
         direction(int(blockIdx.x) / task.plan.slices / task.plan.teams),
@@ -82,8 +82,8 @@ struct Resident {
 };
 
 template <class T, int m, int n>
-struct Gather : Resident<T, m, n> {
-  using Base = Resident<T, m, n>;
+struct Gather : Cluster<T, m, n> {
+  using Base = Cluster<T, m, n>;
   static constexpr int kSlot = n * m * 256;  // bytes
   int all, bytes;                            // steps; of one, that a block receives
   uint32_t mine[n] = {};                     // h that is next to be sent
@@ -114,7 +114,7 @@ struct Gather : Resident<T, m, n> {
       const uint32_t low = row & 2 ? other : two, high = row & 2 ? two : other;
       const uint32_t its_low = swap_lanes(low, 16), its_high = swap_lanes(high, 16);
       const uint4 x = row & 4 ? uint4{its_low, its_high, low, high} : uint4{low, high, its_low, its_high};
-      if (!this->sends(quarter, p)) continue;  // every warp sends, also of units that there are not: see Resident
+      if (!this->sends(quarter, p)) continue;  // every warp sends, also of units that there are not: see above
       const int place = kBarriers + s % 2 * kSlot + (p * m + operand / 4) * 256;
       const int in_operand = operand % 4 * 64 + (quarter ^ (operand & 2)) * kLoad;
       for (int peer = row; peer < this->task.plan.slices; peer += 8)
@@ -130,7 +130,7 @@ struct Gather : Resident<T, m, n> {
   __device__ void multiply(int s, int, int, const Meanwhile& meanwhile) {
     meanwhile();
     this->receive(s, bytes);
-    constexpr int kChains = 4 / n;  // products that do not wait for each other
+    constexpr int kChains = (kWide ? 4 : 2) / n;  // products that do not wait for each other
     float c[n][kChains][4] = {};
     const char* from = this->shared + kBarriers + s % 2 * kSlot + operand_place(this->quarter, this->row);
 #pragma unroll
@@ -161,15 +161,15 @@ struct Gather : Resident<T, m, n> {
 };
 
 template <class T, int m, int n>
-struct Scatter : Resident<T, m, n> {
-  using Base = Resident<T, m, n>;
+struct Scatter : Cluster<T, m, n> {
+  using Base = Cluster<T, m, n>;
   static constexpr int kTargets = m / kWarps;  // of 16 units each, for which a warp multiplies
   int slot, bytes, now = 0;                    // bytes of one, and that a block receives; what is read
   uint32_t mine[n][2] = {};                    // gradients of a pair's gates
 
   __device__ Scatter(const Task& task, int, uint4* shared)
       : Base(task, shared),
-        slot(resident_slot(true, m, n, task.plan.slices)),
+        slot(cluster_slot(true, m, n, task.plan.slices)),
         bytes(task.plan.slices * 2 * 8 * this->sent_pairs() * kLoad) {
     this->begin(bytes);
   }
@@ -290,7 +290,8 @@ __device__ void load_weights(const Backward& a, Scatter<T, m, n>& team) {
       for (int gate = 0; gate < 4; ++gate) {
         const bool wanted = gate < team.gates && unit < H && left > 0;
         const T* from = w_hh + (int64_t(gate) * H + unit) * H + H - left;
-        x[gate] = !whole ? two_of(from, wanted, wanted && left > 1) : wanted ? *reinterpret_cast<const uint32_t*>(from) : 0;
+        const bool second = wanted && left > 1;
+        x[gate] = !whole ? two_of(from, wanted, second) : wanted ? *reinterpret_cast<const uint32_t*>(from) : 0;
       }
       uint32_t(&w)[4] = team.w[i * kWarps + k];
 #pragma unroll
