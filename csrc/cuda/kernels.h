@@ -51,10 +51,9 @@ void take_grid(const Plan& plan, Kernels& found) {
   if constexpr (tiles_exist(P::kTensorCore, true, m, n)) found.backward = kernel<Team<P, false>, Backward>;
 }
 
-template <class T, int m, int n>
+template <class T, int m>
 void take_cluster(const Plan& plan, Kernels& found) {
-  if (plan.m_tiles != m || plan.n_tiles != n) return;
-  found = {kernel<Gather<T, m, n>, Forward>, kernel<Scatter<T, m, n>, Backward>};
+  if (plan.m_tiles == m) found = {kernel<Gather<T, m>, Forward>, kernel<Scatter<T, m>, Backward>};
 }
 
 template <class T, int m, int n>
@@ -74,9 +73,8 @@ Kernels choose(const Plan& plan) {
   if (plan.exchange == Exchange::grid) choose_grid<Product, T>(plan, found, std::make_integer_sequence<int, 9>());
   if constexpr (sizeof(T) == 2) {
     if (plan.exchange == Exchange::cluster) {
-      take_cluster<T, 16, 1>(plan, found);
-      take_cluster<T, 16, 2>(plan, found);
-      take_cluster<T, 32, 1>(plan, found);
+      take_cluster<T, 16>(plan, found);
+      take_cluster<T, 32>(plan, found);
     }
     if (plan.exchange == Exchange::plane) {
       take_plane<T, kPlaneTiles[0], 1>(plan, found);

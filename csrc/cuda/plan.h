@@ -144,34 +144,30 @@ constexpr Plan plan_grid(const Layer& l, bool backward, const Chip& chip, int m_
 // What a block of cluster.h keeps in shared memory: two barriers and what it is sent of two steps, backward its own
 // gates of two steps besides.
 constexpr int kBarriers = 128;  // bytes, in front
-FASTLM_INLINE constexpr int cluster_slot(bool backward, int m_tiles, int n_tiles, int slices) {
-  return n_tiles * (backward ? slices * 2 * 32 * kLoad : m_tiles * 256);
+FASTLM_INLINE constexpr int cluster_slot(bool backward, int m_tiles, int slices) {
+  return backward ? slices * 2 * 32 * kLoad : m_tiles * 256;
 }
 constexpr int kOwnGates = kWarps * 256;  // bytes of a step and 8 sequences
 
 // Clocks of a step in clusters, by which the same H200 has them cheaper than a grid where they were faster.
 constexpr double cluster_clocks(const Layer& l, bool backward, const Plan& p) {
-  const double received = std::min(8.0 * p.n_tiles, double(l.batch)) * (backward ? p.slices * 128 : l.hidden * 2);
-  return (backward ? 1500 : 1250) + received / 7.5 + 25 * p.m_tiles * p.n_tiles;
+  const double received = std::min(8, l.batch) * (backward ? p.slices * 128 : l.hidden * 2);
+  return (backward ? 1500 : 1250) + received / 7.5 + 25 * p.m_tiles;
 }
 
-// Two tiles of sequences beside 128 registers of weights would spill.
-constexpr bool cluster_exists(int m_tiles, int n_tiles) { return m_tiles * n_tiles <= 32; }
-
 // The plan of clusters; its `blocks` is 0 where it does not fit.
-constexpr Plan plan_cluster(const Layer& l, bool backward, const Chip& chip, int n_tiles) {
+constexpr Plan plan_cluster(const Layer& l, bool backward, const Chip& chip) {
   Plan p{};
   p.exchange = Exchange::cluster;
   p.m_tiles = l.hidden <= 256 ? 16 : 32;
-  p.n_tiles = n_tiles;
+  p.n_tiles = 1;
   p.units = kSpan;
   p.slices = p.ranks = divide_up(l.hidden, p.units);
-  p.groups = p.teams = divide_up(l.batch, 8 * n_tiles);
+  p.groups = p.teams = divide_up(l.batch, 8);
   p.depth = p.row = 16 * p.m_tiles;
-  const int shared = kBarriers + 2 * cluster_slot(backward, p.m_tiles, n_tiles, p.slices) +
-                     (backward ? 2 * n_tiles * kOwnGates : 0);
+  const int shared = kBarriers + 2 * cluster_slot(backward, p.m_tiles, p.slices) + (backward ? 2 * kOwnGates : 0);
   if (gates_of(l.cell) == 1 || size_of(l.number) != 2 || l.hidden > 512 || p.slices > chip.cluster ||
-      shared > chip.shared || !cluster_exists(p.m_tiles, n_tiles))
+      shared > chip.shared)
     return p;
   p.turns = divide_up(l.directions * p.groups, std::max(1, chip.multiprocessors / kTogether) * (kTogether / p.slices));
   p.blocks = l.directions * p.teams * p.slices;
@@ -224,15 +220,14 @@ constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
                        (l.exchange == Exchange::plane && !backward && p.exchange == Exchange::grid);
     if (asked && p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
   };
-  for (const int n_tiles : kTiles) {
-    for (const int m_tiles : kTiles)
+  for (const int m_tiles : kTiles)
+    for (const int n_tiles : kTiles)
       if (tiles_exist(by_tensor_core(l.number), backward, m_tiles, n_tiles))
         take(plan_grid(l, backward, chip, m_tiles, n_tiles));
-    if (n_tiles == kTiles[2]) continue;
-    take(plan_cluster(l, backward, chip, n_tiles));
-    for (const int m_tiles : kPlaneTiles)
+  take(plan_cluster(l, backward, chip));
+  for (const int m_tiles : kPlaneTiles)
+    for (const int n_tiles : {1, 2})
       if (backward) take(plan_plane(l, chip, m_tiles, n_tiles));
-  }
   return best;
 }
 

@@ -55,7 +55,7 @@ WIDE = {
             "T3 B33 H7": (dict(steps=3, batch=33, hidden=7), HOPPER[1])},
 }
 FEW = {name: SIZES[name] for name in ("T2 B17 H33",)}
-# 256 units and more, one tile of sequences and two, the last of which is not full, two turns.
+# 256 units and more, groups that are not full, two turns.
 CLUSTERS = {name: SIZES[name] for name in
             ("T1 B1 H1", "T7 B3 H7 both ways", "T2 B17 H33", "T3 B33 H70", "tall packed")} | {
     "T5 B3 H256": (dict(steps=5, batch=3, hidden=256), HOPPER[132]),
