@@ -240,9 +240,9 @@ def losses(cell, data, batch_sizes, hx, params, has_biases, num_layers, dropout,
     # What torch asks of cuDNN's own persistent kernel (ATen, cudnn/RNN.cpp).
     persists = cell == "lstm" and dtype is torch.float16 and num_layers == 1 and (
         batch_sizes is None and hidden % 128 == 0 and data.shape[-1] % 128 == 0 and batch % 8 == 0)
-    slower = hidden <= 512 or (hidden <= 768 and batch <= 16) or batch >= 64
-    return None if slower or not persists else (
-        "cuDNN's persistent kernel: faster, or not measured to be slower, between 8 and 63 sequences of so many units")
+    if persists and batch < 64 and (hidden > 768 or (hidden > 512 and batch > 16)):
+        return "cuDNN's persistent kernel was not measured to be slower than ours"
+    return None
 
 
 @functools.cache
