@@ -13,7 +13,7 @@ import torch
 from fastlm import measure
 from fastlm.tools.suites import Case, Goal, Subject, first, module_errors, module_subject, pair
 
-MORE = (dict(num_layers=2), dict(bidirectional=True))  # whose rows have no goals
+MORE = {"2 layers": dict(num_layers=2), "both directions": dict(bidirectional=True)}  # whose rows have no goals
 STEPS, CHECKED = 512, 64  # of which so many are compared with float64, where cuDNN is slow
 HIDDEN, BATCH = (256, 512, 650, 768, 1024), (1, 16, 64)
 FLASHRNN = (1024, 16, 768)  # steps, sequences, hidden units of the figure in FlashRNN's paper
@@ -27,18 +27,16 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
     wanted = dtypes or (torch.bfloat16, torch.float16)
     for dtype, cell, hidden, batch in itertools.product(wanted, GATES, HIDDEN, BATCH):
         yield _case(cell, dtype, device, STEPS, batch, hidden)
-    for dtype, cell, hidden, options in itertools.product(wanted, GATES, (256, 768), MORE):
-        yield _case(cell, dtype, device, STEPS, 16, hidden, options=options)
+    for dtype, cell, hidden, more in itertools.product(wanted, GATES, (256, 768), MORE):
+        yield _case(cell, dtype, device, STEPS, 16, hidden, more=more)
     if torch.bfloat16 in wanted and importlib.util.find_spec("flashrnn"):
         yield _case("LSTM", torch.bfloat16, device, *FLASHRNN, against="FlashRNN")
 
 
-def _case(cell, dtype, device, steps, batch, hidden, against="", options=None):
-    options = options or {}
-    goals = {} if options else {mode: _goal(cell, dtype, mode, batch, hidden, against) for mode in MODES}
-    case = f"T{steps} B{batch} H{hidden}" + "".join(f" {name} {value}" for name, value in options.items())
-    case += f" against {against}" if against else ""
-    build = functools.partial(_layer, cell, dtype, device, steps, batch, hidden, against, options)
+def _case(cell, dtype, device, steps, batch, hidden, against="", more=""):
+    goals = {} if more else {mode: _goal(cell, dtype, mode, batch, hidden, against) for mode in MODES}
+    case = f"T{steps} B{batch} H{hidden}" + (f" {more}" if more else f" against {against}" if against else "")
+    build = functools.partial(_layer, cell, dtype, device, steps, batch, hidden, against, MORE.get(more, {}))
     return Case("rnn-cuda", cell, case, dtype, build, MODES, goals, ("native",))
 
 
