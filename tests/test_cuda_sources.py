@@ -31,12 +31,13 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 TARGETS = re.findall(r'"(\w+)"', re.search(r"CUDA_TARGETS = (\[.*\])", (ROOT / "setup.py").read_text()).group(1))
 FORMATS = ["float32", "float64", "tf32", "bfloat16", "float16"]
 CELLS, GATES, SIZES = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}, (4, 3, 1, 1), (4, 8, 4, 2, 2)
-CHEAPEST, GRID, CLUSTER, REGISTERS, PLANE = range(5)
-# Multiprocessors, shared memory of a block, blocks of a cluster: A100, H100 (PCIe, SXM), B200, and a slice of an H100.
-CHIPS = {"A100": (108, 163 << 10, 0), "H100 PCIe": (114, 227 << 10, 16), "H100": (132, 227 << 10, 16),
-         "B200": (148, 227 << 10, 16), "slice": (16, 227 << 10, 8)}
-KERNELS = 8 + 6 + 3 + 4  # of a format by tensor cores: forward and backward, on a grid and in a cluster
-RESIDENT = 4 + 3 + 3 + 5 + 8 + 6  # besides, of one of 16 bits: in registers, in a plane, and sparing on a grid
+CHEAPEST, GRID, CLUSTER, PLANE = range(4)
+# Multiprocessors, shared memory of a block, blocks of a cluster, clusters of a plane: A100, H100 (PCIe, SXM), B200, and
+# a slice of an H100.
+CHIPS = {"A100": (108, 163 << 10, 0, 0), "H100 PCIe": (114, 227 << 10, 16, 13), "H100": (132, 227 << 10, 16, 15),
+         "B200": (148, 227 << 10, 16, 16), "slice": (16, 227 << 10, 8, 1)}
+KERNELS = 8 + 6  # of a format by tensor cores: forward and backward on a grid
+NARROW = 8 + 2 + 2 + 4  # besides, of one of 16 bits: forward with weights in registers, in clusters, on planes
 
 
 def reports(sources, targets, folder):
@@ -67,7 +68,7 @@ def compiled(request, tmp_path_factory):
 def test_compiles_without_spills(compiled):
     kernels, _, targets, deep = compiled
     names = {name for name, *_ in kernels}
-    assert len(names) == (3 * KERNELS + 2 * RESIDENT + 2 * (3 + 3) + 2 if deep else KERNELS + RESIDENT)
+    assert len(names) == (3 * KERNELS + 2 * NARROW + 2 * (3 + 3) + 2 if deep else KERNELS + NARROW)
     assert sorted(k[:2] for k in kernels) == sorted((n, f"sm_{t}") for n in names for t in TARGETS if t in targets)
     for name, target, stack, stores, loads, registers in kernels:
         print(f"\n{target:8} {registers:4} registers  {name}", end="")
@@ -98,8 +99,12 @@ def parted(code):
                 ways.append((int(jump[1], 16), apart))
             if leaves := re.match(rf"(@!?P\d+)? ?BREAK\S* {region[1]}$", now):
                 if leaves[1]:  # threads with the predicate leave for the region around, by the next branch or past it
-                    branch = re.match(r"(\S+) BRA 0x(\w+)", code[address + 16])
-                    ways.append((address + 32 if branch[1] == leaves[1] else int(branch[2], 16), apart))
+                    at = next(a for a in itertools.count(address + 16, 16) if re.search(r"\bBRA\b|EXIT", code[a]))
+                    branch = re.match(r"(@!?P\d+) BRA\b.* 0x(\w+)", code[at])
+                    if branch and branch[1].replace("!", "") == leaves[1].replace("!", ""):
+                        ways.append((at + 16 if branch[1] == leaves[1] else int(branch[2], 16), apart))
+                    else:  # as if none left
+                        ways.append((address + 16, apart))
             elif not re.match(r"BRA 0x|EXIT", now):
                 ways.append((address + 16, apart))
     return found
@@ -189,23 +194,21 @@ def test_emulated_kernels_obey_the_error_rule(emulated):
     printed = emulated(EMULATION / "run.py")
     found = verdicts(printed)
     assert {name: verdict for name, verdict in found.items() if verdict != "ok"} == {}
-    assert len(found) == 3 * (7 + 7 + 7 + 3 + 10) + 2 + 6 + 3 + 3 * (2 + 7 + 2) + 2 * (9 + 1 + 2 + 7 + 1 + 2 + 5 + 2)
+    assert len(found) == 3 * (7 + 2 * (7 + 2) + 3 * (1 + 2) + 2) + 2 + 7 + 3 + 2 * (9 + 2 + 1 + 8 + 1 + 1)
     assert len(re.findall("^exchanged", printed, re.M)) == 3
     ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
     assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124" if m + n != "44"}, ran
     assert ran >= {("backward", "grid", m, n) for m, n in ("11", "12", "14", "21", "22", "41")}, ran
-    assert ran >= {("forward", "cluster", m, n) for m, n in ("41", "42", "81")}, ran
-    assert ran >= {("backward", "cluster", m, n) for m, n in ("11", "12", "21", "22")}, ran
-    ran = set(re.findall(r"^tiles rnn_(\w+) resident 3 (\d+) (\d)$", printed, re.M))
-    assert ran >= {("forward", m, n) for m in ("16", "32") for n in "12"}, ran
-    assert ran >= {("backward", m, n) for m, n in (("16", "1"), ("16", "2"), ("32", "1"))}, ran
+    assert ran >= {("backward", "plane", m, n) for m in "46" for n in "12"}, ran
+    ran = set(re.findall(r"^tiles rnn_(\w+) cluster 3 (\d+) 1$", printed, re.M))
+    assert ran == {(way, m) for way in ("forward", "backward") for m in ("16", "32")}
 
 
 @pytest.mark.parametrize("omitted", ["FASTLM_EMULATED_BARRIERS", "FASTLM_EMULATED_WAITS"])
 def test_emulation_notices_what_is_missing(emulated, omitted):
     """Without the barriers in a block, or without waiting for other blocks, the numbers are wrong."""
     found = verdicts(emulated(EMULATION / "run.py", "T2 B17 H33", **{omitted: "0"}))
-    assert len(found) == 3 * 10 + 2 * 3
+    assert len(found) == 3 * 7 + 2 * 2
     assert "ok" not in found.values()
 
 
@@ -227,95 +230,101 @@ def plans_of(emulated, folder, wanted):
     return json.loads(emulated(EMULATION / "plans.py", folder / "wanted.json").splitlines()[-1])
 
 
-def test_plans(emulated, tmp_path):
+def test_plans_on_a_grid(emulated, tmp_path):
     """Every unit has one owner, every sequence one team at a time, and all of it fits the chip."""
     layers = list(itertools.product(CELLS, FORMATS, (1, 3, 16, 17, 64, 500), (1, 7, 33, 256, 650, 1024, 2048), (1, 2)))
-    wanted = [((CELLS[cell], FORMATS.index(form), batch, hidden, directions, exchange), backward, chip)
-              for cell, form, batch, hidden, directions in layers for exchange in (CHEAPEST, GRID, CLUSTER)
-              for backward in (False, True) for chip in CHIPS.values()]
+    wanted = [((CELLS[cell], FORMATS.index(form), batch, hidden, directions, GRID), backward, chip)
+              for cell, form, batch, hidden, directions in layers for backward in (False, True)
+              for chip in CHIPS.values()]
     plans = plans_of(emulated, tmp_path, wanted)
     for (layer, backward, chip), plan in zip(wanted, plans, strict=True):
-        _, number, batch, hidden, directions, exchange = layer
-        multiprocessors, shared, most = chip
+        _, number, batch, hidden, directions, _ = layer
         tensor_core = FORMATS[number] not in ("float32", "float64")
         if plan is None:
-            few = exchange != CLUSTER or (tensor_core and most)
-            assert hidden > (33 if exchange == CLUSTER else 256) or chip == CHIPS["slice"] or not few, layer
+            assert hidden > 256 or chip == CHIPS["slice"], layer
             continue
-        gates, size, sequences, cluster = GATES[layer[0]], SIZES[number], 8 * plan["n_tiles"], plan["cluster"]
-        assert exchange == CHEAPEST or cluster == (exchange == CLUSTER)
+        gates, size, sequences = GATES[layer[0]], SIZES[number], 8 * plan["n_tiles"]
+        assert plan["exchange"] == GRID and plan["ranks"] == 0
         # Slice s owns units s·units ≤ u < (s + 1)·units that there are: none is left over, and none has no work.
         assert (plan["slices"] - 1) * plan["units"] < hidden <= plan["slices"] * plan["units"]
         assert plan["units"] * (1 if backward else gates) <= 16 * plan["m_tiles"]
         assert plan["units"] * sequences <= 2 * 256
         assert (plan["groups"] - 1) * sequences < batch <= plan["groups"] * sequences
-        assert plan["blocks"] == directions * plan["teams"] * plan["slices"]
-        if cluster:
-            assert plan["slices"] <= most
-            assert plan["teams"] == plan["groups"]
-        else:
-            assert 1 <= plan["teams"] <= plan["groups"]
-            assert plan["blocks"] <= multiprocessors
-        assert plan["depth"] % 32 == 0
-        assert plan["depth"] >= hidden * (gates if backward else 1)
-        assert plan["row"] >= plan["depth"]
-        assert plan["row"] * size % (128 if cluster else 64) == 64 * cluster  # sequences in a cluster in turn by banks
+        assert plan["blocks"] == directions * plan["teams"] * plan["slices"] <= chip[0]
+        assert 1 <= plan["teams"] <= plan["groups"] <= plan["teams"] * plan["turns"]
+        assert plan["depth"] == plan["row"] == -(-hidden // 32) * 32 * (gates if backward else 1)
+        assert plan["held"] == (not backward and size == 2 and hidden <= 1024)
         weights = 16 * plan["m_tiles"] * (plan["depth"] * size + (0 if tensor_core else 16))
         sums = 8 * sequences * (16 * plan["m_tiles"] + 4) * max(4, size)
-        slots = 2 * sequences * plan["row"] * size
-        assert plan["shared"] == weights + sums + cluster * slots <= shared
-        assert plan["workspace"] == (0 if cluster else directions * plan["groups"] * slots // 2)
+        assert plan["shared"] == weights + sums <= chip[1]
+        assert plan["workspace"] == directions * plan["groups"] * sequences * plan["row"] * size
 
 
-def test_plans_in_registers(emulated, tmp_path):
+def test_plans_of_clusters(emulated, tmp_path):
     """A team is one cluster of one direction and group; all that a warp multiplies with has a place."""
     layers = list(itertools.product((0, 1, 2), (2, 3, 4), (1, 8, 9, 17, 64, 500), (1, 33, 256, 257, 512, 513), (1, 2)))
-    wanted = [((*layer, REGISTERS), backward, CHIPS[chip]) for layer in layers for backward in (False, True)
+    wanted = [((*layer, CLUSTER), backward, CHIPS[chip]) for layer in layers for backward in (False, True)
               for chip in ("A100", "H100", "slice")]
     for (layer, backward, chip), plan in zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True):
         cell, number, batch, hidden, directions, _ = layer
         if plan is None:
             assert cell == 2 or SIZES[number] == 4 or hidden > 32 * min(chip[2], 16)
             continue
-        assert plan["resident"] and plan["cluster"] and plan["units"] == 32
+        assert plan["exchange"] == CLUSTER and plan["units"] == 32
         assert hidden <= plan["depth"] == 16 * plan["m_tiles"]
-        assert plan["slices"] == -(-hidden // 32) <= min(chip[2], plan["m_tiles"] // 2)
-        assert plan["teams"] == plan["groups"] == -(-batch // (8 * plan["n_tiles"]))
+        assert plan["slices"] == plan["ranks"] == -(-hidden // 32) <= min(chip[2], plan["m_tiles"] // 2)
+        assert plan["teams"] == plan["groups"] == -(-batch // 8)
         assert plan["blocks"] == directions * plan["teams"] * plan["slices"]
         assert plan["workspace"] == 0
-        received = plan["n_tiles"] * (1024 * plan["slices"] + 2048 if backward else 256 * plan["m_tiles"])
+        received = 1024 * plan["slices"] + 2048 if backward else 256 * plan["m_tiles"]
         assert 128 + 2 * received <= plan["shared"] <= chip[1] < 2 * plan["shared"]
 
 
 def test_plans_of_planes(emulated, tmp_path):
-    """Every unit has a place in a row and in a column, and clusters are no more than the chip surely holds."""
+    """Every unit has a place in a row and in a column, and clusters are no more than the chip holds."""
     layers = list(itertools.product((0, 1, 2), (2, 3, 4), (1, 8, 9, 64, 500), (1, 33, 256, 650, 768, 1024), (1, 2)))
-    wanted = [((*layer, PLANE), backward, CHIPS[chip]) for layer in layers for backward in (False, True)
-              for chip in ("A100", "H100")]
-    for (layer, backward, chip), plan in zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True):
+    wanted = [((*layer, PLANE), True, CHIPS[chip]) for layer in layers for chip in ("A100", "H100")]
+    for (layer, _, chip), plan in zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True):
         cell, number, _, hidden, directions, _ = layer
         if plan is None:
-            assert cell == 2 or SIZES[number] == 4 or not chip[2] or (directions == 2 and hidden > 512)
+            assert cell == 2 or SIZES[number] == 4 or not chip[3] or directions == 2
             continue
-        ranks, rows = plan["ranks"], 16 * plan["m_tiles"]
-        assert ranks == (8 if backward else 2) and plan["slices"] % ranks == 0
-        assert plan["units"] * plan["slices"] >= hidden > plan["units"] * (plan["slices"] - ranks)
-        assert plan["units"] * (1 if backward else 4) * ranks <= rows
-        gates = GATES[cell] if backward else 1
-        assert plan["depth"] == plan["row"] == -(-plan["slices"] // ranks * plan["units"] // 32) * 32 * gates
-        assert plan["blocks"] == directions * plan["teams"] * plan["slices"] <= chip[0]
-        assert plan["workspace"] == directions * plan["groups"] * ranks * 8 * plan["n_tiles"] * plan["depth"] * 2
+        assert plan["exchange"] == PLANE and plan["ranks"] == 8 and plan["slices"] % 8 == 0
+        assert plan["units"] * plan["slices"] >= hidden > plan["units"] * (plan["slices"] - 8)
+        assert plan["units"] * 8 <= 16 * plan["m_tiles"]
+        assert plan["depth"] == plan["row"] == -(-plan["slices"] // 8 * plan["units"] // 32) * 32 * GATES[cell]
+        assert plan["blocks"] == plan["teams"] * plan["slices"] <= 8 * chip[3]
+        assert plan["groups"] <= plan["teams"] * plan["turns"]
+        assert plan["workspace"] == plan["groups"] * 8 * 8 * plan["n_tiles"] * plan["depth"] * 2
         assert plan["shared"] <= chip[1] < 2 * plan["shared"]
 
 
 def test_cheapest_plan(emulated, tmp_path):
-    """The one that is taken costs no more than either that may be asked for."""
+    """The one that is taken costs no more than any that may be asked for."""
     layers = list(itertools.product((0, 1), (3,), (1, 16, 64), (64, 256, 512, 1024), (1, 2)))
     wanted = [((*layer, exchange), backward, CHIPS["H100"]) for layer in layers for backward in (False, True)
-              for exchange in (CHEAPEST, GRID, CLUSTER)]
+              for exchange in (CHEAPEST, GRID, CLUSTER, PLANE)]
     plans = plans_of(emulated, tmp_path, wanted)
-    for cheapest, *others in zip(plans[::3], plans[1::3], plans[2::3], strict=True):
+    for cheapest, *others in zip(plans[::4], plans[1::4], plans[2::4], plans[3::4], strict=True):
         assert cheapest["cost"] == min(plan["cost"] for plan in others if plan)
+
+
+# The fastest of an LSTM in bfloat16 on an H200, where it was by 5 % or more (26 November 2026).
+FASTEST = {False: {(256, 1): CLUSTER, (256, 16): CLUSTER, (256, 64): CLUSTER, (512, 1): CLUSTER, (512, 16): CLUSTER,
+                   (512, 64): GRID, **dict.fromkeys(itertools.product((650, 768, 1024), (1, 16, 64)), GRID)}}
+FASTEST[True] = FASTEST[False] | {(650, 1): PLANE, (768, 1): PLANE, (768, 16): PLANE, (1024, 1): PLANE}
+
+
+def test_fastest_plan(emulated, tmp_path):
+    """Estimates choose what was measured to be the fastest, forward and backward."""
+    wanted = [((cell, 3, batch, hidden, 1, CHEAPEST), backward, CHIPS["H100"]) for cell in (0, 1)
+              for backward, rows in FASTEST.items() for hidden, batch in rows]
+    found = {(cell, backward, hidden, batch): plan["exchange"] for ((cell, _, batch, hidden, *_), backward, _), plan in
+             zip(wanted, plans_of(emulated, tmp_path, wanted), strict=True)}
+    for (cell, backward, *shape), exchange in found.items():
+        if backward and tuple(shape) in ((650, 16), (1024, 16)):  # nearly the same
+            continue
+        assert exchange == FASTEST[backward][tuple(shape)], (cell, backward, shape)
 
 
 def test_plans_of_models(emulated, tmp_path):

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1) through_cluster(const __grid_cons
     cluster_arrive();
     cluster_wait();
     uint64_t begin = 0;
-    const bool sends = thread < mine * a.blocks;  // nobody would wait for another thread: see resident.h
+    const bool sends = thread < mine * a.blocks;  // nobody would wait for another thread: see cluster.h
     for (int s = 0; s < a.steps && sends; ++s) {
       for (int i = thread; i < mine * a.blocks; i += kThreads) {
         const int peer = (slice + i / mine) % a.blocks;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1) through_cluster(const __grid_cons
       if (thread == 0) expect(barriers + s % 2, pieces * kLoad);
       if (s == 0) begin = nanoseconds();
     }
-    if (blockIdx.x == 0 && thread == 0) *a.nanoseconds = nanoseconds() - begin;
+    if (a.steps > 0 && blockIdx.x == 0 && thread == 0) *a.nanoseconds = nanoseconds() - begin;
     cluster_arrive();
     cluster_wait();
   }
@@ -94,15 +94,21 @@ void exchange_alone(const ExchangeAlone& a, void* stream) {
   check(name, cudaLaunchKernelEx(&how.config, kernel, a));
 }
 
-int clusters_at_once(int blocks, int shared) {
-  const char* const name = "clusters_at_once";
+int planes(int shared, void* stream) {
+  const char* const name = "planes";
   const void* const function = reinterpret_cast<const void*>(through_cluster);
   check(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  check(name, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  const Launch how(blocks, false, blocks, shared / 2 + 1);
+  const int alone = shared / 2 + 1;  // on a multiprocessor
+  const Launch one(kPlane, false, kPlane, alone);
   int found = 0;
-  check(name, cudaOccupancyMaxActiveClusters(&found, through_cluster, &how.config));
-  return found;
+  check(name, cudaOccupancyMaxActiveClusters(&found, through_cluster, &one.config));
+  if (!found) return 0;
+  const Launch all(kPlane, true, found * kPlane, alone, stream);
+  if (cudaLaunchKernelEx(&all.config, through_cluster, ExchangeAlone{true, kPlane, found, 0, 0, nullptr, nullptr}) ==
+      cudaSuccess)
+    return found;
+  cudaGetLastError();
+  return 0;
 }
 
 }  // namespace fastlm::cuda

@@ -5,9 +5,9 @@
 #include <utility>
 
 #include "backward.h"
+#include "cluster.h"
 #include "forward.h"
 #include "plane.h"
-#include "resident.h"
 
 namespace fastlm::cuda {
 
@@ -39,64 +39,51 @@ Kernels kernels_tf32(const Plan&);
 Kernels kernels_bf16(const Plan&);
 Kernels kernels_fp16(const Plan&);
 
-template <template <class, int, int> class Product, class T, bool cluster, int m, int n, bool sparing = false>
-void take(const Plan& plan, Kernels& found) {
+template <template <class, int, int> class Product, class T, int m, int n>
+void take_grid(const Plan& plan, Kernels& found) {
   using P = Product<T, m, n>;
-  using Ahead = std::conditional_t<sparing, HeldProduct<T, m, n, kHeld>, P>;
-  using X = std::conditional_t<cluster, Cluster<T>, Grid<T, sparing>>;
-  if (plan.cluster != cluster || plan.sparing != sparing || plan.m_tiles != m || plan.n_tiles != n) return;
-  if constexpr (tiles_exist(P::kTensorCore, false, cluster, m, n) && (!sparing || held_exists(m, n)))
-    found.forward = kernel<Team<Ahead, X>, Forward>;
-  if constexpr (tiles_exist(P::kTensorCore, true, cluster, m, n)) found.backward = kernel<Team<P, X>, Backward>;
-}
-
-template <template <class, int, int> class Product, class T, int... i>
-Kernels choose(const Plan& plan, std::integer_sequence<int, i...>) {
-  Kernels found{};
-  (take<Product, T, i / 16 == 1, kTiles[i / 4 % 4], kTiles[i % 4]>(plan, found), ...);
-  if constexpr (sizeof(T) == 2)
-    ((i < 16 ? take<Product, T, false, kTiles[i / 4 % 4], kTiles[i % 4], true>(plan, found) : void()), ...);
-  return found;
-}
-
-// Those whose weights stay in registers: `m_tiles` products of a warp.
-template <class T, int m, int n>
-void take_resident(const Plan& plan, Kernels& found) {
   if (plan.m_tiles != m || plan.n_tiles != n) return;
-  found.forward = kernel<Gather<T, m, n>, Forward>;
-  if constexpr (resident_exists(true, m, n)) found.backward = kernel<Scatter<T, m, n>, Backward>;
+  if constexpr (tiles_exist(P::kTensorCore, false, m, n)) {
+    found.forward = kernel<Team<P, false>, Forward>;
+    if constexpr (sizeof(T) == 2)
+      if (plan.held) found.forward = kernel<Team<HeldProduct<T, m, n, kHeld>, true>, Forward>;
+  }
+  if constexpr (tiles_exist(P::kTensorCore, true, m, n)) found.backward = kernel<Team<P, false>, Backward>;
+}
+
+template <class T, int m>
+void take_cluster(const Plan& plan, Kernels& found) {
+  if (plan.m_tiles == m) found = {kernel<Gather<T, m>, Forward>, kernel<Scatter<T, m>, Backward>};
 }
 
 template <class T, int m, int n>
 void take_plane(const Plan& plan, Kernels& found) {
-  using P = std::conditional_t<m == 4, HeldProduct<T, m, n, 2>, TensorProduct<T, m, n>>;
-  if (plan.m_tiles != m || plan.n_tiles != n) return;
-  if constexpr (plane_exists(false, m, n)) found.forward = kernel<Plane<P, kPlaneRanks[0], false>, Forward>;
-  if constexpr (plane_exists(true, m, n)) found.backward = kernel<Plane<P, kPlaneRanks[1], true>, Backward>;
+  using P = std::conditional_t<m == kPlaneTiles[0], HeldProduct<T, m, n, 2>, TensorProduct<T, m, n>>;
+  if (plan.m_tiles == m && plan.n_tiles == n) found.backward = kernel<Plane<P>, Backward>;
+}
+
+template <template <class, int, int> class Product, class T, int... i>
+void choose_grid(const Plan& plan, Kernels& found, std::integer_sequence<int, i...>) {
+  (take_grid<Product, T, kTiles[i / 3], kTiles[i % 3]>(plan, found), ...);
 }
 
 template <template <class, int, int> class Product, class T>
 Kernels choose(const Plan& plan) {
+  Kernels found{};
+  if (plan.exchange == Exchange::grid) choose_grid<Product, T>(plan, found, std::make_integer_sequence<int, 9>());
   if constexpr (sizeof(T) == 2) {
-    if (plan.resident) {
-      Kernels found{};
-      take_resident<T, 16, 1>(plan, found);
-      take_resident<T, 16, 2>(plan, found);
-      take_resident<T, 32, 1>(plan, found);
-      take_resident<T, 32, 2>(plan, found);
-      return found;
+    if (plan.exchange == Exchange::cluster) {
+      take_cluster<T, 16>(plan, found);
+      take_cluster<T, 32>(plan, found);
     }
-    if (!plan.cluster && plan.ranks) {
-      Kernels found{};
-      take_plane<T, 4, 1>(plan, found);
-      take_plane<T, 4, 2>(plan, found);
-      take_plane<T, 4, 4>(plan, found);
-      take_plane<T, 6, 1>(plan, found);
-      take_plane<T, 6, 2>(plan, found);
-      return found;
+    if (plan.exchange == Exchange::plane) {
+      take_plane<T, kPlaneTiles[0], 1>(plan, found);
+      take_plane<T, kPlaneTiles[0], 2>(plan, found);
+      take_plane<T, kPlaneTiles[1], 1>(plan, found);
+      take_plane<T, kPlaneTiles[1], 2>(plan, found);
     }
   }
-  return choose<Product, T>(plan, std::make_integer_sequence<int, 32>());
+  return found;
 }
 
 }  // namespace fastlm::cuda

@@ -8,16 +8,15 @@
 // The depth is cut into spans of 32 units, gate by gate inside a span, and padded with zeros; the warps of a block
 // split it and add their parts up.
 //
-// A team exchanges in one of two ways. On a grid it goes through L2: all blocks of the launch are on the chip together,
-// `teams` teams of each direction, and each takes group after group. In a cluster the blocks write into each other's
-// shared memory: a group has its own team, a cluster each, and clusters that find no place yet wait for their turn.
-//
-// Large layers have a way between the two: plane.h. Small clusters, of `ranks` blocks, exchange sums through shared
-// memory and what is published through L2; a block's depth is one part in `ranks` of all.
-//
-// Layers of few units in 16 bits have a third way, again in clusters: resident.h. There a block owns 32 units and its
-// weights stay in registers, `m_tiles` products of 16 x 16 a warp; backward its depth is its own gates, and what blocks
-// send each other are sums.
+// A team exchanges in one of three ways, which plan() chooses for each pass by itself:
+// - on a grid, through L2: all blocks of the launch are on the chip together, `teams` teams of each direction, and each
+//   takes group after group;
+// - LSTM and GRU of few units in 16 bits in clusters (cluster.h), whose blocks write into each other's shared memory: a
+//   block owns 32 units and its weights stay in registers, `m_tiles` products of 16 x 16 a warp; backward its depth is
+//   its own gates, and what blocks send each other are sums. A group has its own team, a cluster each, and clusters
+//   that find no place yet wait for their turn;
+// - large ones of few sequences backward on a plane of clusters (plane.h): sums go through shared memory and what is
+//   published through L2; a block's depth is one part in `ranks` of all.
 #pragma once
 
 #include <algorithm>
@@ -35,11 +34,12 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kSpan = 32;     // units
 constexpr int kLoad = 16;     // bytes that a thread loads at a time
 constexpr int kChunk = 64;    // bytes of a row's depth, the least that a warp takes
-constexpr int kTiles[] = {1, 2, 4, 8};  // of rows (16 each) and of sequences (8 each)
+constexpr int kTiles[] = {1, 2, 4};  // of rows (16 each) and of sequences (8 each)
 constexpr int kTogether = 18;  // multiprocessors, at most, that a cluster may lie on: an H200 holds no 8 clusters of 13
+constexpr int kPlane = 8;      // blocks of a cluster of a plane
 constexpr int kPackedSequences = 512;  // whose lengths travel as kernel arguments
 
-enum class Exchange : int { cheapest, grid, cluster, resident, plane, sparing };  // of what a team publishes
+enum class Exchange : int { cheapest, grid, cluster, plane };  // of what a team publishes; forward no plane is
 
 struct Layer {
   Cell cell;
@@ -52,34 +52,30 @@ struct Chip {
   int multiprocessors;
   int shared;   // bytes that a block may use
   int cluster;  // blocks of a cluster at most; 0: it has none
+  int planes;   // clusters of kPlane blocks, one on a multiprocessor, that one cooperative launch may have; 0: none
 };
 
 struct Plan {
-  bool cluster;          // how a team exchanges
-  bool sparing;          // on a grid: whether what has come is not loaded again
-  bool resident;         // and whether its weights stay in registers
+  Exchange exchange;     // how a team exchanges
+  bool held;             // on a grid: whether a warp's weights stay in registers
   int ranks;             // blocks of a hardware cluster; 0: there are none. Of a plane, less than `slices`
   int m_tiles, n_tiles;  // of a block's product
   int units, slices;     // units of a block; blocks of a team
   int groups, teams;     // of each direction
+  int turns;             // in which the groups are taken, those of one turn side by side
   int depth;             // numbers, padded
   int row;               // numbers from one sequence to the next of what is published
   int blocks;            // of the launch: directions · teams · slices; 0: nothing fits
   int shared;            // bytes of a block
   int64_t workspace;     // bytes for each step of the pass: what the teams publish; a cluster needs none
-  double cost;           // estimated clocks of a step, times how often groups take turns
+  double cost;           // estimated clocks of a step, times the turns
 };
 
-// Chunks of the depth whose weights a warp holds in registers on a sparing grid, forward, and tiles that leave it some.
-constexpr int kHeld = 4;
-constexpr bool held_exists(int m_tiles, int n_tiles) { return m_tiles * (kHeld * 8 + n_tiles * 4) <= 160; }
+constexpr int kHeld = 4;  // chunks of the depth whose weights a warp holds in registers on a grid, forward in 16 bits
 
-// Products whose sums fit the registers of a thread. Backward, where a row is a unit, pairs_of allows no more. A
-// cluster, whose few blocks hold all units, has many rows in a block.
-constexpr bool tiles_exist(bool tensor_core, bool backward, bool cluster, int m_tiles, int n_tiles) {
-  const bool few = backward ? std::max(m_tiles, n_tiles) <= 2 : m_tiles >= 4 && m_tiles * n_tiles <= 8;
-  if (cluster) return tensor_core && few;
-  return std::max(m_tiles, n_tiles) <= 4 && m_tiles * n_tiles <= (!tensor_core ? 2 : backward ? 4 : 8);
+// Products of a grid whose sums fit a thread's registers. Backward, where a row is a unit, pairs_of allows no more.
+constexpr bool tiles_exist(bool tensor_core, bool backward, int m_tiles, int n_tiles) {
+  return m_tiles * n_tiles <= (!tensor_core ? 2 : backward ? 4 : 8);
 }
 
 // (Unit, sequence) pairs that a thread owns at most. A loop of few instructions is worth more than one that fits any
@@ -103,29 +99,25 @@ constexpr int64_t slot_bytes(const Layer& l, const Plan& p) {
   return int64_t(8) * p.n_tiles * p.row * size_of(l.number);
 }
 
-// Clocks of one step, fitted to an H200's bfloat16 LSTM, whose step takes 1.3 to 10 µs, within 9 % (26 November
-// 2026). It need only rank plans.
-constexpr double clocks(const Layer& l, bool backward, const Plan& p) {
+// Clocks of one step on a grid, fitted to an H200's bfloat16 LSTM, whose step takes 1.3 to 10 µs, within 9 % (26
+// November 2026). It need only rank plans.
+constexpr double grid_clocks(const Layer& l, bool backward, const Plan& p) {
   const double sequences = 8.0 * p.n_tiles, rows = 16.0 * p.m_tiles, bytes = double(p.depth) * size_of(l.number);
   const double some = std::min(sequences, double(l.batch));
   const double chunks = divide_up(int(bytes) / kChunk, kWarps);  // of a warp
   const double pairs = divide_up(int(p.units * some), kThreads);  // of a thread; with each, the way to the other blocks
-  const double numbers = some * p.units * (backward ? gates_of(l.cell) : 1);  // that a block publishes
-  const double read = some * bytes / 70;                                        // by a block,
-  const double together = p.cluster ? 0 : some * bytes * p.blocks / 4500;      // and by all from L2
-  const double sent = p.cluster ? numbers * size_of(l.number) * (p.slices - 1) / 12 : 0;
+  const double read = some * bytes / 70 + some * bytes * p.blocks / 4500;  // by a block, and by all from L2
   const double product = chunks * (400 + p.n_tiles * (40 + 4.5 * p.m_tiles));
   const double fma = by_tensor_core(l.number) ? 0 : rows * sequences * p.depth / 128;
   const double parts = 2 * kWarps * sequences * rows * 4 / 128;
-  return 400 + 1600 * pairs + (backward ? 200 : 0) + read + together + sent + product + fma + parts;
+  return 400 + 1600 * pairs + (backward ? 200 : 0) + read + product + fma + parts;
 }
 
-// The plan of given tiles; its `blocks` is 0 where it does not fit.
-constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool cluster, int m_tiles, int n_tiles) {
+// The plan of given tiles on a grid; its `blocks` is 0 where it does not fit.
+constexpr Plan plan_grid(const Layer& l, bool backward, const Chip& chip, int m_tiles, int n_tiles) {
   const int gates = gates_of(l.cell), sequences = 8 * n_tiles, number = size_of(l.number);
   Plan p{};
-  p.cluster = cluster;
-  p.ranks = 0;
+  p.exchange = Exchange::grid;
   p.m_tiles = m_tiles;
   p.n_tiles = n_tiles;
   const int owned = pairs_of(backward, m_tiles, n_tiles) * kThreads;
@@ -133,135 +125,109 @@ constexpr Plan plan_tiles(const Layer& l, bool backward, const Chip& chip, bool 
   p.units = divide_up(l.hidden, divide_up(l.hidden, most));
   p.slices = divide_up(l.hidden, p.units);
   p.groups = divide_up(l.batch, sequences);
-  p.depth = divide_up(l.hidden, kSpan) * kSpan * (backward ? gates : 1);
-  const int chunk = kChunk / number;
-  p.row = cluster ? (p.depth / chunk | 1) * chunk : p.depth;  // odd: two sequences do not share their banks
+  p.depth = p.row = divide_up(l.hidden, kSpan) * kSpan * (backward ? gates : 1);
+  p.held = !backward && number == 2 && p.depth * number <= kHeld * kWarps * kChunk;
   const int width = by_tensor_core(l.number) ? 4 : std::max(4, number);
   const int64_t shared = int64_t(16) * m_tiles * weights_row(l.number, p.depth) * number +
-                         int64_t(kWarps) * sequences * part_row(m_tiles) * width + (cluster ? 2 * slot_bytes(l, p) : 0);
-  int together = chip.multiprocessors / (p.slices * (cluster ? 1 : l.directions));  // teams
-  if (cluster) together = std::min(together, std::max(1, chip.multiprocessors / kTogether) * (kTogether / p.slices));
-  if (together == 0 || shared > chip.shared || (cluster && p.slices > chip.cluster)) return p;
-  p.teams = cluster ? p.groups : std::min(p.groups, together);
-  p.ranks = cluster ? p.slices : 0;
+                         int64_t(kWarps) * sequences * part_row(m_tiles) * width;
+  const int together = chip.multiprocessors / (p.slices * l.directions);  // teams
+  if (together == 0 || shared > chip.shared) return p;
+  p.teams = std::min(p.groups, together);
+  p.turns = divide_up(p.groups, p.teams);
   p.blocks = l.directions * p.teams * p.slices;
   p.shared = int(shared);
-  p.workspace = cluster ? 0 : l.directions * p.groups * slot_bytes(l, p);
-  p.cost = clocks(l, backward, p) * divide_up(cluster ? l.directions * p.groups : p.groups, together);
+  p.workspace = l.directions * p.groups * slot_bytes(l, p);
+  p.cost = grid_clocks(l, backward, p) * p.turns;
   return p;
 }
 
-// What a block of resident.h keeps in shared memory: two barriers and what it is sent of two steps, backward its own
+// What a block of cluster.h keeps in shared memory: two barriers and what it is sent of two steps, backward its own
 // gates of two steps besides.
 constexpr int kBarriers = 128;  // bytes, in front
-FASTLM_INLINE constexpr int resident_slot(bool backward, int m_tiles, int n_tiles, int slices) {
-  return n_tiles * (backward ? slices * 2 * 32 * kLoad : m_tiles * 256);
+FASTLM_INLINE constexpr int cluster_slot(bool backward, int m_tiles, int slices) {
+  return backward ? slices * 2 * 32 * kLoad : m_tiles * 256;
 }
 constexpr int kOwnGates = kWarps * 256;  // bytes of a step and 8 sequences
 
-// Clocks of a step of resident.h: estimated, not fitted.
-constexpr double resident_clocks(const Layer& l, bool backward, const Plan& p) {
-  const double received = std::min(8.0 * p.n_tiles, double(l.batch)) * (backward ? p.slices * 128 : l.hidden * 2);
-  return (backward ? 800 : 650) + received / 14 + 13 * p.m_tiles * p.n_tiles;
+// Clocks of a step in clusters, by which the same H200 has them cheaper than a grid where they were faster.
+constexpr double cluster_clocks(const Layer& l, bool backward, const Plan& p) {
+  const double received = std::min(8, l.batch) * (backward ? p.slices * 128 : l.hidden * 2);
+  return (backward ? 1500 : 1250) + received / 7.5 + 25 * p.m_tiles;
 }
 
-// Backward, two tiles of sequences beside 128 registers of weights would spill.
-constexpr bool resident_exists(bool backward, int m_tiles, int n_tiles) { return !backward || m_tiles * n_tiles <= 32; }
-
-// The plan of blocks whose weights stay in registers; its `blocks` is 0 where it does not fit.
-constexpr Plan plan_resident(const Layer& l, bool backward, const Chip& chip, int n_tiles) {
+// The plan of clusters; its `blocks` is 0 where it does not fit.
+constexpr Plan plan_cluster(const Layer& l, bool backward, const Chip& chip) {
   Plan p{};
-  p.cluster = p.resident = true;
+  p.exchange = Exchange::cluster;
   p.m_tiles = l.hidden <= 256 ? 16 : 32;
-  p.n_tiles = n_tiles;
+  p.n_tiles = 1;
   p.units = kSpan;
   p.slices = p.ranks = divide_up(l.hidden, p.units);
-  p.groups = p.teams = divide_up(l.batch, 8 * n_tiles);
+  p.groups = p.teams = divide_up(l.batch, 8);
   p.depth = p.row = 16 * p.m_tiles;
-  const int shared = kBarriers + 2 * resident_slot(backward, p.m_tiles, n_tiles, p.slices) +
-                     (backward ? 2 * n_tiles * kOwnGates : 0);
-  const int together = std::max(1, chip.multiprocessors / kTogether) * (kTogether / std::max(p.slices, 1));
-  if (!resident_exists(backward, p.m_tiles, n_tiles) || gates_of(l.cell) == 1 || size_of(l.number) != 2 || l.hidden > 512 || p.slices > chip.cluster ||
+  const int shared = kBarriers + 2 * cluster_slot(backward, p.m_tiles, p.slices) + (backward ? 2 * kOwnGates : 0);
+  if (gates_of(l.cell) == 1 || size_of(l.number) != 2 || l.hidden > 512 || p.slices > chip.cluster ||
       shared > chip.shared)
     return p;
+  p.turns = divide_up(l.directions * p.groups, std::max(1, chip.multiprocessors / kTogether) * (kTogether / p.slices));
   p.blocks = l.directions * p.teams * p.slices;
   p.shared = std::max(shared, chip.shared / 2 + 1);  // no two on a multiprocessor
-  p.cost = resident_clocks(l, backward, p) * divide_up(l.directions * p.groups, together);
+  p.cost = cluster_clocks(l, backward, p) * p.turns;
   return p;
 }
 
-// Tiles of rows of a plane, and blocks of its clusters.
-constexpr int kPlaneRanks[] = {2, 8};  // forward, backward
-constexpr bool plane_exists(bool backward, int m_tiles, int n_tiles) {
-  return m_tiles == 4 || (backward && m_tiles == 6 && n_tiles <= 2);
-}
+// Tiles of rows of a plane: with fewer a warp holds its weights in registers.
+constexpr int kPlaneTiles[] = {4, 6};
 
-// Clocks of a step of a plane: estimated, not fitted.
+// Clocks of a step on a plane, by which the same H200 has it cheaper than a grid where it was faster.
 constexpr double plane_clocks(const Layer& l, const Plan& p) {
-  const double some = std::min(8.0 * p.n_tiles, double(l.batch)), rows = 16.0 * p.m_tiles, size = size_of(l.number);
-  const double read = some * p.depth * size, sent = 8.0 * p.n_tiles * rows * 4;
-  const double chunks = divide_up(int(p.depth * size) / kChunk, kWarps);
-  return 2200 + read / 30 + read * p.blocks / 3000 + sent / 14 + 2 * kWarps * sent / 128 +
-         chunks * p.n_tiles * (40 + 6 * p.m_tiles);
+  const double some = std::min(8.0 * p.n_tiles, double(l.batch));
+  return (p.m_tiles == kPlaneTiles[0] ? 4000 : 6000) + some * p.depth * size_of(l.number) / 5;
 }
 
-// The plan of a plane of given tiles; its `blocks` is 0 where it does not fit.
-constexpr Plan plan_plane(const Layer& l, bool backward, const Chip& chip, int m_tiles, int n_tiles) {
-  const int gates = gates_of(l.cell), ranks = kPlaneRanks[int(backward)], sequences = 8 * n_tiles, rows = 16 * m_tiles;
+// The plan of a plane of given tiles, for one direction; its `blocks` is 0 where it does not fit.
+constexpr Plan plan_plane(const Layer& l, const Chip& chip, int m_tiles, int n_tiles) {
+  const int gates = gates_of(l.cell), sequences = 8 * n_tiles, rows = 16 * m_tiles;
+  const int clusters = divide_up(l.hidden, rows);
   Plan p{};
+  p.exchange = Exchange::plane;
   p.m_tiles = m_tiles;
   p.n_tiles = n_tiles;
-  p.ranks = ranks;
-  const int most = rows / ranks / (backward ? 1 : 4), clusters = divide_up(l.hidden, most * ranks);
-  p.units = divide_up(l.hidden, clusters * ranks);
-  p.slices = clusters * ranks;
+  p.ranks = kPlane;
+  p.units = divide_up(l.hidden, clusters * kPlane);
+  p.slices = clusters * kPlane;
   p.groups = divide_up(l.batch, sequences);
-  p.depth = p.row = divide_up(clusters * p.units, kSpan) * kSpan * (backward ? gates : 1);
+  p.depth = p.row = divide_up(clusters * p.units, kSpan) * kSpan * gates;
   const int64_t shared = kBarriers + int64_t(rows) * p.depth * 2 + int64_t(kWarps) * sequences * part_row(m_tiles) * 4 +
                          2 * rows * sequences * 4;
-  if (m_tiles == 4 && p.depth * 2 > 2 * kWarps * kChunk) return p;  // as many weights as a warp holds
-  const int fit = ranks == 2 ? chip.multiprocessors / 2 : chip.multiprocessors / kTogether * (kTogether / ranks);
-  const int together = fit / (clusters * l.directions);
-  if (gates == 1 || size_of(l.number) != 2 || together == 0 || shared > chip.shared || ranks > chip.cluster) return p;
+  if (m_tiles == kPlaneTiles[0] && p.depth * 2 > 2 * kWarps * kChunk) return p;  // as many weights as a warp holds
+  const int together = chip.planes / clusters;
+  if (gates == 1 || size_of(l.number) != 2 || l.directions > 1 || together == 0 || shared > chip.shared) return p;
   p.teams = std::min(p.groups, together);
-  p.blocks = l.directions * p.teams * p.slices;
+  p.turns = divide_up(p.groups, p.teams);
+  p.blocks = p.teams * p.slices;
   p.shared = int(std::max(shared, int64_t(chip.shared / 2 + 1)));
-  p.workspace = l.directions * p.groups * slot_bytes(l, p) * ranks;
-  p.cost = plane_clocks(l, p) * divide_up(p.groups, p.teams);
+  p.workspace = p.groups * slot_bytes(l, p) * kPlane;
+  p.cost = plane_clocks(l, p) * p.turns;
   return p;
 }
 
 // The cheapest plan; its `blocks` is 0 where the recurrent weights do not fit the chip.
 constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
   Plan best{};
-  if (l.exchange == Exchange::resident) {
-    for (const int n_tiles : {1, 2}) {
-      const Plan p = plan_resident(l, backward, chip, n_tiles);
-      if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
-    }
-    return best;
-  }
-  if (l.exchange == Exchange::plane) {
-    for (const int m_tiles : {4, 6})
-      for (const int n_tiles : {1, 2, 4}) {
-        if (!plane_exists(backward, m_tiles, n_tiles)) continue;
-        const Plan p = plan_plane(l, backward, chip, m_tiles, n_tiles);
-        if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
-      }
-    return best;
-  }
-  for (const bool cluster : {false, true}) {
-    if (l.exchange == (cluster ? Exchange::grid : Exchange::cluster)) continue;
-    if (l.exchange == Exchange::sparing && (cluster || size_of(l.number) != 2)) continue;
-    for (const int m_tiles : kTiles)
-      for (const int n_tiles : kTiles) {
-        if (!tiles_exist(by_tensor_core(l.number), backward, cluster, m_tiles, n_tiles)) continue;
-        Plan p = plan_tiles(l, backward, chip, cluster, m_tiles, n_tiles);
-        p.sparing = l.exchange == Exchange::sparing;
-        if (p.sparing && !backward && (!held_exists(m_tiles, n_tiles) || p.depth * 2 > kHeld * kWarps * kChunk)) continue;
-        if (p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
-      }
-  }
+  const auto take = [&](const Plan& p) {
+    const bool asked = l.exchange == Exchange::cheapest || l.exchange == p.exchange ||
+                       (l.exchange == Exchange::plane && !backward && p.exchange == Exchange::grid);
+    if (asked && p.blocks && (!best.blocks || p.cost < best.cost)) best = p;
+  };
+  for (const int m_tiles : kTiles)
+    for (const int n_tiles : kTiles)
+      if (tiles_exist(by_tensor_core(l.number), backward, m_tiles, n_tiles))
+        take(plan_grid(l, backward, chip, m_tiles, n_tiles));
+  take(plan_cluster(l, backward, chip));
+  for (const int m_tiles : kPlaneTiles)
+    for (const int n_tiles : {1, 2})
+      if (backward) take(plan_plane(l, chip, m_tiles, n_tiles));
   return best;
 }
 

@@ -1,33 +1,33 @@
-// Teams of many clusters, for layers whose weights need most of the chip: what is published goes through L2, as on a
-// grid, sums through the shared memory of a cluster.
+// Teams of many clusters, backward, for layers whose weights need most of the chip: what is published goes through L2,
+// as on a grid, sums through the shared memory of a cluster.
 //
 // The team's blocks are a plane: block (i, j) is the j-th of cluster i. Its weights are from the units of all blocks
 // (·, j), a column, to those of all blocks (i, ·), its row. So it reads from L2 what its column alone published, makes
 // sums for all units of its cluster, and sends each owner there its own, who adds them up. A block reads one part in
-// `ranks` of what it would on a grid; where that is most of a step, backward, the way of the sums costs less.
+// kPlane of what it would on a grid; where that is most of a step, the way of the sums costs less.
 //
-// In the order of the product's rows, an owner's lie side by side, forward its units' gates too: four of each unit.
+// In the order of the product's rows, an owner's lie side by side.
 #pragma once
 
-#include "resident.h"
+#include "cluster.h"
 
 namespace fastlm::cuda {
 
-template <class P_, int ranks, bool backward>
+template <class P_>
 struct Plane {
   using P = P_;
   using T = typename P::Number;
   static constexpr bool kCluster = true;
-  static constexpr int kOwned = P::kRows / ranks;  // rows of an owner
+  static constexpr int kOwned = P::kRows / kPlane;  // rows of an owner
   static constexpr int kPart = P::kSequences * part_row(P::kRows / 16), kSlot = P::kRows * P::kSequences;
   static constexpr int kGroups = kSlot / 4;  // of four rows of a sequence: what a thread adds up at a time
   template <class A>
-  static constexpr int kPairs = divide_up(kOwned / (backward ? 1 : 4) * P::kSequences, kThreads);
+  static constexpr int kPairs = divide_up(kOwned * P::kSequences, kThreads);
   const Task& task;
   int gates, direction, team, slice, rank, group = 0, received = 0;  // steps before this group's
   T* weights;
   float* part;
-  float* slots;  // [2][ranks][sequences][kOwned]
+  float* slots;  // [2][kPlane][sequences][kOwned]
   uint64_t* barriers;
   Grid<T, true> exchange;
 
@@ -37,12 +37,12 @@ struct Plane {
         direction(int(blockIdx.x) / task.plan.slices / task.plan.teams),
         team(int(blockIdx.x) / task.plan.slices % task.plan.teams),
         slice(int(blockIdx.x) % task.plan.slices),
-        rank(slice % ranks),
+        rank(slice % kPlane),
         weights(reinterpret_cast<T*>(shared) + kBarriers / sizeof(T)),
         part(reinterpret_cast<float*>(weights + P::place(P::kRows - 1, task.plan.depth - 1, task.plan.depth) + 1)),
         slots(part + kWarps * kPart),
         barriers(reinterpret_cast<uint64_t*>(shared)),
-        exchange(task, nullptr, ranks * P::kSequences * task.plan.row, 0) {
+        exchange(kPlane * P::kSequences * task.plan.row) {
     if (threadIdx.x == 0)
       for (int s = 0; s < 2; ++s) {
         start_barrier(barriers + s);
@@ -68,7 +68,7 @@ struct Plane {
   __device__ int unit(int local) const { return slice * task.plan.units + local; }
   __device__ int unit_of_rank(int rank, int local) const { return unit(local) + (rank - this->rank) * task.plan.units; }
   __device__ int unit_of_column(int place) const {
-    return (place / task.plan.units * ranks + rank) * task.plan.units + place % task.plan.units;
+    return (place / task.plan.units * kPlane + rank) * task.plan.units + place % task.plan.units;
   }
   __device__ int first() const { return group * P::kSequences; }
   __device__ int sequences() const { return min(task.batch - first(), P::kSequences); }
@@ -80,7 +80,7 @@ struct Plane {
 
   // Where a number of this block lies in what is published.
   __device__ int place(int sequence, int unit, int gate) const {
-    return column_place(sequence, slice / ranks * task.plan.units + unit % task.plan.units, gate);
+    return column_place(sequence, slice / kPlane * task.plan.units + unit % task.plan.units, gate);
   }
   __device__ void publish(int s, int, int place, int gate, float value) const {
     exchange.put(s, place + gate * kSpan, to<T>(value));
@@ -110,8 +110,8 @@ struct Plane {
       uint4 x;
       memcpy(&x, total, sizeof(x));
       const int place = slot + (rank * P::kSequences + column) * kOwned + row % kOwned;
-      send(Peer(barriers, row / kOwned), int(reinterpret_cast<char*>(slots + place) - reinterpret_cast<char*>(barriers)),
-           slot_of(s) * 8, x);
+      const auto from_barriers = reinterpret_cast<char*>(slots + place) - reinterpret_cast<char*>(barriers);
+      send(Peer(barriers, row / kOwned), int(from_barriers), slot_of(s) * 8, x);
     }
     __syncthreads();  // the sums are read before the next step's are written
     uint64_t* const barrier = barriers + slot_of(s);
@@ -120,11 +120,11 @@ struct Plane {
     if (threadIdx.x == 0) expect(barrier, kSlot * 4);
     now = s;
   }
-  __device__ float sum(int, const Pair& pair, int gate) const {
-    const float* from = slots + slot_of(now) * kSlot + pair.column * kOwned + (backward ? pair.local : pair.local * 4 + gate);
+  __device__ float sum(int, const Pair& pair, int) const {
+    const float* from = slots + slot_of(now) * kSlot + pair.column * kOwned + pair.local;
     float total = 0;
 #pragma unroll
-    for (int i = 0; i < ranks; ++i) total += from[i * P::kSequences * kOwned];
+    for (int i = 0; i < kPlane; ++i) total += from[i * P::kSequences * kOwned];
     return total;
   }
 
@@ -138,40 +138,21 @@ struct Plane {
   }
   // The column's depth from the last unit on is zero at all steps, of which its blocks take some each.
   __device__ void publish_padding() const {
-    const int clusters = task.plan.slices / ranks, all = task.plan.depth / gates;
+    const int clusters = task.plan.slices / kPlane, all = task.plan.depth / gates;
     int units = 0;  // of the column
     while (units < clusters * task.plan.units && unit_of_column(units) < task.hidden) ++units;
     const int count = all - units;
     if (count == 0) return;
-    for (int s = slice / ranks; s < steps(); s += clusters)
+    for (int s = slice / kPlane; s < steps(); s += clusters)
       for (int i = int(threadIdx.x); i < sequences() * gates * count; i += kThreads)
         publish(s, 0, column_place(i / count / gates, units + i % count, i / count % gates), 0, 0);
   }
 };
 
-template <class P, int ranks>
-__device__ void load_weights(const Forward& a, const Plane<P, ranks, false>& team) {
+template <class P>
+__device__ void load_weights(const Backward& a, const Plane<P>& team) {
   using T = typename P::Number;
-  constexpr int kOwned = Plane<P, ranks, false>::kOwned;
-  const Plan& plan = a.task.plan;
-  const int H = a.task.hidden, lane = int(threadIdx.x) % 32, gates = gates_of(a.task.cell);
-  const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
-  for (int row = int(threadIdx.x) / 32; row < P::kRows; row += kWarps) {
-    const int local = row % kOwned / 4, gate = row % 4, unit = team.unit_of_rank(row / kOwned, local);
-    const T* from = w_hh + (int64_t(gate) * H + unit) * H;
-    const bool wanted = local < plan.units && gate < gates && unit < H;
-#pragma unroll 8
-    for (int k = lane; k < plan.depth; k += 32) {
-      const int column = team.unit_of_column(k);
-      team.weights[P::place(row, k, plan.depth)] = wanted && column < H ? from[column] : to<T>(0);
-    }
-  }
-}
-
-template <class P, int ranks>
-__device__ void load_weights(const Backward& a, const Plane<P, ranks, true>& team) {
-  using T = typename P::Number;
-  constexpr int kOwned = Plane<P, ranks, true>::kOwned;
+  constexpr int kOwned = Plane<P>::kOwned;
   const Plan& plan = a.task.plan;
   const int H = a.task.hidden, lane = int(threadIdx.x) % 32, gates = team.gates;
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);

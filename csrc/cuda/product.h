@@ -17,8 +17,8 @@ constexpr uint32_t kPatience = 1u << 28;  // loads
 
 // Loads groups of kLoad bytes, `row_step` groups apart from row to row and `step` from step to step, of the first
 // `steps` steps; zeros where a row is not wanted. `meanwhile` runs before they are there. Again until all of them are
-// complete, all or, X::kSparing, what was not: the latter leaves L2 to the blocks that are late. What does not come at all
-// ends the launch with an error after about two minutes: longer than anything else may hold a part of the GPU.
+// complete, all or, X::kSparing, what was not: the latter leaves L2 to the blocks that are late. What does not come at
+// all ends the launch with an error after about two minutes: longer than anything else may hold a part of the GPU.
 template <class X, int kSteps, int kRows, class Wanted, class Meanwhile>
 __device__ void load(uint4 (&to)[kSteps][kRows], const uint4* from, int row_step, int step, int steps,
                      const Wanted& wanted, const Meanwhile& meanwhile) {

@@ -1,4 +1,5 @@
-// Launches of the recurrent layer's passes: see plan.h for who owns what, team.h for how the blocks work together.
+// Launches of the recurrent layer's passes: see plan.h for who owns what, team.h, cluster.h and plane.h for how
+// the blocks work together.
 
 #include "rnn.h"
 
@@ -38,7 +39,7 @@ bool fits(const char* name, Kernel<A> kernel, const Plan& plan, const Chip& chip
   if (plan.ranks) {
     const Launch launch(plan.ranks, false, plan.blocks, plan.shared);
     check(name, cudaOccupancyMaxActiveClusters(&found, kernel, &launch.config));
-    return found * plan.ranks >= (plan.cluster ? 1 : plan.blocks);
+    return found * plan.ranks >= (plan.exchange == Exchange::cluster ? 1 : plan.blocks);  // or each cluster by itself
   }
   check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, size_t(plan.shared)));
   return found * chip.multiprocessors >= plan.blocks;
@@ -60,16 +61,10 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
     for (int64_t t = 0; t < pass.steps; ++t)
       for (int64_t b = 0; b < pass.batch_sizes[t]; ++b) task.lengths[b] = int(t) + 1;
   }
-  const Launch how(found.ranks, !found.cluster, found.blocks, found.shared, stream);
+  const Launch how(found.ranks, found.exchange != Exchange::cluster, found.blocks, found.shared, stream);
   if (found.workspace)
     check(name, cudaMemsetAsync(pass.workspace, 0xff, size_t(found.workspace * pass.steps), how.config.stream));
-  cudaError_t launched = cudaLaunchKernelEx(&how.config, kernel, a);
-  if (launched != cudaSuccess && found.ranks && !found.cluster) {  // where both attributes do not go together
-    cudaGetLastError();
-    const Launch apart(found.ranks, false, found.blocks, found.shared, stream);
-    launched = cudaLaunchKernelEx(&apart.config, kernel, a);
-  }
-  check(name, launched);
+  check(name, cudaLaunchKernelEx(&how.config, kernel, a));
 }
 
 }  // namespace
@@ -97,8 +92,8 @@ bool rnn_fits(const Layer& layer, bool backward, const Chip& chip) {
 
 int largest_cluster(int shared) {
   constexpr int kMost = 16;
-  const Layer layer{Cell::lstm, Number::bf16, 1, 16 * kMost, 1, Exchange::cluster};
-  const Plan found = plan(layer, false, {kMost, shared, kMost});
+  const Layer layer{Cell::lstm, Number::bf16, 1, kSpan * kMost, 1, Exchange::cluster};
+  const Plan found = plan(layer, false, {kMost, shared, kMost, 0});
   if (!found.blocks) return 0;
   const Kernel<Forward> kernel = kernels_of(layer.number, found).forward;
   cudaFuncAttributes built{};

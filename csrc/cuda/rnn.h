@@ -2,8 +2,12 @@
 //
 // Cells, T, B, H, N, the layout of rows, of packed sequences and of gates are those of ../rnn.h. Pointers are device
 // memory of the pass's numbers but for RnnPass::batch_sizes, which is read before the call returns. A call only queues
-// work on a stream: nothing is allocated, nothing waits, and a CUDA graph can capture it. Blocks on a grid that wait
-// for each other for minutes end the launch with an error.
+// work on a stream: nothing is allocated, nothing waits, and a CUDA graph can capture it. Blocks that wait for each
+// other for minutes end the launch with an error.
+//
+// All blocks that wait for each other are on the chip together, whatever else runs there: those of a grid or a plane
+// since the launch is cooperative, those of a cluster since a cluster always is, and of cluster.h's none waits for
+// another cluster. So two passes on two streams never wait for each other.
 #pragma once
 
 #include <cstddef>
@@ -63,9 +67,9 @@ void rnn_backward(const RnnPass&, const RnnBackward* directions, void* stream);
 // Whether the current GPU holds the blocks of the pass that wait for each other at a time.
 bool rnn_fits(const Layer&, bool backward, const Chip&);
 
-// Steps of nothing but an exchange, the floor of a pass: `teams` teams of `blocks` blocks, in which each block publishes
-// its part of `bytes` bytes as soon as all of the step before are there. `cluster`: through shared memory, else through
-// L2 and a workspace of teams · steps · bytes, rounded up to 16. Writes to `nanoseconds`, in device memory.
+// Steps of nothing but an exchange, the floor of a pass: `teams` teams of `blocks` blocks, in which each block
+// publishes its part of `bytes` bytes as soon as all of the step before are there. `cluster`: through shared memory,
+// else through L2 and a workspace of teams · steps · bytes, rounded up to 16. Writes to `nanoseconds`, in device memory.
 struct ExchangeAlone {
   bool cluster;
   int blocks, teams, bytes, steps;
@@ -74,8 +78,9 @@ struct ExchangeAlone {
 };
 void exchange_alone(const ExchangeAlone&, void* stream);
 
-// Clusters of so many blocks, one on a multiprocessor, that the current GPU holds at a time.
-int clusters_at_once(int blocks, int shared);
+// Chip::planes of the current GPU, whose blocks may use `shared` bytes: CUDA says how many clusters it holds at a time,
+// and one launch on the stream, that does nothing, whether such a launch may be cooperative too.
+int planes(int shared, void* stream);
 
 // Chip::cluster of the current GPU, whose blocks may use `shared` bytes; 0 where the code that runs on it knows none.
 int largest_cluster(int shared);

@@ -62,18 +62,15 @@ struct Step {
   }
 };
 
-// Two ways to exchange what is published s-th: `put` a number of it, say that this block's are there, wait, and `load`
-// what lies `at` s until it is `complete`.
-
 // Through L2, between the blocks of a cooperative launch. Every step has its place, and a number says by itself that it
-// is there: a step costs one way to L2 and one back, without fences or flags.
-template <class T, bool sparing = false>
+// is there: a step costs one way to L2 and one back, without fences or flags. kSparing: see load().
+template <class T, bool sparing>
 struct Grid {
-  static constexpr bool kCluster = false, kSparing = sparing;
+  static constexpr bool kSparing = sparing;
   T* published = nullptr;
   int slot;
 
-  __device__ Grid(const Task&, void*, int slot, int) : slot(slot) {}
+  __device__ explicit Grid(int slot) : slot(slot) {}
   __device__ void take(const Task& task, int group) {  // counted through all directions
     published = static_cast<T*>(task.published) + keep(int64_t(group) * task.steps * slot);
   }
@@ -83,37 +80,8 @@ struct Grid {
   // 13.0 joined it with the same one around `put`, let the threads of a warp meet again only behind both, and so they
   // came to the barrier apart: blocks waited for ever on an H200.
   __device__ void put_all() const { __syncthreads(); }
-  __device__ void wait() const {}
   __device__ static uint4 load(const uint4* place) { return load_shared_by_all<T>(place); }
   __device__ static bool complete(const uint4& x) { return cuda::complete<T>(x); }
-};
-
-// Through shared memory, between the blocks of a cluster: each has all that is published, and one barrier orders it.
-template <class T>
-struct Cluster {
-  static constexpr bool kCluster = true, kSparing = false;
-  T* published;
-  int slot, slice, blocks;
-
-  __device__ Cluster(const Task& task, void* shared, int slot, int slice)
-      : published(static_cast<T*>(shared)), slot(slot), slice(slice), blocks(task.plan.slices) {
-    for (int i = int(threadIdx.x); i < 2 * slot; i += kThreads) published[i] = to<T>(Wide<T>(0));
-    cluster_arrive();
-    cluster_wait();
-  }
-  __device__ void take(const Task&, int) {}
-  // Two slots are enough: a block publishes step s after it has waited for s - 1, so everybody is done with s - 2.
-  __device__ T* at(int s) const { return published + s % 2 * slot; }
-  __device__ void put(int s, int place, T value) const {
-    for (int i = 0; i < blocks; ++i) {  // each begins with another, or all would write to one at a time
-      const int peer = slice + i < blocks ? slice + i : slice + i - blocks;
-      store_in_peer(at(s) + place, peer, value);
-    }
-  }
-  __device__ void put_all() const { cluster_arrive(); }
-  __device__ void wait() const { cluster_wait(); }
-  __device__ static uint4 load(const uint4* place) { return *place; }
-  __device__ static bool complete(const uint4&) { return true; }
 };
 
 // A unit of a sequence: a thread owns up to pairs_of them through all steps.
@@ -132,13 +100,13 @@ struct Pair {
         owned(column < team.sequences() && unit < team.task.hidden) {}
 };
 
-// A block in its team, on one group of sequences.
-template <class P_, class X_>
+// A block in its team on a grid, on one group of sequences.
+template <class P_, bool sparing>
 struct Team {
   using P = P_;
-  using X = X_;
   using T = typename P::Number;
-  static constexpr bool kCluster = X::kCluster;
+  using X = Grid<T, sparing>;
+  static constexpr bool kCluster = false;
   template <class A>
   static constexpr int kPairs = pairs_of(A::kBackward, P::kRows / 16, P::kSequences / 8);
   const Task& task;
@@ -156,12 +124,12 @@ struct Team {
         slice(int(blockIdx.x) % task.plan.slices),
         weights(reinterpret_cast<T*>(shared)),
         part(reinterpret_cast<Wide<T>*>(weights + P::place(P::kRows - 1, task.plan.depth - 1, task.plan.depth) + 1)),
-        exchange(task, part + kWarps * kPart, P::kSequences * task.plan.row, slice) {}
+        exchange(P::kSequences * task.plan.row) {}
 
   __device__ void take(int next) {
     group = next;
     exchange.take(task, direction * task.plan.groups + next);
-    if (!X::kCluster && task.hidden % kSpan) publish_padding();
+    if (task.hidden % kSpan) publish_padding();
     __syncthreads();  // the weights are there
   }
   // The warp's chunks of the depth, and where this thread begins.
@@ -187,19 +155,13 @@ struct Team {
     exchange.put(s, place + gate * kSpan, P::operand(to<T>(value)));
   }
   __device__ void published_all(int) const { exchange.put_all(); }
-  __device__ void finish() const { exchange.wait(); }
+  __device__ void finish() const {}
 
   // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a pair and gate is what came
   // out. Runs `meanwhile` where the block would only wait.
   template <int kChunks, class Meanwhile>
   __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
-    if constexpr (X::kCluster) {
-      meanwhile();
-      exchange.wait();
-      P::template multiply<X, kChunks>(lane, exchange.at(s) + lane.published, chunks, [] {});
-    } else {
-      P::template multiply<X, kChunks>(lane, exchange.at(s) + lane.published, chunks, meanwhile);
-    }
+    P::template multiply<X, kChunks>(lane, exchange.at(s) + lane.published, chunks, meanwhile);
     __syncthreads();
   }
   __device__ Wide<T> sum(int, const Pair& pair, int gate) const {

@@ -16,12 +16,16 @@ cuda::Layer layer_of(const py::tuple& a) {
   const cuda::Layer l{static_cast<Cell>(at(0)), static_cast<cuda::Number>(at(1)), at(2), at(3), at(4),
                       static_cast<cuda::Exchange>(at(5))};
   if (a.size() != 6 || at(0) < 0 || at(0) > 3 || at(1) < 0 || at(1) > 4 || l.batch < 1 || l.hidden < 1 ||
-      l.directions < 1 || l.directions > 2 || at(5) < 0 || at(5) > 5)
+      l.directions < 1 || l.directions > 2 || at(5) < 0 || at(5) > 3)
     throw std::invalid_argument("rnn: sizes out of range");
   return l;
 }
 
-cuda::Chip chip_of(const py::tuple& a) { return {a[0].cast<int>(), a[1].cast<int>(), a[2].cast<int>()}; }
+// From (multiprocessors, shared, cluster, planes).
+cuda::Chip chip_of(const py::tuple& a) {
+  if (a.size() != 4) throw std::invalid_argument("rnn: a chip is four numbers");
+  return {a[0].cast<int>(), a[1].cast<int>(), a[2].cast<int>(), a[3].cast<int>()};
+}
 
 }  // namespace
 
@@ -36,13 +40,16 @@ void define_cuda(py::module_ m) {
           const cuda::Plan p = cuda::plan(l, backward, chip_of(chip));
           if (!p.blocks) return py::none();
           using py::literals::operator""_a;
-          return py::dict("cluster"_a = p.cluster, "resident"_a = p.resident, "ranks"_a = p.ranks, "m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles,
-                          "units"_a = p.units, "slices"_a = p.slices, "groups"_a = p.groups, "teams"_a = p.teams,
-                          "depth"_a = p.depth, "row"_a = p.row, "blocks"_a = p.blocks, "shared"_a = p.shared,
-                          "workspace"_a = p.workspace, "cost"_a = p.cost);
+          return py::dict("exchange"_a = int(p.exchange), "held"_a = p.held, "ranks"_a = p.ranks,
+                          "m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles, "units"_a = p.units,
+                          "slices"_a = p.slices, "groups"_a = p.groups, "teams"_a = p.teams,
+                          "turns"_a = p.turns, "depth"_a = p.depth, "row"_a = p.row,
+                          "blocks"_a = p.blocks, "shared"_a = p.shared, "workspace"_a = p.workspace,
+                          "cost"_a = p.cost);
         },
         "Return cuda::plan of a layer (cell, number, batch, hidden, directions, exchange) on a chip (multiprocessors, "
-        "bytes of shared memory that a block may use, blocks of a cluster); None where nothing fits.");
+        "bytes of shared memory that a block may use, blocks of a cluster, clusters of a plane); None where nothing "
+        "fits.");
   m.def("rnn_fits",
         [](const py::tuple& layer, bool backward, const py::tuple& chip) {
           return cuda::rnn_fits(layer_of(layer), backward, chip_of(chip));
@@ -51,9 +58,10 @@ void define_cuda(py::module_ m) {
   m.def("largest_cluster", &cuda::largest_cluster,
         "Return how many blocks a cluster may have on the current GPU, whose blocks may use so many bytes of shared "
         "memory; 0: it has no clusters.");
-  m.def("clusters_at_once", &cuda::clusters_at_once,
-        "Return how many clusters of so many blocks, one on a multiprocessor, the current GPU holds at a time; blocks "
-        "may use `shared` bytes.");
+  m.def("planes",
+        [](int shared, uintptr_t stream) { return cuda::planes(shared, pointer<void>(stream)); },
+        "Return how many clusters of a plane, one cooperative launch, the current GPU holds, whose blocks may use so "
+        "many bytes of shared memory; 0: none. Queues a launch that does nothing on the stream.");
   m.def("exchange_alone",
         [](bool cluster, int blocks, int teams, int bytes, int steps, uintptr_t workspace, uintptr_t nanoseconds,
            uintptr_t stream) {

@@ -20,8 +20,7 @@ from fastlm.ops.tensors import addresses
 
 NUMBERS = {torch.float32: 0, torch.float64: 1, "tf32": 2, torch.bfloat16: 3, torch.float16: 4}
 MEASURED = dict(units=1024, sequences=64, steps=64)  # at most, at most and at least
-# How the blocks of a kernel hand their results to each other.
-EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2, "resident": 3, "plane": 4, "sparing": 5}
+EXCHANGES = {"cheapest": 0, "grid": 1, "cluster": 2, "plane": 3}  # how the blocks of a kernel hand on their results
 
 
 class CudaLayers:
@@ -72,7 +71,10 @@ class CudaLayers:
         return torch.float32 if self.cell == "relu" and result.itemsize == 2 else result
 
     def run(self, data, batch_sizes, hx, params, has_biases, *options, exchange="cheapest") -> tuple[Tensor, ...]:
-        """Run the network. `exchange` names one of EXCHANGES, to measure one against the other; raises where it cannot.
+        """Run the network.
+
+        `exchange` names one of EXCHANGES, to measure one against the other; raises where it cannot. There are planes
+        backward alone: forward is on a grid then.
         """
         result = self.result_dtype(data)
         compute = self.compute_dtype(result)
@@ -228,24 +230,32 @@ def losses(cell, data, batch_sizes, hx, params, has_biases, num_layers, dropout,
     dtype = torch.float16 if lowered else data.dtype
     if cell not in ("lstm", "gru") or dtype.itemsize != 2:
         return "against cuDNN only LSTM and GRU in 16 bits were measured"
-    if bidirectional:
-        return "both directions were not measured on a GPU"
     if hidden > MEASURED["units"] or batch > MEASURED["sequences"] or steps < MEASURED["steps"]:
         return "not measured above {units} units or {sequences} sequences, nor below {steps} steps".format(**MEASURED)
+    if bidirectional:
+        if batch_sizes is not None:
+            return "both directions of packed sequences were not measured on a GPU"
+        measured = hidden <= 512 or (hidden <= 768 and batch <= 16)
+        return None if measured else "both directions were measured up to 768 units and, above 512, up to 16 sequences"
     # What torch asks of cuDNN's own persistent kernel (ATen, cudnn/RNN.cpp).
     persists = cell == "lstm" and dtype is torch.float16 and num_layers == 1 and (
         batch_sizes is None and hidden % 128 == 0 and data.shape[-1] % 128 == 0 and batch % 8 == 0)
-    return "cuDNN's persistent kernel is faster below 64 sequences" if persists and batch < 64 else None
+    if persists and batch < 64 and (hidden > 768 or (hidden > 512 and batch > 16)):
+        return "cuDNN's persistent kernel was not measured to be slower than ours"
+    return None
 
 
 @functools.cache
-def chip_of(native: ModuleType, device: str) -> tuple[int, int, int]:
-    """Return the GPU's multiprocessors, the bytes of shared memory that a block may use, the blocks of a cluster."""
+def chip_of(native: ModuleType, device: str) -> tuple[int, int, int, int]:
+    """Return what plans ask of a GPU: cuda::Chip."""
     properties = torch.cuda.get_device_properties(device)
-    shared = properties.shared_memory_per_block_optin
+    shared, cluster, planes = properties.shared_memory_per_block_optin, 0, 0
     with torch.cuda.device(device):
-        cluster = native.cuda.largest_cluster(shared) if properties.major >= 9 else 0
-    return properties.multi_processor_count, shared, cluster
+        if properties.major >= 9:
+            cluster = native.cuda.largest_cluster(shared)
+        if cluster:
+            planes = native.cuda.planes(shared, torch.cuda.current_stream().cuda_stream)
+    return properties.multi_processor_count, shared, cluster, planes
 
 
 def exchange_alone(native: ModuleType, layer: tuple, backward: bool, device: str) -> dict[str, float]:
@@ -255,17 +265,17 @@ def exchange_alone(native: ModuleType, layer: tuple, backward: bool, device: str
     bytes, that the plan of such a kernel exchanges. `layer` is (cell, number, batch, hidden, directions).
     """
     found, size = {}, 2 if layer[1] in (NUMBERS[torch.bfloat16], NUMBERS[torch.float16]) else 4
-    for name, exchange in (("grid", "grid"), ("cluster", "resident")):
-        plan = native.cuda.rnn_plan((*layer, EXCHANGES[exchange]), backward, chip_of(native, device))
+    for name in ("grid", "cluster"):
+        plan = native.cuda.rnn_plan((*layer, EXCHANGES[name]), backward, chip_of(native, device))
         if plan is None:
             continue
         sequences = min(layer[2], 8 * plan["n_tiles"])
         of_one = plan["depth"] * size
         if name == "cluster" and backward:
             of_one = plan["slices"] * plan["units"] * 4  # sums, in float32
-        turns = -(-plan["groups"] // plan["teams"])
-        found[name] = turns * _alone(native, name == "cluster", plan["slices"], plan["teams"] * layer[4],
-                                     sequences * of_one, device)
+        teams = -(-plan["groups"] * layer[4] // plan["turns"])  # side by side
+        found[name] = plan["turns"] * _alone(
+            native, name == "cluster", plan["slices"], teams, sequences * of_one, device)
     return found
 
 

@@ -416,21 +416,23 @@ SMALL = {
 @each_cell
 @pytest.mark.parametrize("sample", SMALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("exchange", ["grid", "cluster", "resident"])
+@pytest.mark.parametrize("exchange", ["grid", "cluster", "plane"])
 def test_exchange(name, sample, dtype, exchange, device, poisoned, monkeypatch):
     """Whichever way blocks exchange, results and gradients keep the error rule, and every call makes the same ones."""
     if device == "cpu":
         pytest.skip("needs a GPU; tests/test_cuda_sources.py runs an emulation")
     op, module = OPS[name], sys.modules[f"fastlm.ops.{name}_native"]
     layers = (module._layers["tanh"] if name == "rnn" else module._layers).cuda
-    args = recurrent.make_args(*CELLS[name], dtype, device, **SMALL[sample])
+    shape = SMALL[sample] | ({"bidirectional": False} if exchange == "plane" else {})  # which is of one direction
+    args = recurrent.make_args(*CELLS[name], dtype, device, **shape)
     whole = (*args, "tanh") if name == "rnn" else args
     if reason := op.implementations["native"].cannot(*whole):
         pytest.skip(reason)
-    if exchange == "resident" and name == "rnn":
-        pytest.skip("LSTM and GRU alone")
-    if exchange != "grid" and torch.cuda.get_device_capability(device) < (9, 0):
-        pytest.skip("the GPU has no clusters")
+    if exchange != "grid":
+        if name == "rnn":
+            pytest.skip("LSTM and GRU alone")
+        if torch.cuda.get_device_capability(device) < (9, 0):
+            pytest.skip("the GPU has no clusters")
 
     monkeypatch.setattr(layers, "run", functools.partial(layers.run, exchange=exchange))
     runs = [measure.differentiate(op.implementations["native"].run, whole) for _ in range(2)]

@@ -85,7 +85,6 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool waits, done;
   long phase;  // of its cluster, that it waits for
-  std::vector<std::function<void()>> unpublished;
 };
 
 struct Block {
@@ -96,7 +95,6 @@ struct Block {
 struct Cluster {
   unsigned arrived = 0;
   long phase = 0;
-  std::vector<std::function<void()>> unpublished;
 };
 
 inline std::minstd_rand draw;
@@ -160,7 +158,6 @@ inline bool run(unsigned count) {
     Fiber& fiber = fibers[i];
     fiber.done = fiber.waits = false;
     fiber.phase = 0;
-    fiber.unpublished.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Fiber::kStack;

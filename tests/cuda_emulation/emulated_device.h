@@ -1,7 +1,6 @@
 // csrc/cuda/device.h on the host. What is stored for all to see gets there some rounds later, as chance will have it,
-// each number on its own: nothing orders two of them. What a thread stores in another block of its cluster gets there
-// at once or, as chance will have it, only when all have arrived at a barrier after it. FASTLM_EMULATED_WAITS=0 waits
-// neither for what is published nor for clusters.
+// each number on its own: nothing orders two of them. So does what a thread sends into another block of its cluster.
+// FASTLM_EMULATED_WAITS=0 waits neither for what is published nor for clusters.
 #pragma once
 
 #include <cmath>
@@ -138,22 +137,8 @@ uint4 load_shared_by_all(const uint4* place) {
   return x;
 }
 
-constexpr bool kClusters = true;
+constexpr bool kClusters = true, kWide = true;
 
-template <class T>
-void store_in_peer(T* place, int rank, T value) {
-  using namespace emulation;
-  const unsigned own = current / threads, peer = own / cluster_blocks * cluster_blocks + unsigned(rank);
-  char* const to = blocks[peer].shared.get() + (reinterpret_cast<char*>(place) - blocks[own].shared.get());
-  const auto store = [=] {
-    if (waits_for_others && blocks[peer].done == threads) std::abort();  // its shared memory is another's
-    *reinterpret_cast<T*>(to) = value;
-  };
-  if (draw() % 2)
-    store();
-  else
-    fibers[current].unpublished.push_back(store);
-}
 // A barrier's bytes that are still to come, whether one thread has to say how many, and its phases.
 struct BytesBarrier {
   int32_t bytes;
@@ -202,13 +187,8 @@ inline void send(Peer peer, int place, int barrier, uint4 x) {
 inline void cluster_arrive() {
   using namespace emulation;
   Cluster& all = cluster();
-  auto& mine = fibers[current].unpublished;
-  all.unpublished.insert(all.unpublished.end(), mine.begin(), mine.end());
-  mine.clear();
   fibers[current].phase = all.phase + 1;
   if (++all.arrived == threads * cluster_blocks) {
-    for (const auto& store : all.unpublished) store();
-    all.unpublished.clear();
     all.arrived = 0;
     ++all.phase;
   }

@@ -26,8 +26,9 @@ from fastlm.ops import recurrent, recurrent_cuda  # noqa: E402
 GATES_AND_STATES = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
 FEATURES = {"no bias", "packed", "packed bidirectional layers", "no sequences", "outliers", "not a number",
             "not contiguous", "relu plain", "relu packed bidirectional layers"}
-# Multiprocessors, shared memory of a block, blocks of a cluster: few multiprocessors make teams small and take turns.
-HOPPER = {count: (count, 227 << 10, 16) for count in (1, 3, 4, 6, 7, 8, 9, 10, 20, 40, 132)}
+# Multiprocessors, shared memory of a block, blocks of a cluster, clusters of a plane: few multiprocessors make teams
+# small and take turns.
+HOPPER = {count: (count, 227 << 10, 16, count // 9) for count in (1, 3, 4, 6, 7, 8, 9, 10, 20, 40, 70, 132)}
 SIZES = {
     "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), HOPPER[1]),
     "T3 B1 H33": (dict(steps=3, batch=1, hidden=33), HOPPER[132]),
@@ -39,55 +40,45 @@ SIZES = {
     "tall packed": (dict(lengths=(4,) * 3 + (3,) * 20 + (2,) * 12 + (1,) * 6, hidden=17, bidirectional=True),
                     HOPPER[6]),
 }
-# The depth in several loads, and tiles that small layers do not take.
+# The depth in several loads, or not held in registers, and tiles that small layers do not take.
 WIDE = {
     "lstm": {"T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[20]),
              "T2 B33 H136": (dict(steps=2, batch=33, hidden=136), HOPPER[9]),
              "T2 B1 H136": (dict(steps=2, batch=1, hidden=136), HOPPER[9]),
              "T2 B9 H33": (dict(steps=2, batch=9, hidden=33), HOPPER[9]),
              "T3 B33 H7": (dict(steps=3, batch=33, hidden=7), HOPPER[3]),
-             "T3 B17 H33": (dict(steps=3, batch=17, hidden=33), HOPPER[4])},
+             "T3 B17 H33": (dict(steps=3, batch=17, hidden=33), HOPPER[4]),
+             "T2 B1 H1030": (dict(steps=2, batch=1, inputs=1, hidden=1030), HOPPER[70])},
     "gru": {},
     "rnn": {"T2 B1 H136": (dict(steps=2, batch=1, hidden=136), HOPPER[6]),
             "T2 B1 H70": (dict(steps=2, batch=1, hidden=70), HOPPER[3]),
             "T3 B33 H7": (dict(steps=3, batch=33, hidden=7), HOPPER[1])},
 }
 FEW = {name: SIZES[name] for name in ("T2 B17 H33",)}
-# A cluster of few blocks makes them hold many rows.
-CLUSTERS = {name: SIZES[name] for name in ("T1 B1 H1", "T3 B1 H33", "T2 B17 H33", "T3 B33 H70", "tall packed")} | {
-    "T5 B9 H75": (dict(steps=5, batch=9, hidden=75), (9, 227 << 10, 4)),
-    "T4 B17 H40 both ways": (dict(steps=4, batch=17, hidden=40, bidirectional=True), (3, 227 << 10, 3)),
-}
-# Weights in registers: 256 units and more, one tile of sequences and two, the last of which is not full, two turns.
-RESIDENT = {name: SIZES[name] for name in
+# 256 units and more, groups that are not full, two turns.
+CLUSTERS = {name: SIZES[name] for name in
             ("T1 B1 H1", "T7 B3 H7 both ways", "T2 B17 H33", "T3 B33 H70", "tall packed")} | {
     "T5 B3 H256": (dict(steps=5, batch=3, hidden=256), HOPPER[132]),
     "T2 B17 H250": (dict(steps=2, batch=17, hidden=250), HOPPER[20]),
     "T3 B3 H290": (dict(steps=3, batch=3, hidden=290), HOPPER[132]),
-    "T3 B9 H290 both ways": (dict(steps=3, batch=9, hidden=290, bidirectional=True), HOPPER[20])}
-
+    "T3 B9 H290 both ways": (dict(steps=3, batch=9, hidden=290, bidirectional=True), HOPPER[20]),
+}
 # Planes, in one cluster and in several, whose last one is not full; groups in turn.
 PLANES = {
     "T1 B1 H1": (dict(steps=1, batch=1, hidden=1), HOPPER[20]),
-    "T7 B3 H7 both ways": (dict(steps=7, batch=3, hidden=7, bidirectional=True), HOPPER[40]),
+    "T7 B3 H7": (dict(steps=7, batch=3, hidden=7), HOPPER[40]),
     "T3 B17 H70": (dict(steps=3, batch=17, hidden=70), HOPPER[40]),
     "T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[132]),
     "T3 B33 H97": (dict(steps=3, batch=33, hidden=97), HOPPER[40]),
-    "T2 B3 H90": (dict(steps=2, batch=3, hidden=90), HOPPER[20]),
-    "tall packed": (SIZES["tall packed"][0], HOPPER[40]),
+    "T2 B3 H90": (dict(steps=2, batch=3, hidden=90), HOPPER[9]),
+    "T3 B11 H90": (dict(steps=3, batch=11, hidden=90), HOPPER[9]),
+    "tall packed": (dict(SIZES["tall packed"][0], bidirectional=False), HOPPER[40]),
 }
-
 ONE = {"T1 B1 H1": PLANES["T1 B1 H1"]}
-SPARING = {name: SIZES[name] for name in ("T1 B1 H1", "T2 B17 H33", "T3 B33 H70", "tall packed")} | {
-    "T2 B9 H300": (dict(steps=2, batch=9, hidden=300), HOPPER[40])}
-
-NEW = ("resident", "plane", "sparing")  # of LSTM and GRU in 16 bits
-
 NOT_NUMBERS = {"NaN of all bits": dict(steps=3, batch=9),
                "NaN of all bits, packed": dict(lengths=(3, 3, 2, 2, 2, 1), bidirectional=True)}
 
 WAYS = {number: name for name, number in recurrent_cuda.EXCHANGES.items()}
-
 chip, launched, tiles = None, [], set()
 
 
@@ -97,8 +88,7 @@ def counted(name):
     def run(layer, chip, *rest):
         plan = native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
         launched.append(name)
-        way = WAYS[layer[5]] if WAYS[layer[5]] in NEW else "cluster" if plan["cluster"] else "grid"
-        tiles.add((name, way, layer[1], plan["m_tiles"], plan["n_tiles"]))
+        tiles.add((name, WAYS[plan["exchange"]], layer[1], plan["m_tiles"], plan["n_tiles"]))
         kernel(layer, chip, *rest)
     return run
 
@@ -110,7 +100,9 @@ torch.cuda.get_device_properties = lambda device: SimpleNamespace(
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.current_stream = lambda: SimpleNamespace(cuda_stream=0)
 assert native.cuda.largest_cluster(227 << 10) == 16
+assert native.cuda.planes(227 << 10, 0) == 1
 native.cuda.largest_cluster = lambda shared: chip[2]
+native.cuda.planes = lambda shared, stream: chip[3]
 for kernel in ("rnn_forward", "rnn_backward"):
     setattr(native.cuda, kernel, counted(kernel))
 
@@ -124,16 +116,17 @@ def cases(op):
             ("grid", "float64", SIZES), ("grid", "bfloat16", SIZES | WIDE[op.name]), ("grid", "float16", FEW),
             ("grid", "float32", FEW), ("grid", "tf32", FEW), ("cheapest", "float32", FEW),
             ("cheapest", "bfloat16", FEW), ("cluster", "bfloat16", CLUSTERS), ("cluster", "float16", FEW),
-            ("cluster", "tf32", FEW), ("resident", "bfloat16", RESIDENT), ("resident", "float16", FEW),
-            ("plane", "bfloat16", PLANES), ("plane", "float16", ONE), ("sparing", "bfloat16", SPARING)):
-        if exchange in NEW and op.name == "rnn":
+            ("plane", "bfloat16", PLANES), ("plane", "float16", ONE)):
+        if exchange in ("cluster", "plane") and op.name == "rnn":
             continue
         dtype = torch.float32 if form == "tf32" else getattr(torch, form)
         for name, (shape, chip) in sizes.items():
             args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
             yield exchange, form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
-        if exchange == "grid" or (exchange in NEW and form == "bfloat16"):  # as in places that are empty
+        if exchange == "grid" or (exchange in ("cluster", "plane") and form == "bfloat16"):  # as in empty places
             for name, shape in NOT_NUMBERS.items():
+                if exchange == "plane" and "bidirectional" in shape:
+                    continue
                 args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", hidden=9, **shape)
                 for tensor in (args[0], *args[2]):
                     set_all_bits(tensor)

@@ -13,6 +13,7 @@ import torch
 from fastlm import measure
 from fastlm.tools.suites import Case, Goal, Subject, first, module_errors, module_subject, pair
 
+MORE = {"2 layers": dict(num_layers=2), "both directions": dict(bidirectional=True)}  # whose rows have no goals
 STEPS, CHECKED = 512, 64  # of which so many are compared with float64, where cuDNN is slow
 HIDDEN, BATCH = (256, 512, 650, 768, 1024), (1, 16, 64)
 FLASHRNN = (1024, 16, 768)  # steps, sequences, hidden units of the figure in FlashRNN's paper
@@ -26,14 +27,16 @@ def cases(device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[
     wanted = dtypes or (torch.bfloat16, torch.float16)
     for dtype, cell, hidden, batch in itertools.product(wanted, GATES, HIDDEN, BATCH):
         yield _case(cell, dtype, device, STEPS, batch, hidden)
+    for dtype, cell, hidden, more in itertools.product(wanted, GATES, (256, 768), MORE):
+        yield _case(cell, dtype, device, STEPS, 16, hidden, more=more)
     if torch.bfloat16 in wanted and importlib.util.find_spec("flashrnn"):
         yield _case("LSTM", torch.bfloat16, device, *FLASHRNN, against="FlashRNN")
 
 
-def _case(cell, dtype, device, steps, batch, hidden, against=""):
-    goals = {mode: _goal(cell, dtype, mode, batch, hidden, against) for mode in MODES}
-    case = f"T{steps} B{batch} H{hidden}" + (f" against {against}" if against else "")
-    build = functools.partial(_layer, cell, dtype, device, steps, batch, hidden, against)
+def _case(cell, dtype, device, steps, batch, hidden, against="", more=""):
+    goals = {} if more else {mode: _goal(cell, dtype, mode, batch, hidden, against) for mode in MODES}
+    case = f"T{steps} B{batch} H{hidden}" + (f" {more}" if more else f" against {against}" if against else "")
+    build = functools.partial(_layer, cell, dtype, device, steps, batch, hidden, against, MORE.get(more, {}))
     return Case("rnn-cuda", cell, case, dtype, build, MODES, goals, ("native",))
 
 
@@ -47,15 +50,16 @@ def _goal(cell, dtype, mode, batch, hidden, against):
     return Goal(1.0 if friendly else None, share=SHARE)
 
 
-def _layer(cell, dtype, device, steps, batch, hidden, against) -> Subject:
+def _layer(cell, dtype, device, steps, batch, hidden, against, options) -> Subject:
     if torch.device(device).type != "cuda":
         raise ValueError("rnn-cuda: needs an NVIDIA GPU (--device cuda), there is none here" if not
                          torch.cuda.is_available() else "rnn-cuda: measures a GPU: --device cuda")
-    stock, ours = pair(cell, hidden, hidden, device=device, dtype=dtype)
+    stock, ours = pair(cell, hidden, hidden, device=device, dtype=dtype, **options)
     x = torch.randn(steps, batch, hidden, device=device).to(dtype)
-    floors = [functools.partial(floor, cell, dtype, device, steps, batch, hidden, mode) for mode in MODES]
-    subject = module_subject(stock, ours, first, x, floor=floors[0],
-                             training_floor=floors[1])
+    floors = {} if options else {
+        name: functools.partial(floor, cell, dtype, device, steps, batch, hidden, mode)
+        for name, mode in zip(("floor", "training_floor"), MODES, strict=True)}
+    subject = module_subject(stock, ours, first, x, **floors)
     few = (x[:CHECKED], subject.args[1])
     subject.errors = lambda ran: module_errors(few, subject.ours, subject.baselines["torch"])
     if against:

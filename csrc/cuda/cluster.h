@@ -1,13 +1,13 @@
 // Teams of a cluster whose weights stay in registers: 16 bits, at most 512 units, no more than one barrier a step.
 //
-// A block owns 32 units, its warp w the units 4w to 4w + 3. Numbers go straight into the shared memory of the block that
-// needs them, with a barrier there that counts their bytes: a step costs one way through the cluster, and nobody waits
-// but for what it needs. Two slots are enough, as in Cluster: who sends step s + 2 has received s + 1 of all warps that
-// read its receiver's slot s. A warp that sent nothing would not be waited for, and find the barrier two phases on, as if
-// its own had not ended.
+// A block owns 32 units, its warp w the units 4w to 4w + 3. Numbers go straight into the shared memory of the block
+// that needs them, with a barrier there that counts their bytes: a step costs one way through the cluster, and nobody
+// waits but for what it needs. Two slots are enough: who sends step s + 2 has received s + 1 of all warps that read its
+// receiver's slot s. A warp that sent nothing would not be waited for, and find the barrier two phases on, as if its
+// own had not ended.
 //
 // Forward (Gather), all blocks receive h of all units. A warp's four units with their gates are the 16 rows of one
-// product over the whole depth, so that the gates of a pair come out in two lanes and the block needs no barrier at all.
+// product over the whole depth, so that the gates of a pair come out in two lanes and the block needs no barrier.
 // Backward (Scatter), a block multiplies the gradients of its own gates, which its warps share in shared memory, with
 // the weights from all units to them, and sends each owner its part of dh: half the bytes of all gates' gradients.
 //
@@ -25,18 +25,18 @@ FASTLM_INLINE constexpr int operand_place(int quarter, int sequence) {
 }
 
 // A block of the cluster that takes group `group` of direction `direction`.
-template <class T_, int m_, int n_>
-struct Resident {
+template <class T_, int m_>
+struct Cluster {
   using T = T_;
   static constexpr bool kCluster = true;
   template <class A>
-  static constexpr int kPairs = n_;
+  static constexpr int kPairs = 1;
   const Task& task;
   int gates, direction, team, group, slice, warp, lane_, row, quarter;
   char* shared;
   uint32_t w[m_][4];  // of the products, in the order of the instruction's operand
 
-  __device__ Resident(const Task& task, uint4* shared)
+  __device__ Cluster(const Task& task, uint4* shared)
       : task(task),
         gates(gates_of(task.cell)),
         direction(int(blockIdx.x) / task.plan.slices / task.plan.teams),
@@ -54,14 +54,14 @@ struct Resident {
   __device__ int chunks() const { return 0; }
   __device__ int place(int, int, int) const { return 0; }
   __device__ int unit(int local) const { return slice * kSpan + local; }
-  __device__ int first() const { return group * 8 * n_; }
-  __device__ int sequences() const { return min(task.batch - first(), 8 * n_); }
+  __device__ int first() const { return group * 8; }
+  __device__ int sequences() const { return min(task.batch - first(), 8); }
   __device__ int steps() const { return task.packed ? task.lengths[first()] : task.steps; }
 
  protected:
   __device__ uint64_t* barrier(int s) const { return reinterpret_cast<uint64_t*>(shared) + s % 2; }
-  // Sequences 2q and 2q + 1 of tile p, of which at least one is there: what is sent goes two by two.
-  __device__ bool sends(int q, int p) const { return 2 * q + 8 * p < sequences(); }
+  // Whether at least one of sequences 2q and 2q + 1 is there: what is sent goes two by two.
+  __device__ bool sends(int q) const { return 2 * q < sequences(); }
   __device__ int sent_pairs() const { return divide_up(sequences(), 2); }
 
   __device__ void begin(int bytes) const {
@@ -81,13 +81,13 @@ struct Resident {
   }
 };
 
-template <class T, int m, int n>
-struct Gather : Resident<T, m, n> {
-  using Base = Resident<T, m, n>;
-  static constexpr int kSlot = n * m * 256;  // bytes
+template <class T, int m>
+struct Gather : Cluster<T, m> {
+  using Base = Cluster<T, m>;
+  static constexpr int kSlot = m * 256;  // bytes
   int all, bytes;                            // steps; of one, that a block receives
-  uint32_t mine[n] = {};                     // h that is next to be sent
-  float sums[n][4];                          // of a pair: its gates'
+  uint32_t mine = 0;                         // h that is next to be sent
+  float sums[4];                             // of the pair: its gates'
 
   __device__ Gather(const Task& task, int, uint4* shared)
       : Base(task, shared), all(this->steps()), bytes(task.plan.slices * kWarps * this->sent_pairs() * kLoad) {
@@ -96,30 +96,27 @@ struct Gather : Resident<T, m, n> {
     this->begin(bytes);
   }
 
-  __device__ Pair pair(int p) const {
-    return {*this, this->warp * 4 + this->row % 4, p * 8 + this->quarter * 2 + this->row / 4};
+  __device__ Pair pair(int) const {
+    return {*this, this->warp * 4 + this->row % 4, this->quarter * 2 + this->row / 4};
   }
-  __device__ void publish(int, int p, int, int, float value) {
+  __device__ void publish(int, int, int, int, float value) {
     const T x = to<T>(value);
-    mine[p] = x.bits;
+    mine = x.bits;
   }
   // Lanes of one quarter have the four units of two sequences: they put them together, and send them to a block each.
   __device__ void published_all(int s) const {
     if (s >= all) return;
     const int operand = this->slice * kWarps + this->warp, row = this->row, quarter = this->quarter;
-#pragma unroll
-    for (int p = 0; p < n; ++p) {
-      const uint32_t one = swap_lanes(mine[p], 4);
-      const uint32_t two = row & 1 ? mine[p] << 16 | one : one << 16 | mine[p], other = swap_lanes(two, 8);
-      const uint32_t low = row & 2 ? other : two, high = row & 2 ? two : other;
-      const uint32_t its_low = swap_lanes(low, 16), its_high = swap_lanes(high, 16);
-      const uint4 x = row & 4 ? uint4{its_low, its_high, low, high} : uint4{low, high, its_low, its_high};
-      if (!this->sends(quarter, p)) continue;  // every warp sends, also of units that there are not: see Resident
-      const int place = kBarriers + s % 2 * kSlot + (p * m + operand / 4) * 256;
-      const int in_operand = operand % 4 * 64 + (quarter ^ (operand & 2)) * kLoad;
-      for (int peer = row; peer < this->task.plan.slices; peer += 8)
-        send(Peer(this->shared, peer), place + in_operand, s % 2 * 8, x);
-    }
+    const uint32_t one = swap_lanes(mine, 4);
+    const uint32_t two = row & 1 ? mine << 16 | one : one << 16 | mine, other = swap_lanes(two, 8);
+    const uint32_t low = row & 2 ? other : two, high = row & 2 ? two : other;
+    const uint32_t its_low = swap_lanes(low, 16), its_high = swap_lanes(high, 16);
+    const uint4 x = row & 4 ? uint4{its_low, its_high, low, high} : uint4{low, high, its_low, its_high};
+    if (!this->sends(quarter)) return;  // every warp sends, also of units that there are not: see above
+    const int place = kBarriers + s % 2 * kSlot + operand / 4 * 256;
+    const int in_operand = operand % 4 * 64 + (quarter ^ (operand & 2)) * kLoad;
+    for (int peer = row; peer < this->task.plan.slices; peer += 8)
+      send(Peer(this->shared, peer), place + in_operand, s % 2 * 8, x);
   }
   __device__ void finish() const {
     cluster_arrive();
@@ -130,116 +127,104 @@ struct Gather : Resident<T, m, n> {
   __device__ void multiply(int s, int, int, const Meanwhile& meanwhile) {
     meanwhile();
     this->receive(s, bytes);
-    constexpr int kChains = 4 / n;  // products that do not wait for each other
-    float c[n][kChains][4] = {};
+    constexpr int kChains = kWide ? 4 : 2;  // products that do not wait for each other
+    float c[kChains][4] = {};
     const char* from = this->shared + kBarriers + s % 2 * kSlot + operand_place(this->quarter, this->row);
 #pragma unroll
-    for (int k = 0; k < m; ++k)
-#pragma unroll
-      for (int p = 0; p < n; ++p) {
-        const uint2 x = *reinterpret_cast<const uint2*>(from + (p * m + k) * 256);
-        const uint32_t(&w)[4] = this->w[k];
-        mma(T(), c[p][k % kChains], w[0], w[1], w[2], w[3], x.x, x.y);
-      }
+    for (int k = 0; k < m; ++k) {
+      const uint2 x = *reinterpret_cast<const uint2*>(from + k * 256);
+      const uint32_t(&w)[4] = this->w[k];
+      mma(T(), c[k % kChains], w[0], w[1], w[2], w[3], x.x, x.y);
+    }
     // A lane of rows 0 to 3 has two gates of two sequences, the one 16 behind it the other two: each takes a sequence.
     const bool second = this->row >= 4;
+    float (&x)[4] = c[0];
 #pragma unroll
-    for (int p = 0; p < n; ++p) {
-      float (&x)[4] = c[p][0];
+    for (int chain = 1; chain < kChains; ++chain)
 #pragma unroll
-      for (int chain = 1; chain < kChains; ++chain)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] += c[p][chain][e];
-      const float upper = swap_lanes(second ? x[0] : x[1], 16), lower = swap_lanes(second ? x[2] : x[3], 16);
-      sums[p][0] = second ? upper : x[0];
-      sums[p][1] = second ? lower : x[2];
-      sums[p][2] = second ? x[1] : upper;
-      sums[p][3] = second ? x[3] : lower;
-    }
+      for (int e = 0; e < 4; ++e) x[e] += c[chain][e];
+    const float upper = swap_lanes(second ? x[0] : x[1], 16), lower = swap_lanes(second ? x[2] : x[3], 16);
+    sums[0] = second ? upper : x[0];
+    sums[1] = second ? lower : x[2];
+    sums[2] = second ? x[1] : upper;
+    sums[3] = second ? x[3] : lower;
   }
-  __device__ float sum(int p, const Pair&, int gate) const { return sums[p][gate]; }
+  __device__ float sum(int, const Pair&, int gate) const { return sums[gate]; }
 };
 
-template <class T, int m, int n>
-struct Scatter : Resident<T, m, n> {
-  using Base = Resident<T, m, n>;
+template <class T, int m>
+struct Scatter : Cluster<T, m> {
+  using Base = Cluster<T, m>;
   static constexpr int kTargets = m / kWarps;  // of 16 units each, for which a warp multiplies
   int slot, bytes, now = 0;                    // bytes of one, and that a block receives; what is read
-  uint32_t mine[n][2] = {};                    // gradients of a pair's gates
+  uint32_t mine[2] = {};                       // gradients of the pair's gates
 
   __device__ Scatter(const Task& task, int, uint4* shared)
       : Base(task, shared),
-        slot(resident_slot(true, m, n, task.plan.slices)),
+        slot(cluster_slot(true, m, task.plan.slices)),
         bytes(task.plan.slices * 2 * 8 * this->sent_pairs() * kLoad) {
     this->begin(bytes);
   }
 
-  __device__ Pair pair(int p) const {
+  __device__ Pair pair(int) const {
     const int lane = this->lane_;
-    return {*this, this->warp * 4 + lane / 16 * 2 + lane % 4 / 2, p * 8 + lane / 4 % 4 * 2 + lane % 2};
+    return {*this, this->warp * 4 + lane / 16 * 2 + lane % 4 / 2, lane / 4 % 4 * 2 + lane % 2};
   }
-  __device__ void publish(int, int p, int, int gate, float value) {
+  __device__ void publish(int, int, int, int gate, float value) {
     const uint32_t bits = to<T>(value).bits;
-    uint32_t& two = mine[p][gate / 2];
+    uint32_t& two = mine[gate / 2];
     two = gate % 2 ? two | bits << 16 : bits;
   }
   // Into shared memory of this block, where `own` says.
   __device__ void published_all(int s) const {
     const int lane = this->lane_, unit = lane / 16 * 2 + lane % 4 / 2, sequence = lane / 4 % 4 * 2 + lane % 2;
-#pragma unroll
-    for (int p = 0; p < n; ++p)
-      *reinterpret_cast<uint2*>(own(s) + p * kOwnGates + this->warp * 256 + operand_place(unit, sequence)) =
-          uint2{mine[p][0], mine[p][1]};
+    *reinterpret_cast<uint2*>(own(s) + this->warp * 256 + operand_place(unit, sequence)) = uint2{mine[0], mine[1]};
     __syncthreads();
   }
 
   template <int, class Meanwhile>
   __device__ void multiply(int s, int, int, const Meanwhile& meanwhile) {
-    float c[kTargets][n][4] = {};
+    float c[kTargets][4] = {};
     const char* from = own(s) + operand_place(this->quarter, this->row);
 #pragma unroll
-    for (int k = 0; k < kWarps; ++k)
+    for (int k = 0; k < kWarps; ++k) {
+      const uint2 x = *reinterpret_cast<const uint2*>(from + k * 256);
 #pragma unroll
-      for (int p = 0; p < n; ++p) {
-        const uint2 x = *reinterpret_cast<const uint2*>(from + p * kOwnGates + k * 256);
-#pragma unroll
-        for (int i = 0; i < kTargets; ++i) {
-          const uint32_t(&w)[4] = this->w[i * kWarps + k];
-          mma(T(), c[i][p], w[0], w[1], w[2], w[3], x.x, x.y);
-        }
+      for (int i = 0; i < kTargets; ++i) {
+        const uint32_t(&w)[4] = this->w[i * kWarps + k];
+        mma(T(), c[i], w[0], w[1], w[2], w[3], x.x, x.y);
       }
+    }
 #pragma unroll
     for (int i = 0; i < kTargets; ++i) {
       const int target = this->warp * kTargets + i;
       if (target / 2 >= this->task.plan.slices) continue;
       const Peer peer(this->shared, target / 2);
-      const int place = kBarriers + s % 2 * slot + ((this->slice * 2 + target % 2) * n * 32 + this->lane_) * kLoad;
-#pragma unroll
-      for (int p = 0; p < n; ++p)
-        if (this->sends(this->quarter, p)) {
-          uint4 x;
-          memcpy(&x, c[i][p], sizeof(x));
-          send(peer, place + p * 32 * kLoad, s % 2 * 8, x);
-        }
+      const int place = kBarriers + s % 2 * slot + ((this->slice * 2 + target % 2) * 32 + this->lane_) * kLoad;
+      if (this->sends(this->quarter)) {
+        uint4 x;
+        memcpy(&x, c[i], sizeof(x));
+        send(peer, place, s % 2 * 8, x);
+      }
     }
     meanwhile();
     this->receive(s, bytes);
     now = s;
   }
-  __device__ float sum(int p, const Pair&, int) const {
-    const int in_slot = (this->warp / 4 * n + p) * 128 + this->warp % 4 * 32 + this->lane_;
+  __device__ float sum(int, const Pair&, int) const {
+    const int in_slot = this->warp * 32 + this->lane_;
     const float* from = reinterpret_cast<const float*>(this->shared + kBarriers + now % 2 * slot) + in_slot;
     float total[2] = {};
 #pragma unroll 4
     for (int i = 0; i < m / 2; i += 2) {
-      if (i < this->task.plan.slices) total[0] += from[i * 2 * n * 128];
-      if (i + 1 < this->task.plan.slices) total[1] += from[(i + 1) * 2 * n * 128];
+      if (i < this->task.plan.slices) total[0] += from[i * 2 * 128];
+      if (i + 1 < this->task.plan.slices) total[1] += from[(i + 1) * 2 * 128];
     }
     return total[0] + total[1];
   }
 
  private:
-  __device__ char* own(int s) const { return this->shared + kBarriers + 2 * slot + s % 2 * n * kOwnGates; }
+  __device__ char* own(int s) const { return this->shared + kBarriers + 2 * slot + s % 2 * kOwnGates; }
 };
 
 // Two numbers side by side, zero where they are not wanted.
@@ -248,8 +233,8 @@ __device__ uint32_t two_of(const T* from, bool first, bool second) {
   return uint32_t(first ? from[0].bits : 0) | uint32_t(second ? from[1].bits : 0) << 16;
 }
 
-template <class T, int m, int n>
-__device__ void load_weights(const Forward& a, Gather<T, m, n>& team) {
+template <class T, int m>
+__device__ void load_weights(const Forward& a, Gather<T, m>& team) {
   const int H = a.task.hidden;
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
   const bool whole = H % 4 == 0 && reinterpret_cast<uintptr_t>(w_hh) % 8 == 0;
@@ -274,8 +259,8 @@ __device__ void load_weights(const Forward& a, Gather<T, m, n>& team) {
 }
 
 // A lane's rows are the units 2r and 2r + 1 of 16, its part of the depth the four gates of one unit.
-template <class T, int m, int n>
-__device__ void load_weights(const Backward& a, Scatter<T, m, n>& team) {
+template <class T, int m>
+__device__ void load_weights(const Backward& a, Scatter<T, m>& team) {
   const int H = a.task.hidden;
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
   const bool whole = H % 2 == 0 && reinterpret_cast<uintptr_t>(w_hh) % 4 == 0;
@@ -290,7 +275,8 @@ __device__ void load_weights(const Backward& a, Scatter<T, m, n>& team) {
       for (int gate = 0; gate < 4; ++gate) {
         const bool wanted = gate < team.gates && unit < H && left > 0;
         const T* from = w_hh + (int64_t(gate) * H + unit) * H + H - left;
-        x[gate] = !whole ? two_of(from, wanted, wanted && left > 1) : wanted ? *reinterpret_cast<const uint32_t*>(from) : 0;
+        const bool second = wanted && left > 1;
+        x[gate] = !whole ? two_of(from, wanted, second) : wanted ? *reinterpret_cast<const uint32_t*>(from) : 0;
       }
       uint32_t(&w)[4] = team.w[i * kWarps + k];
 #pragma unroll
