@@ -201,9 +201,9 @@ for op in ops.ALL:
                 assert same_as_fake(sample.args), sample.name
 if not sys.argv[2:]:
     for cluster, blocks, teams, size in ((False, 5, 2, 300), (True, 3, 2, 300), (True, 16, 1, 4096)):
-        memory = torch.zeros(teams * 4 * (size + 15) + 16, dtype=torch.uint8)
+        memory, taken = torch.zeros(teams * 4 * (size + 15) + 16, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
         at = -(-memory.data_ptr() // 16) * 16
-        native.cuda.exchange_alone(cluster, blocks, teams, size, 4, at, memory[-8:].data_ptr(), 0)
+        native.cuda.exchange_alone(cluster, blocks, teams, size, 4, at, taken.data_ptr(), 0)
         print("exchanged", cluster, flush=True)
 for found in sorted(tiles):
     print("tiles", *found)
