@@ -1,6 +1,7 @@
 """Measure: the one timer, the error rule, peak memory, and what this machine can do at best."""
 
 import functools
+import gc
 import math
 import statistics
 import time
@@ -247,6 +248,7 @@ def peak_memory(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> i
     """
     if torch.device(device).type == "cuda":
         call = make()
+        gc.collect()  # what an earlier call left must not be freed by this one
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -29,6 +29,9 @@ ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-24"
+AMX = "benchmarks/LOG.md 2026-11-26, sixth session, AMX"
+PAIRS = {("avx512_bf16", "zen5", torch.bfloat16), ("avx512_bf16", "zen5", torch.float32),
+         ("amx", "intel", torch.bfloat16)}  # which were timed
 
 
 def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *options) -> str | None:
@@ -49,8 +52,8 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     if (dtype is torch.bfloat16 and native.bf16_arithmetic and not pairs) or \
             (dtype is torch.float16 and native.fp16_arithmetic):
         return f"not yet measured on a CPU with {str(dtype).removeprefix('torch.')} arithmetic"
-    if pairs and (native.pairs != "avx512_bf16" or native.cpu != "zen5"):
-        return f"not yet measured with {native.pairs}"
+    if pairs and (native.pairs, native.cpu, dtype) not in PAIRS:
+        return f"not yet measured with {native.pairs} in {str(dtype).removeprefix('torch.')}"
     if torch.compiler._is_exporting_flag:
         return None  # stock would be unrolled for one length, and a rule of sizes be a limit to theirs
     narrow = native.cpu == "avx2"
@@ -59,7 +62,7 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     trains = needs_gradient(data, *hx, *params)
     if pairs:
         dense = batch_sizes is None and not recurrent.projects(params, options[0], options[1:])
-        return _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense)
+        return _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense, native.pairs == "amx")
     if recurrent.projects(params, options[0], options[1:]):  # which stock does without oneDNN, step by step
         return f"slower than torch below 8 steps of a projection: {ROW}" if steps < 8 else None
     # Without gradients few rows run in place, which pays sooner.
@@ -102,9 +105,11 @@ def _losses_on_zen5(steps, batch, hidden, trains):
     return None if wins else f"slower than torch's oneDNN without gradients, but for few sequences: {row}"
 
 
-def _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense):
+def _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense, tiles):
     """Return what `losses` does where pairs of bfloat16 are multiplied, as they are in stock's oneDNN."""
     row, later = "benchmarks/LOG.md 2026-11-25, pairs", "benchmarks/LOG.md 2026-11-26, recurrent layers in bfloat16"
+    if tiles:
+        row = later = AMX
     if cell == "relu":  # which is computed in float32
         return f"relu in bfloat16 was not measured: {row}"
     if cell != "lstm" or not dense:
@@ -114,6 +119,9 @@ def _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense):
     if trains:
         wins = hidden >= 512 or (hidden >= 256 and steps >= 8)
         return None if wins else f"slower than torch's oneDNN below 256 hidden units or 8 steps: {later}"
+    if tiles:
+        wins = batch <= 32 and (steps >= 32 or (batch == 1 and hidden >= 256))
+        return None if wins else f"no faster than torch's oneDNN above 32 sequences or below 32 steps: {AMX}"
     few, odd = hidden >= 256 and batch <= (1 if steps == 1 else 4), hidden >= 512 and hidden % 32 and steps >= 32
     return None if few or odd else f"slower than torch's oneDNN without gradients, but for few sequences: {later}"
 

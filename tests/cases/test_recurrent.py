@@ -355,10 +355,10 @@ SAPPHIRE_RAPIDS = {"cpu": "intel", "pairs": "amx", "bf16_arithmetic": True, "fp1
 @pytest.mark.parametrize(("dtype", "cpu", "precision", "expected"), [
     (torch.float32, AVX512, "medium", None),
     (torch.float32, SAPPHIRE_RAPIDS, "highest", None),
-    (torch.float32, SAPPHIRE_RAPIDS, "high", "not yet measured with amx"),
-    (torch.bfloat16, SAPPHIRE_RAPIDS, "highest", "not yet measured with amx"),
+    (torch.float32, SAPPHIRE_RAPIDS, "high", "not yet measured with amx in float32"),
+    (torch.bfloat16, SAPPHIRE_RAPIDS, "highest", None),
     (torch.bfloat16, AVX512, "highest", None),
-    (torch.bfloat16, COOPER_LAKE, "highest", "not yet measured with avx512_bf16"),
+    (torch.bfloat16, COOPER_LAKE, "highest", "not yet measured with avx512_bf16 in bfloat16"),
     (torch.bfloat16, ZEN_5, "highest", None),
     (torch.bfloat16, ZEN_5 | {"pairs": None}, "highest", "not yet measured on a CPU with bfloat16 arithmetic"),
     (torch.float16, COOPER_LAKE, "highest", None),
@@ -388,6 +388,14 @@ def test_what_runs_with_avx2(cell, dtype, sizes, wins):
     with torch.no_grad():
         args = recurrent.make_args(*CELLS[cell], dtype, "meta", **sizes)
         assert (recurrent_kernels.losses(SimpleNamespace(**AVX2), cell, *args) is None) == wins
+
+
+@pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
+    (128, 32, 512, True), (128, 64, 512, False), (8, 32, 256, False), (1, 1, 256, True), (16, 1, 128, False)])
+def test_inference_with_amx(steps, batch, hidden, wins):
+    with torch.no_grad():
+        args = recurrent.make_args(*CELLS["lstm"], torch.bfloat16, "meta", steps=steps, batch=batch, hidden=hidden)
+        assert (recurrent_kernels.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
