@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastlm.autograd import Differentiable, blank
-from fastlm.ops.exchange_kernels_triton import exchange, numbers, word
+from fastlm.ops.exchange_kernels_triton import exchange, exchange_once, numbers, word
 from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.softmax import collapse, gradient
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, concurrent, launch, like, multiprocessors
@@ -105,14 +105,14 @@ def _plan(kernel, tensors, limit, dim, stage, words, sums, **given):
     for name, steps in zip(tensors, walk.steps, strict=True):
         given |= zip((f"{name}_{axis}" for axis in ("outer", "inner", "row", "col")), steps, strict=True)
     given |= dict(**tensors, words=words, inner=walk.inner, rows=walk.rows, cols=walk.cols, parts=walk.parts,
-                  SLOTS=max(32, triton.next_power_of_2(walk.parts)))
+                  SLOTS=triton.next_power_of_2(walk.parts))
     if not walk.each:
         return kernel, (walk.tiles * walk.parts,), given | sums | walk.tile | dict(share=walk.share, STAGE=stage)
     teams = max(1, min(walk.tiles, walk.each * multiprocessors(tensors["y"].device) // walk.parts))
     width, warps = walk.tile["WIDTH"], 4
     return backward_shared_kernel, (teams * walk.parts,), given | dict(
         tiles=walk.tiles, teams=teams, WIDTH=width, EVEN=walk.cols % width == 0, STAGES=3, num_warps=warps,
-        maxnreg=65536 // (32 * warps * walk.each) // 8 * 8)
+        SLOTS=max(32, given["SLOTS"]), maxnreg=65536 // (32 * warps * walk.each) // 8 * 8)
 
 
 class Walk(NamedTuple):
@@ -237,12 +237,12 @@ def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, sh
         factor = 1.0
         if words is not None:  # a part whose highest is 0 has a total of at least 1: its word is not 0
             idle = -(0x00800000 << 32)  # -inf and 0
-            found = exchange(words + tile * parts, part, word(tl.max(top), tl.max(total)), idle, parts, SLOTS)
+            found = exchange_once(words + tile * parts, part, word(top, total), idle, parts, SLOTS)
             each, sums = numbers(found)
             own = top
-            top = tl.max(each, 0)
+            top = tl.max(each, 1, keep_dims=True)
             factor = exp(own - _base(top))
-            total = tl.sum(sums * exp(each - _base(top)), 0)
+            total = tl.sum(sums * exp(each - _base(top)), 1, keep_dims=True)
         tl.store(y + col.to(tl.int64) * y_col, _result(z, e, factor, keep, mask, top, total, LOG), live)
     else:
         first = part * share * WIDTH
@@ -291,13 +291,6 @@ def _dot(p, g, AXIS: tl.constexpr, LOG: tl.constexpr):
 
 
 @triton.jit
-def _shared(dot, words, part, parts, SLOTS: tl.constexpr):
-    """Return the sum of what the parts of a row add to it."""
-    own = word(tl.full((), 1.0, tl.float32), dot)
-    return tl.sum(numbers(exchange(words, part, own, 1 << 32, parts, SLOTS))[1], 0)
-
-
-@triton.jit
 def _slope(p, g, dot, scale, LOG: tl.constexpr):
     if LOG:
         d = g - exp(p) * dot
@@ -322,7 +315,9 @@ def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, par
         p, g = _pair(y, dy, y_col, dy_col, col, live)
         dot = _dot(p, g, 1, LOG)
         if words is not None:
-            dot = _shared(tl.max(dot), words + tile * parts, part, parts, SLOTS)
+            own = word(tl.full((1, 1), 1.0, tl.float32), dot)
+            found = exchange_once(words + tile * parts, part, own, 1 << 32, parts, SLOTS)
+            dot = tl.sum(numbers(found)[1], 1, keep_dims=True)
         tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, dot, scale, LOG), live)
     else:
         first = part * share * WIDTH
@@ -359,7 +354,9 @@ def backward_shared_kernel(y, dy, dx, words, scale, inner, rows, cols, tiles, te
         o, i, row = _row(tile, inner, rows)
         p, g = _pair(y + o * y_outer + i * y_inner + row * y_row, dy + o * dy_outer + i * dy_inner + row * dy_row,
                      y_col, dy_col, col, live)
-        dot = _shared(_dot(p, g, 0, LOG), words + tl.cast(tile, tl.int64) * parts, part, parts, SLOTS)
+        own = word(tl.full((), 1.0, tl.float32), _dot(p, g, 0, LOG))
+        found = exchange(words + tl.cast(tile, tl.int64) * parts, part, own, 1 << 32, parts, SLOTS)
+        dot = tl.sum(numbers(found)[1], 0)
         tl.store(dx + o * dx_outer + i * dx_inner + row * dx_row + col.to(tl.int64) * dx_col,
                  _slope(p, g, dot, scale, LOG), live)
 
