@@ -34,14 +34,20 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     lacking = any(x is not None for x in (sinks, slopes, key_lengths, query_ids))
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
         return None
-    # There AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide.
-    if _native.cpu == "intel" and not needs_gradient(attn_mask):
+    # Elsewhere on Intel AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide.
+    timed = timed_on_intel(query)
+    if _native.cpu == "intel" and not (timed or needs_gradient(attn_mask)):
         return "SDPA may be as fast: not yet measured on this CPU (intel)"
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
-    least = LEAST_ON_AVX2.get(query.dtype, 1 << 24) if _native.cpu != "zen5" else LEAST
+    least = LEAST if _native.cpu == "zen5" else 1 << 24 if timed else LEAST_ON_AVX2.get(query.dtype, 1 << 24)
     if scores * (query.size(3) + value.size(3)) < least:
         return f"SDPA is faster below {least} multiplications: benchmarks/LOG.md 2026-11-25 and 26"
     return None
+
+
+def timed_on_intel(query: Tensor) -> bool:
+    """Tell whether the kernel was timed on an Intel CPU like this one: with AMX, in float32 (2026-11-26)."""
+    return _native.cpu == "intel" and _native.amx and query.dtype is torch.float32
 
 
 def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):

@@ -14,7 +14,7 @@ from fastlm.ops.loss_kernels import LossKernels
 from fastlm.ops.tensors import FLOATS
 
 DTYPES = FLOATS
-LEAST_LOGITS = 4_000_000  # in bfloat16, where the CPU computes in it
+LEAST_LOGITS = {"zen5": 4_000_000, "intel": 7_000_000}  # in bfloat16, where the CPU computes in it; Intel's with AMX
 
 
 def cannot(input, *rest):
@@ -27,13 +27,15 @@ def loses(input, linear_weight, *rest):
         return None
     if unknown := unmeasured(_native):
         return unknown
-    if input.dtype is torch.bfloat16 and _native.bf16_arithmetic and _native.cpu != "zen5":
+    if input.dtype is torch.bfloat16 and _native.bf16_arithmetic and not (_native.cpu == "zen5" or (
+            _native.cpu == "intel" and _native.amx)):
         return "not yet measured with bfloat16 arithmetic on this CPU"
     if input.dtype is torch.float16:
         return "not yet measured in float16"
     if input.dtype is torch.bfloat16 and _native.bf16_arithmetic:
-        few_logits = input.size(0) * linear_weight.size(0) < LEAST_LOGITS
-        return f"slower than torch below {LEAST_LOGITS} logits: {ROW}" if few_logits else None
+        least = LEAST_LOGITS[_native.cpu]
+        few_logits = input.size(0) * linear_weight.size(0) < least
+        return f"slower than torch below {least} logits: {ROW}" if few_logits else None
     return few(input, linear_weight) or few_on_avx2(_native, input, linear_weight)
 
 

@@ -16,10 +16,11 @@ def leaves(*shapes):
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-def on_cpu(name, monkeypatch):
+def on_cpu(name, monkeypatch, amx=False):
     """Let the rules of `loses` believe that this is another CPU; the extension may be missing."""
     if native := sys.modules.get("fastlm._native"):
         monkeypatch.setattr(native, "cpu", name)
+        monkeypatch.setattr(native, "amx", amx)
 
 
 def test_what_runs_on_zen_5(monkeypatch):
@@ -48,6 +49,17 @@ def test_what_runs_on_intel(monkeypatch):
         assert fastlm.explain(attention, q, k, v, **options)[0].ran == expected, options
     with torch.no_grad():
         assert fastlm.explain(attention, q, k, v, attn_mask=bias)[0].ran != "native"
+
+
+def test_what_runs_on_intel_with_amx(monkeypatch):
+    """What was timed there, in float32: the kernel in C++ wherever it takes more than a moment."""
+    pytest.importorskip("fastlm._native")
+    on_cpu("intel", monkeypatch, amx=True)
+    q, k, v = leaves(*[(1, 8, 1024, 8)] * 3)
+    few = leaves(*[(1, 8, 64, 64)] * 3)
+    half = [t.detach().bfloat16() for t in (q, k, v)]
+    for tensors, expected in (((q, k, v), "native"), (few, "torch"), (half, "torch")):
+        assert fastlm.explain(attention, *tensors, is_causal=True)[0].ran == expected
 
 
 def test_what_runs_on_the_cpu(monkeypatch):

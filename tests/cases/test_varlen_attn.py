@@ -186,6 +186,7 @@ def test_what_runs_on_the_cpu(monkeypatch):
     native = sys.modules.get("fastlm._native")
     if native:
         monkeypatch.setattr(native, "cpu", "zen5")
+        monkeypatch.setattr(native, "amx", False)
         for lengths, expected in (((16, 8), "torch"), ((3, 1, 4, 2), "native"), ((200, 300), "native")):
             args = packed(lengths, lengths, dim=64)
             assert fastlm.explain(varlen_attn, *args, enable_gqa=True)[0].ran == expected
