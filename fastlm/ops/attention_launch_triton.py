@@ -66,8 +66,9 @@ def cannot(query: Tensor, value: Tensor) -> str | None:
 
 
 def _compact(call: Call) -> Call:
-    """Return the call with those tensors contiguous."""
-    return call._replace(**{name: x.contiguous() for name in COMPACT if (x := getattr(call, name)) is not None})
+    """Return the call with those tensors contiguous, and slopes, which may be float64, in float32."""
+    call = call._replace(**{name: x.contiguous() for name in COMPACT if (x := getattr(call, name)) is not None})
+    return call if call.slopes is None else call._replace(slopes=call.slopes.float())
 
 
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
