@@ -283,8 +283,10 @@ def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
         attn_mask = seen if bias is None else bias if seen is None else bias.masked_fill(~seen, -torch.inf)
         is_causal = False
     half_on_cpu = query.device.type == "cpu" and query.element_size() == 2
-    if attn_mask is not None and attn_mask.is_floating_point() and (attn_mask.requires_grad or not half_on_cpu):
-        attn_mask = attn_mask.to(query.dtype)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        wide = half_on_cpu and not attn_mask.requires_grad  # beside halves float32 is taken, float64 is not
+        if not wide or attn_mask.dtype is torch.float64:
+            attn_mask = attn_mask.to(torch.float32 if wide else query.dtype)
     if query.is_cuda and attn_mask is not None:
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.size(2))
         attn_mask = attn_mask if attn_mask.stride(-1) == 1 else attn_mask.contiguous()

@@ -15,6 +15,8 @@ from fastlm.ops.attention_score_kernels_triton import documents_kernel
 from fastlm.ops.triton_kernels import INTERPRETED, cannot_here, generation, launch, multiprocessors
 
 LOG2_E = 1.4426950408889634
+# What the kernels read without strides.
+COMPACT = ("sinks", "slopes", "lengths", "query_ids", "key_ids", "draws", "cu_q", "cu_k", "table")
 
 
 class Call(NamedTuple):
@@ -63,6 +65,12 @@ def cannot(query: Tensor, value: Tensor) -> str | None:
     return cannot_here(query) or (f"head size {widest} is above 256" if widest > 256 else None)
 
 
+def _compact(call: Call) -> Call:
+    """Return the call with those tensors contiguous, and slopes, which may be float64, in float32."""
+    call = call._replace(**{name: x.contiguous() for name in COMPACT if (x := getattr(call, name)) is not None})
+    return call if call.slopes is None else call._replace(slopes=call.slopes.float())
+
+
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     """Write the output and the log-sum-exp; rows are numbered as in `lse`, whose strides are those of its view.
 
@@ -71,6 +79,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         out: contiguous, the output, 0 where a row is of no sequence.
         lse: `[B, H, Sq]`, float32, a view of contiguous memory laid out like `out`.
     """
+    call = _compact(call)
     packed, splits = call.cu_q is not None, _splits(call) if out.numel() else 1
     if splits > 1:
         parts = out.new_empty(splits, *out.shape, dtype=torch.float32)
@@ -102,6 +111,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         needs: whose gradients.
         like: query, key, value, mask and sinks as the caller has them: the shapes of what is returned.
     """
+    call = _compact(call)
     # The softmax over one key is constant, so zeros are exact.
     constant = call.longest[1] == 1 and call.sinks is None and call.cu_q is None and not call.options.return_lse
     whole = out.numel() and not constant and call.cu_q is None and call.lengths is None  # kernels write all rows

@@ -44,7 +44,6 @@ def _differentiated(*tensors):
 
 def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
     draws = launch.draws(query) if options.dropout_p else None
-    query_ids, key_ids = (None if x is None else x.contiguous() for x in (query_ids, key_ids))
     tensors = (query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, draws)
     out, lse = _attention(tensors, *options)
     return (out, lse) if options.return_lse else out

@@ -56,7 +56,7 @@ class Tile(NamedTuple):
 
 
 def cannot(input, residual, weight, bias, shape, eps, centred):
-    return cannot_here(input) or mixed(input, residual, weight, bias)
+    return cannot_here(input) or mixed(input, residual, weight, bias) or (None if all(shape) else "rows of no numbers")
 
 
 def loses(input, *rest):

@@ -22,8 +22,7 @@ def run(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_t
             torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))):
         key, value, cu_seq_k = _packed(key, value, block_table)
         block_table = None
-    where = (None if t is None else t.contiguous() for t in (cu_seq_q, cu_seq_k, seqused_k, block_table))
-    tensors = (query, key, value, sinks, slopes, *where)
+    tensors = (query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block_table)
     out, lse = _varlen_attn(tensors, max_q, max_k, num_splits or 0, options.scale, options.left, options.right,
                             options.softcap)
     return (out, lse) if options.return_lse else out

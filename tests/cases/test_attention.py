@@ -218,6 +218,14 @@ def test_dropout_of_all_weights_leaves_nothing(name):
     assert all((x == 0).all() for x in (out, *grads))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float64_slopes_are_rounded_for_others(dtype, implementation, device):
+    q, k, v = (x.detach() for x in leaves(*[(1, 2, 9, 16)] * 3, device=device, dtype=dtype))
+    slopes = torch.rand(2, device=device)
+    found, expected = (attention(q, k, v, alibi_slopes=x) for x in (slopes.double(), slopes))
+    torch.testing.assert_close(found, expected)
+
+
 def test_float32_slopes_and_sinks_of_float64_queries_round_nothing(implementation, device):
     if implementation == "triton":
         pytest.skip("has no float64")

@@ -213,3 +213,17 @@ def test_forward_hands_over_what_it_takes(on_hopper, monkeypatch):
     for args in (meta(), meta(dim=80), *narrow):
         launch.forward(call_of(args), torch.empty_like(args[0]), torch.empty(args[0].shape[:3], device="meta"))
     assert seen == [hopper.plan, launch.plan_forward] * 3
+
+
+def test_slopes_are_float32_and_contiguous(on_hopper, monkeypatch):
+    """ALiBi's may be float64, and have any strides."""
+    seen = []
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "launch", lambda plan, call, *args: seen.append((plan, call.slopes)))
+    q, *rest = meta()
+    for slopes in (torch.rand(1, 32)[:, ::2], torch.rand(1, 16).double(), torch.rand(1).expand(1, 16)):
+        call = call_of((q, *rest))._replace(slopes=slopes)
+        launch.forward(call, torch.empty_like(q), torch.empty(q.shape[:3], device="meta"))
+        plan, found = seen.pop()
+        assert plan is hopper.plan and found.dtype is torch.float32 and found.is_contiguous()
+        assert torch.equal(found, slopes.float())

@@ -100,6 +100,15 @@ def test_every_pair(chosen):
     check(lambda: arguments(chosen, 9, 66, dtype))
 
 
+def test_numbers_that_lie_apart():
+    """Sinks, slopes, lengths and documents may have any strides."""
+    def draw():
+        *tensors, options = arguments(("alibi", "sinks", "lengths", "documents"), 9, 66, torch.float32)
+        apart = (None if x is None else torch.stack((x, x.new_full(x.shape, 7)), -1)[..., 0] for x in tensors[4:])
+        return *tensors[:4], *apart, options
+    check(draw)
+
+
 def test_every_triple(request):
     if not request.config.getoption("--deep"):
         pytest.skip("--deep")

@@ -70,7 +70,8 @@ def _layer(cell, dtype, device, steps, batch, hidden, against, options) -> Subje
 def floor(cell: str, dtype: torch.dtype, device: str, steps: int, batch: int, hidden: int, mode: str) -> float:
     """Return seconds: weights read once, at each step an exchange between blocks, and the products that do not recur.
 
-    The exchange is the faster of two that this GPU was measured at, with nothing else to do: `exchanges`.
+    The exchange is the faster of two that this GPU was measured at, with nothing else to do: `exchanges`. That of a
+    plane, which reads less from L2 than a grid, is not measured: where one is taken, backward, it may be below.
     """
     gates = GATES[cell]
     flops, copy = measure.peaks(device, dtype)
