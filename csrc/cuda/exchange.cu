@@ -95,14 +95,15 @@ void exchange_alone(const ExchangeAlone& a, void* stream) {
 }
 
 int planes(int shared, void* stream) {
-  const char* const name = "planes";
   const void* const function = reinterpret_cast<const void*>(through_cluster);
-  check(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   const int alone = shared / 2 + 1;  // on a multiprocessor
   const Launch one(kPlane, false, kPlane, alone);
   int found = 0;
-  check(name, cudaOccupancyMaxActiveClusters(&found, through_cluster, &one.config));
-  if (!found) return 0;
+  if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&found, through_cluster, &one.config) != cudaSuccess || !found) {
+    cudaGetLastError();  // no planes then, and no error of the call that asked
+    return 0;
+  }
   const Launch all(kPlane, true, found * kPlane, alone, stream);
   if (cudaLaunchKernelEx(&all.config, through_cluster, ExchangeAlone{true, kPlane, found, 0, 0, nullptr, nullptr}) ==
       cudaSuccess)
