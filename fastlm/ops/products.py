@@ -31,6 +31,8 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     """
     if native is not None and is_ours(native, a, b):
         return multiply(native, a, b, out, add=add, bias=bias)
+    if native is not None and native.amx and a.dtype is torch.bfloat16 and a.is_cpu and a.shape[1] % 32:
+        a = a.contiguous()  # oneDNN's product by AMX reads what lies between the rows, and NaN there stays NaN
     if a.dtype is torch.float32 and a.is_cpu and b.shape[1] < NARROW and a.shape[1] > CHAIN and bias is None:
         parts = zip(a.split(CHAIN, 1), b.split(CHAIN), strict=True)
         total = torch.stack([torch.mm(*part) for part in parts]).sum(0)

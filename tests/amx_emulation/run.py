@@ -91,6 +91,7 @@ def samples(op):
 
 
 assert native.pairs
+native.amx = True  # torch's products may be made by it
 torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled with NaN
 for op in ops.ALL:
     if op.name not in GATES_AND_STATES:

@@ -149,3 +149,12 @@ def test_few_rows_refuse_what_does_not_fit():
     for args in ((x.double(), w.double()), (x, w.bfloat16())):
         with pytest.raises(RuntimeError, match="few_rows: expected float32 or bfloat16"):
             products.few_rows(extension, *args)
+
+
+@pytest.mark.parametrize("depth", [31, 33, 65, 132])
+def test_what_lies_between_rows_is_not_read(depth):
+    """Torch's own bfloat16 product does read it, by AMX."""
+    native = pytest.importorskip("fastlm._native")
+    rows = torch.full((40, depth + 7), torch.nan, dtype=torch.bfloat16)
+    rows[:, :depth] = torch.randn(40, depth)
+    assert products.mm(native, rows[:, :depth], torch.randn(depth, 48).bfloat16()).isfinite().all()
