@@ -8,7 +8,7 @@ from fastlm.ops import attention_common
 from fastlm.ops.attention import LEAST, reference
 from fastlm.ops.attention_common import differentiable
 from fastlm.ops.attention_kernels import MOST, Kernels
-from fastlm.ops.cpu import cannot_here, unmeasured
+from fastlm.ops.cpu import cannot_here, timed_on_intel, unmeasured
 from fastlm.ops.tensors import FLOATS, needs_gradient
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -35,7 +35,7 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
         return None
     # Elsewhere on Intel AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide.
-    timed = timed_on_intel(query)
+    timed = timed_on_intel(_native, query)
     if _native.cpu == "intel" and not (timed or needs_gradient(attn_mask)):
         return "SDPA may be as fast: not yet measured on this CPU (intel)"
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
@@ -43,11 +43,6 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     if scores * (query.size(3) + value.size(3)) < least:
         return f"SDPA is faster below {least} multiplications: benchmarks/LOG.md 2026-11-25 and 26"
     return None
-
-
-def timed_on_intel(query: Tensor) -> bool:
-    """Tell whether the kernel was timed on an Intel CPU like this one: with AMX, in float32 (2026-11-26)."""
-    return _native.cpu == "intel" and _native.amx and query.dtype is torch.float32
 
 
 def run(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):

@@ -23,6 +23,11 @@ def unmeasured(native: ModuleType, cpus: tuple[str, ...] = MEASURED) -> str | No
     return None if native.cpu in cpus else f"not yet measured on this CPU ({native.cpu})"
 
 
+def timed_on_intel(native: ModuleType, x: Tensor) -> bool:
+    """Tell whether attention was timed on an Intel CPU like this one: with AMX, in float32 (2026-11-26)."""
+    return native.cpu == "intel" and native.amx and x.dtype is torch.float32
+
+
 def cannot_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Return why a kernel for the CPU cannot take `x`."""
     if x.is_cuda:

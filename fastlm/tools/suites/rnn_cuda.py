@@ -85,13 +85,13 @@ def floor(cell: str, dtype: torch.dtype, device: str, steps: int, batch: int, hi
 
 def exchanges(cell: str, dtype: torch.dtype, device: str, batch: int, hidden: int, backward: bool) -> dict[str, float]:
     """Return the seconds of a step's exchange alone: of h, backward of the gates' gradients or their products."""
-    from fastlm import _native
-    from fastlm.ops import recurrent_cuda
+    from fastlm.ops import lstm_native, recurrent_cuda
 
-    if reason := recurrent_cuda.missing(_native):
+    native = lstm_native._layers.native
+    if reason := recurrent_cuda.missing(native):
         raise RuntimeError(f"rnn-cuda: nothing to measure the floor with: {reason}")
     layer = recurrent_cuda.CELLS[cell.lower()], recurrent_cuda.NUMBERS[dtype], batch, hidden, 1
-    return recurrent_cuda.exchange_alone(_native, layer, backward, device)
+    return recurrent_cuda.exchange_alone(native, layer, backward, device)
 
 
 def _flashrnn(x, params):
