@@ -91,7 +91,7 @@ class Sizes(NamedTuple):
 
 
 @gluon.jit
-def pick(turn, tiles):
+def pick(turn):
     """Number the tile that this block takes in its n-th turn: there and back, so that long and short ones even out."""
     here = gl.program_id(0)
     many = gl.num_programs(0)
@@ -167,7 +167,7 @@ def produce(descriptors, memory, barriers, sizes, N: gl.constexpr, GROUPS: gl.co
     slot = 0
     phase = 0
     turn = 0
-    tile = pick(turn, sizes.tiles)
+    tile = pick(turn)
     while tile < sizes.tiles:
         block, batch, head = tile_of(tile, sizes)
         kv_head = head // sizes.group
@@ -194,7 +194,7 @@ def produce(descriptors, memory, barriers, sizes, N: gl.constexpr, GROUPS: gl.co
             tma.async_copy_global_to_shared(descriptors.v, [batch, kv_head, column, 0], barriers.v_full.index(v_slot),
                                             memory.v.index(v_slot))
         turn += 1
-        tile = pick(turn, sizes.tiles)
+        tile = pick(turn)
 
 
 # --- the warp groups that compute ------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, sca
     k_phase = 0
     taken = 0
     turn = 0
-    tile = pick(turn, sizes.tiles)
+    tile = pick(turn)
     while tile < sizes.tiles:
         block, batch, head = tile_of(tile, sizes)
         row = (block * GROUPS + W) * 64
@@ -404,7 +404,7 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, sca
         gl.thread_barrier()
         tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], memory.o.index(W))
         turn += 1
-        tile = pick(turn, sizes.tiles)
+        tile = pick(turn)
     tma.store_wait(0)
 
 

@@ -152,7 +152,7 @@ def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, words, sp
     teams, parts, tile = split
     arguments = dict(dy=dy, dy_row=dy.stride(0), dsum=dsum, dsum_row=0 if dsum is None else dsum.stride(0), x=x,
                      x_row=x.stride(0), weight=weight, mean=mean, rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
-                     rows=rows, cols=cols, teams=teams, WIDTH=tile.width, num_warps=tile.warps,
+                     rows=rows, cols=cols, WIDTH=tile.width, num_warps=tile.warps,
                      # So many that all programs run at once.
                      maxnreg=min(65536 // (32 * tile.warps * tile.each) // 8 * 8, 255),
                      # A row of one number has the gradient 0, w·g less w·g, which have to be rounded alike. The widest
@@ -160,7 +160,7 @@ def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, words, sp
                      enable_fp_fusion=cols > 1 and tile.width <= BACKWARD_WIDTH)
     if parts * tile.width < cols:
         return backward_pieces_kernel, (teams,), arguments | dict(share=triton.cdiv(rows, max(teams, 1)))
-    arguments["STAGES"] = tile.stages
+    arguments |= dict(teams=teams, STAGES=tile.stages)
     if parts > 1:
         return backward_shared_kernel, (teams * parts,), arguments | dict(
             words=words, parts=parts, SLOTS=max(32, triton.next_power_of_2(parts)))
@@ -371,7 +371,7 @@ def backward_shared_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, r
 
 @triton.jit
 def backward_pieces_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, rows, cols,
-                           share, teams, WIDTH: tl.constexpr):
+                           share, WIDTH: tl.constexpr):
     """Walk each of `share` rows twice, and add to the sums of weight and bias in memory."""
     team = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDTH)[None, :]

@@ -110,19 +110,20 @@ def plan(x, weight, scale, row_scale, bias, y, mode, group_size):
     """Return (kernel, grid, arguments); `row_scale` `[M, 1]` and an int8 x are for "int8_dynamic", see `in_words`."""
     (rows, inputs), (outputs, columns) = x.shape, weight.shape
     int4, group_bytes, many = mode == "int4", group_size // 2, _many(x, weight)
-    arguments = dict(x=x, weight=weight, scale=scale, row_scale=row_scale, bias=bias, y=y, rows=rows, outputs=outputs,
+    arguments = dict(x=x, weight=weight, scale=scale, bias=bias, y=y, outputs=outputs,
                      groups=scale.shape[1] if int4 else 1, INT4=int4)
     if weight.dtype is torch.int32:
-        return row_kernel, (rows * triton.cdiv(outputs, 8),), arguments | dict(
+        return row_kernel, (triton.cdiv(outputs, 8),), arguments | dict(
             eights=inputs // 8, magic=0x4B000000, COLS=8, GROUP=group_size // 8,
             WORDS=max(min(triton.next_power_of_2(columns), 1024), group_size // 8),
             num_warps=4 if many or x.dtype is torch.float32 else 8)
     packed = not INTERPRETED and x.dtype in BYTES
     tile = _tile(x, many, int4, group_bytes)
     return slices_kernel, (triton.cdiv(outputs, tile["COLS"]),), arguments | tile | dict(
-        inputs=inputs, row_bytes=columns, ROWS=8 if rows <= 8 else 16, GROUP_BYTES=group_bytes,
-        GROUPS=max(tile["SPAN"] // group_bytes, 1) if int4 else 1, LOW=LOW[x.dtype] if packed else None,
-        HIGH=HIGH[x.dtype] if packed else None, BYTES=BYTES[x.dtype] if packed else None)
+        row_scale=row_scale, rows=rows, inputs=inputs, row_bytes=columns, ROWS=8 if rows <= 8 else 16,
+        GROUP_BYTES=group_bytes, GROUPS=max(tile["SPAN"] // group_bytes, 1) if int4 else 1,
+        LOW=LOW[x.dtype] if packed else None, HIGH=HIGH[x.dtype] if packed else None,
+        BYTES=BYTES[x.dtype] if packed else None)
 
 
 def _tile(x, many, int4, group_bytes):
@@ -195,13 +196,11 @@ def _field(words, magic, at: tl.constexpr, bits: tl.constexpr):
 # Not of which numbers `eights` is a multiple: then each thread reads eight weights at once, those of the eight values
 # of x that it reads at once, and nothing has to be exchanged.
 @triton.jit(do_not_specialize=["eights", "magic"])
-def row_kernel(x, weight, scale, row_scale, bias, y, rows, eights, outputs, groups, magic, COLS: tl.constexpr,
-               WORDS: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr):
+def row_kernel(x, weight, scale, bias, y, eights, outputs, groups, magic, COLS: tl.constexpr, WORDS: tl.constexpr,
+               GROUP: tl.constexpr, INT4: tl.constexpr):
     EACH: tl.constexpr = 8 if INT4 else 4  # weights in a word
-    row = (tl.program_id(0) % rows).to(tl.int64)
-    col = (tl.program_id(0) // rows * COLS + tl.arange(0, COLS)).to(tl.int64)
+    col = (tl.program_id(0) * COLS + tl.arange(0, COLS)).to(tl.int64)
     words = eights * (8 // EACH)
-    x += row * (eights * 8)
     weight += col[:, None] * words
     total = tl.zeros((COLS,), tl.float32)
     for start in range(0, words, WORDS):
@@ -244,11 +243,9 @@ def row_kernel(x, weight, scale, row_scale, bias, y, rows, eights, outputs, grou
         total += tl.sum(part, 1)
     if not INT4:
         total *= tl.load(scale + col, col < outputs, 0.0)
-    if row_scale is not None:
-        total *= tl.load(row_scale + row)
     if bias is not None:
         total += tl.load(bias + col, col < outputs, 0.0).to(tl.float32)
-    tl.store(y + row * outputs + col, total, col < outputs)
+    tl.store(y + col, total, col < outputs)
 
 
 @triton.jit
