@@ -8,9 +8,9 @@ namespace FASTLM_ISA {
 namespace {
 
 template <bool tall>
-FASTLM_INLINE void load_rows(const Bf16* x, int64_t ld) {
-  _tile_loadd(4, x, ld * 2);
-  if constexpr (tall) _tile_loadd(5, x + kTileRows * ld, ld * 2);
+FASTLM_INLINE void load_rows(const PairRows& x, int64_t at) {
+  _tile_loadd(4, x.first + at, x.row * 2);
+  if constexpr (tall) _tile_loadd(5, x.first + x.group + at, x.row * 2);
 }
 
 template <bool wide>
@@ -27,19 +27,19 @@ FASTLM_INLINE void add_products() {
   if constexpr (tall && wide) _tile_dpbf16ps(3, 5, 7);
 }
 
-// out [up to 32 rows, up to 2 tiles] = x · w over `deep` tiles of depth. Rows of out are ldo numbers apart; the second
-// part of x lies `low` numbers after the first.
+// out [up to 32 rows, up to 2 tiles] = x · w over `deep` tiles of depth. Rows of out are ldo numbers apart.
 template <int parts, bool tall, bool wide>
-void tile_block(const Bf16* x, int64_t ld, int64_t low, const Bf16* w, int64_t deep, float* out, int64_t ldo) {
+void tile_block(const PairRows& x, const Bf16* w, int64_t deep, float* out, int64_t ldo) {
   constexpr int64_t step = (wide ? 2 : 1) * kTileNumbers, ahead = 8 * kTileNumbers;
   _tile_zero(0);
   if constexpr (wide) _tile_zero(1);
   if constexpr (tall) _tile_zero(2);
   if constexpr (tall && wide) _tile_zero(3);
-  for (int64_t k = 0; k < deep; ++k, x += kTileDepth, w += parts * step) {
+  int64_t at = 0;
+  for (int64_t k = 0; k < deep; ++k, at += x.next, w += parts * step) {
 #pragma GCC unroll 64
     for (int64_t i = 0; i < parts * step; i += 32) __builtin_prefetch(w + ahead + i);
-    load_rows<tall>(x, ld);
+    load_rows<tall>(x, at);
     if constexpr (parts == 2) {
       load_columns<wide>(w + step);
       add_products<tall, wide>();
@@ -47,7 +47,7 @@ void tile_block(const Bf16* x, int64_t ld, int64_t low, const Bf16* w, int64_t d
     load_columns<wide>(w);
     add_products<tall, wide>();
     if constexpr (parts == 2) {
-      load_rows<tall>(x + low, ld);
+      load_rows<tall>(x, at + x.low);
       add_products<tall, wide>();
     }
   }
@@ -60,7 +60,8 @@ void tile_block(const Bf16* x, int64_t ld, int64_t low, const Bf16* w, int64_t d
 // A way to multiply pairs: the tile registers of this thread. 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 columns of w.
 class Tiles {
  public:
-  static constexpr int kParts = 2;
+  static constexpr int kParts = 2, kRowsAhead = 128;
+  static constexpr bool kTiled = true;  // a tile of x is fetched fastest from lines that follow each other
   static constexpr int units(int gates) { return gates == 3 ? 2 : 4 / gates; }  // an even number of tiles
 
   Tiles() = default;
@@ -70,24 +71,23 @@ class Tiles {
   }
 
   template <int parts, int count, class Fetch>
-  void multiply(const Bf16* x, int64_t ld, int64_t low, int64_t rows, const Bf16* panel, int64_t depth, float* out,
-                const Fetch& fetch) {
+  void multiply(PairRows x, int64_t rows, const Bf16* panel, int64_t depth, float* out, const Fetch& fetch) {
     constexpr int64_t ldo = count * 16;
     const int64_t deep = tiles_deep(depth);
     fetch(0, 1);
     __asm__ volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
-    for (int64_t r = 0; r < rows; r += 2 * kTileRows, x += 2 * kTileRows * ld, out += 2 * kTileRows * ldo) {
+    for (int64_t r = 0; r < rows; r += 2 * kTileRows, x.first += 2 * x.group, out += 2 * kTileRows * ldo) {
       const int left = int(rows - r < 2 * kTileRows ? rows - r : 2 * kTileRows);
       const bool tall = left > kTileRows;
       shape(tall ? kTileRows : left, tall ? left - kTileRows : 0);
       for (int t = 0; t < count; t += 2) {
         const Bf16* w = panel + panel_numbers(t, depth, parts);
         if (t + 1 < count)
-          tall ? tile_block<parts, true, true>(x, ld, low, w, deep, out + t * 16, ldo)
-               : tile_block<parts, false, true>(x, ld, low, w, deep, out + t * 16, ldo);
+          tall ? tile_block<parts, true, true>(x, w, deep, out + t * 16, ldo)
+               : tile_block<parts, false, true>(x, w, deep, out + t * 16, ldo);
         else
-          tall ? tile_block<parts, true, false>(x, ld, low, w, deep, out + t * 16, ldo)
-               : tile_block<parts, false, false>(x, ld, low, w, deep, out + t * 16, ldo);
+          tall ? tile_block<parts, true, false>(x, w, deep, out + t * 16, ldo)
+               : tile_block<parts, false, false>(x, w, deep, out + t * 16, ldo);
       }
     }
   }

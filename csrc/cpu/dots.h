@@ -39,11 +39,12 @@ void dot_block(const Bf16* x, int64_t ld, const Bf16* panel, int64_t deep, float
 
 // A way to multiply pairs.
 struct Dots {
-  static constexpr int kParts = 1;
+  static constexpr int kParts = 1, kRowsAhead = 64;
+  static constexpr bool kTiled = false;
   static constexpr int units(int gates) { return 4 / gates; }
 
   template <int parts, int count, class Fetch>
-  void multiply(const Bf16* x, int64_t ld, int64_t, int64_t rows, const Bf16* panel, int64_t depth, float* out,
+  void multiply(const PairRows& x, int64_t rows, const Bf16* panel, int64_t depth, float* out,
                 const Fetch& fetch) const {
     static_assert(parts == 1 && count <= 4);
     constexpr int most = kAccumulators / count < 12 ? kAccumulators / count : 12;
@@ -52,7 +53,8 @@ struct Dots {
       const int64_t first = rows * g / groups, last = rows * (g + 1) / groups;
       fetch(g, groups);
       with_count<most>(last - first, [&](auto size) {
-        dot_block<decltype(size)::value, count>(x + first * ld, ld, panel, tiles_deep(depth), out + first * count * 16);
+        dot_block<decltype(size)::value, count>(x.first + first * x.row, x.row, panel, tiles_deep(depth),
+                                                out + first * count * 16);
       });
     }
   }

@@ -104,6 +104,7 @@ struct VectorProduct {
   static constexpr bool kInPlace = true;  // gradients of gates are an operand as they are, and one sequence's need
                                           // no packed matrix: add_rows
   static constexpr bool kTakesX = false;  // the products with x are the caller's
+  static constexpr int kRowsAhead = 1;
   static constexpr int units(int gates) { return kPanel / gates; }  // vectors of units in a forward panel
   struct Registers {};                    // what the products of one thread share
 
@@ -116,9 +117,20 @@ struct VectorProduct {
   }
   int64_t panel_numbers() const { return kLanes<T> * depth; }  // for each vector
 
+  // What a panel is multiplied by: any rows, or those of an operand.
+  struct Rows {
+    const T* first;
+    int64_t ld;
+  };
+  Rows rows_at(const T* x, int64_t ldx) const { return {x, ldx}; }
+  Rows rows_of(const T* operand) const { return {operand, ld}; }
+  int64_t numbers(int64_t rows) const { return rows * ld; }  // of an operand
+  T* row(T* operand, int64_t b) const { return operand + b * ld; }
+
   // Numbers `at`.. of a row of the operand.
-  void put(T* row, int64_t at, const Vector<T>& x, int n) const { store(row + at, x, n); }
+  FASTLM_INLINED void put(T* row, int64_t at, const Vector<T>& x, int n) const { store(row + at, x, n); }
   void pad(T*) const {}
+  void prefetch_row(T* row, int64_t at, int n) const { prefetch_to_write(row + at, n); }
 
   // Rows of w [G·units, depth].
   template <int G, int count>
@@ -134,9 +146,8 @@ struct VectorProduct {
                        FASTLM_INLINED { store(panel + (k * count + j) * kLanes<T>, v); });
   }
   template <int count, class Fetch>
-  void multiply(const T* x, int64_t ldx, int64_t rows, const T* panel, const T* next, T* out,
-                const Fetch& fetch) const {
-    fastlm::FASTLM_ISA::multiply<T, count>(x, ldx, rows, panel, next, depth, out, fetch);
+  void multiply(const Rows& x, int64_t rows, const T* panel, const T* next, T* out, const Fetch& fetch) const {
+    fastlm::FASTLM_ISA::multiply<T, count>(x.first, x.ld, rows, panel, next, depth, out, fetch);
   }
 };
 

@@ -11,7 +11,7 @@ namespace {
 // Turn the gradient of one sequence's state before projection, one vector of units, into those of its gates, and dh
 // into what passes them by; add those of the gates to sums.
 template <class P, Cell cell>
-void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
+FASTLM_INLINE void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
                     int64_t b, int64_t u, int n, typename P::Operand* operand,
                     Vector<State<typename P::Number>>& dh, Vector<State<typename P::Number>>* sums) {
   using T = typename P::Number;
@@ -22,8 +22,8 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
   const T* const x = a.gates + block_row * a.ld_gates + u;
   const auto* const kept = reinterpret_cast<const typename P::Gate*>(x);
   // Gate k of those that U h goes into.
-  const auto hand_back = [&](int k, const V& dx) {
-    if constexpr (!P::kInPlace) product.put(operand + b * product.ld, k * H + u, dx, n);
+  const auto hand_back = [&](int k, const V& dx) FASTLM_INLINED {
+    if constexpr (!P::kInPlace) product.put(product.row(operand, b), k * H + u, dx, n);
   };
   if constexpr (cell == Cell::lstm) {
     V i = load(kept, n), f = load(kept + H, n), g = load(kept + 2 * H, n), o = load(kept + 3 * H, n);
@@ -33,6 +33,7 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
     store(carried_c, dc, n);
     dh = V{};
     const V all[] = {i, f, g, o};
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       store(d + k * H, all[k], n);
       hand_back(k, all[k]);
@@ -43,6 +44,7 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
     gru_backward<typename P::Functions>(r, z, g, hn, at.before(a.y, a.h0, b, u, n), dh);
     constexpr bool as_w = sizeof(T) == 2;  // in the order of W_ih's rows
     const V all[] = {as_w ? r : g, as_w ? z : r, as_w ? g : z, hn};
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       store(d + k * H, all[k], n);
       sums[k] += all[k];
@@ -62,7 +64,7 @@ void backward_gates(const RnnProblem& p, const RnnBackward<typename P::Number>& 
 
 // The gradient of one sequence's h, one vector of it: what its result and the steps visited before hand back.
 template <class P>
-Vector<State<typename P::Number>> gradient_of_state(const RnnProblem& p, const RnnBackward<typename P::Number>& a,
+FASTLM_INLINE Vector<State<typename P::Number>> gradient_of_state(const RnnProblem& p, const RnnBackward<typename P::Number>& a,
                                                     const Walk& at, int64_t b, int64_t u, int n) {
   return load(a.dh0 + b * p.out() + u, n) + load(a.dy + (at.row + b) * p.out() + u, n);
 }
@@ -78,7 +80,7 @@ void fetch_backward(const RnnProblem& p, const RnnBackward<typename P::Number>& 
     if (kept > 1 && a.gates != a.dgates) prefetch(a.gates + block_row * a.ld_gates + k * H + u, n);
     prefetch_to_write(a.dgates + block_row * a.ld + k * H + u, n);
   }
-  for (int k = 0; k < G; ++k) prefetch_to_write(operand + b * product.ld + k * H + u, n);
+  for (int k = 0; k < G; ++k) product.prefetch_row(product.row(operand, b), k * H + u, n);
   if (cell != Cell::lstm) return prefetch(a.y + row * H + u, n);
   prefetch(a.c + row * H + u, n);
 }
@@ -103,7 +105,7 @@ void add_sums(const RnnProblem& p, const RnnBackward<T>& a, const Walk& at, int6
 }
 
 template <class P, Cell cell>
-void backward_state(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
+FASTLM_INLINE void backward_state(const RnnProblem& p, const RnnBackward<typename P::Number>& a, const P& product, const Walk& at,
                     int64_t b, int64_t u, int n, typename P::Operand* operand,
                     Vector<State<typename P::Number>>* sums) {
   auto dh = gradient_of_state<P>(p, a, at, b, u, n);
@@ -118,7 +120,8 @@ void backward_product(const RnnProblem& p, const RnnBackward<typename P::Number>
                       int64_t rows, State<typename P::Number>* scratch, const Fetch& fetch) {
   constexpr int lanes = kLanes<State<typename P::Number>>;
   if (rows == 0) return;
-  product.template multiply<count>(d, P::kInPlace ? a.ld : product.ld, rows, panel, next, scratch, fetch);
+  product.template multiply<count>(P::kInPlace ? product.rows_at(d, a.ld) : product.rows_of(d), rows, panel, next, scratch,
+                                   fetch);
   for (int64_t b = 0; b < rows; ++b)
     for (int j = 0; j < count; ++j) {
       const int n = lanes_left<lanes>(p.out(), u + j * lanes);
@@ -136,8 +139,8 @@ void backward_projection(const RnnProblem& p, const RnnBackward<typename P::Numb
   using S = State<typename P::Number>;
   constexpr int lanes = kLanes<S>;
   const int64_t H = p.hidden;
-  second.template multiply<count>(dh, P::kInPlace ? a.ld : second.ld, at.rows(), panel, next, scratch,
-                                  [](int64_t, int64_t) {});
+  second.template multiply<count>(P::kInPlace ? second.rows_at(dh, a.ld) : second.rows_of(dh), at.rows(), panel, next,
+                                  scratch, [](int64_t, int64_t) {});
   for (int j = 0; j < count; ++j) {
     const int64_t v = u + j * lanes;
     const int n = lanes_left<lanes>(H, v);
@@ -167,7 +170,9 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
   const Workspace<P> space(p, true, a.workspace);
   const int64_t H = p.hidden, out = p.out();
   const bool projects = cell == Cell::lstm && p.projection;
+  Paces paces;
   parallel(team_size(p, lanes), [&](Member& me) {
+    Shares shares(me, paces, Panels<lanes, most>(out, me.count).count);
     typename P::Registers registers;
     const P product(p, G * H, &registers), second(p, out, &registers);
     S* const scratch = space.scratch(me.index);
@@ -176,17 +181,17 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
     Walk at(p, true);
     if constexpr (!P::kInPlace)
       for (int64_t b = me.begin(p.batch); b < me.end(p.batch); ++b) {
-        for (int turn = 0; turn < 2; ++turn) product.pad(space.operand(turn) + b * product.ld);
-        if (projects) second.pad(space.projected() + b * second.ld);
+        for (int turn = 0; turn < 2; ++turn) product.pad(product.row(space.operand(turn), b));
+        if (projects) second.pad(second.row(space.projected(), b));
       }
     if (at.begins()) {
-      for_units<lanes, most>(me, out, false, [&](int64_t u, auto count, int64_t) {
+      for_units<lanes, most>(shares, out, false, [&](int64_t u, auto count, int64_t) {
         const int64_t n = out - u < count * lanes ? out - u : count * lanes;
         product.template pack_units<count>(a.w_hh, out, u, n, panel_of(u));
         for (int64_t b = 0; b < p.batch; ++b) std::memcpy(a.dh0 + b * out + u, a.dhn + b * out + u, n * sizeof(S));
       });
       if (cell == Cell::lstm)
-        for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
+        for_units<lanes, most>(shares, H, false, [&](int64_t u, auto count, int64_t) {
           const int64_t n = H - u < count * lanes ? H - u : count * lanes;
           if (projects) second.template pack_units<count>(a.w_hr, H, u, n, second_panel_of(u));
           for (int64_t b = 0; b < p.batch; ++b) std::memcpy(a.dc0 + b * H + u, a.dcn + b * H + u, n * sizeof(S));
@@ -206,36 +211,39 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
     };
     for (; !at.done(); at.next(), back = !back, turn ^= 1) {
       auto* const dh_rows = a.dgates + at.row_in_block * a.ld + G * H;  // of a projection
-      for_units<lanes, most>(me, out, back, [&](int64_t u, auto count, int64_t next) {
+      for_units<lanes, most>(shares, out, back, [&](int64_t u, auto count, int64_t next) {
         add_product(u, count, next);
         for (int64_t v = u; v < u + count * lanes && v < out; v += lanes) {
-          const int n = lanes_left<lanes>(out, v);
-          Vector<S> sums[kept_of(cell)] = {};
-          for (int64_t b = 0; b < at.rows(); ++b) {
-            if (!projects) {
-              backward_state<P, cell>(p, a, product, at, b, v, n, space.operand(turn), sums);
-              continue;
+          const int left = lanes_left<lanes>(out, v);
+          const auto make = [&](int n) FASTLM_INLINED {
+            Vector<S> sums[kept_of(cell)] = {};
+            for (int64_t b = 0; b < at.rows(); ++b) {
+              if (!projects) {
+                backward_state<P, cell>(p, a, product, at, b, v, n, space.operand(turn), sums);
+                continue;
+              }
+              const auto dh = gradient_of_state<P>(p, a, at, b, v, n);
+              store(dh_rows + b * a.ld + v, dh, n);
+              if constexpr (!P::kInPlace) second.put(second.row(space.projected(), b), v, dh, n);
+              store(a.dh0 + b * out + v, Vector<S>{}, n);
             }
-            const auto dh = gradient_of_state<P>(p, a, at, b, v, n);
-            store(dh_rows + b * a.ld + v, dh, n);
-            if constexpr (!P::kInPlace) second.put(space.projected() + b * second.ld, v, dh, n);
-            store(a.dh0 + b * out + v, Vector<S>{}, n);
-          }
-          if (!projects) add_sums<cell>(p, a, at, v, n, sums);
+            if (!projects) add_sums<cell>(p, a, at, v, n, sums);
+          };
+          left == lanes ? make(lanes) : make(left);
         }
       });
-      me.meet();
+      shares.meet();
       if (projects) {
         const typename P::Operand* dh;
         if constexpr (P::kInPlace)
           dh = dh_rows;
         else
           dh = space.projected();
-        for_units<lanes, most>(me, H, back, [&](int64_t u, auto count, int64_t next) {
+        for_units<lanes, most>(shares, H, back, [&](int64_t u, auto count, int64_t next) {
           backward_projection<P, count>(p, a, product, second, at, u, second_panel_of(u), second_panel_of(next), dh,
                                         space.operand(turn), scratch);
         });
-        me.meet();
+        shares.meet();
       }
       if constexpr (P::kInPlace)
         d = hidden_part<typename P::Number, cell>(p, a, at);
@@ -243,7 +251,7 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
         d = space.operand(turn);
       visited = at.rows();
     }
-    for_units<lanes, most>(me, out, back, add_product);
+    for_units<lanes, most>(shares, out, back, add_product);
   });
 }
 

@@ -22,7 +22,7 @@ class Inputs {
   int64_t first = 0, left = 0;
 
   Operand* panel(int64_t u) const { return panels + u / lanes * G * product.panel_numbers(); }
-  S* products(int64_t u) const { return made + u * G * steps_ahead(p) * p.batch; }
+  S* products(int64_t u) const { return made + u * G * steps_ahead<P>(p) * p.batch; }
 
  public:
   Inputs(const RnnProblem& p, const RnnForward<typename P::Number>& a, const Workspace<P>& space,
@@ -34,10 +34,10 @@ class Inputs {
     if constexpr (P::kTakesX) product.template pack_gates<G, count>(a.w_ih, p.hidden, u, panel(u));
   }
   // Have the products of the step at hand.
-  void make(const Member& me, const Walk& at) {
+  void make(const Shares& shares, const Walk& at) {
     if constexpr (P::kTakesX) {
       if (left-- > 0) return;
-      left = steps_ahead(p) - 1;
+      left = steps_ahead<P>(p) - 1;
       int64_t end = at.row + at.rows();
       first = at.row;
       Walk later = at;
@@ -45,9 +45,10 @@ class Inputs {
         first = later.row < first ? later.row : first;
         end = later.row + later.rows() > end ? later.row + later.rows() : end;
       }
-      for_units<lanes, P::units(G)>(me, p.hidden, false, [&](int64_t u, auto count, int64_t next) {
-        product.template multiply<G * count>(a.x + first * product.padded, product.padded, end - first, panel(u),
-                                             panel(next), products(u), [](int64_t, int64_t) {});
+      for_units<lanes, P::units(G)>(shares, p.hidden, false, [&](int64_t u, auto count, int64_t next) {
+        product.template multiply<G * count>(product.rows_at(a.x + first * product.padded, product.padded),
+                                             end - first, panel(u), panel(next), products(u),
+                                             [](int64_t, int64_t) {});
       });
     }
   }
@@ -61,7 +62,7 @@ class Inputs {
 // Turn the products of one sequence and one vector of units, s [G vectors] with h and x with x where P makes them, into
 // its next state h, not projected.
 template <class P, Cell cell>
-Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnForward<typename P::Number>& a,
+FASTLM_INLINE Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnForward<typename P::Number>& a,
                                                 const Walk& at, int64_t b, int64_t u, int n,
                                                 const State<typename P::Number>* s,
                                                 const State<typename P::Number>* x) {
@@ -73,7 +74,7 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
   const int64_t H = p.hidden, block_row = at.row_in_block + b;
   T* const row = a.gates ? a.gates + block_row * a.ld + u : nullptr;
   Gate* const kept = reinterpret_cast<Gate*>(row);
-  const auto of_x = [&](int g) {
+  const auto of_x = [&](int g) FASTLM_INLINED {
     if constexpr (!P::kTakesX) return load(row + g * H, n);
     return a.bias ? load(x + g * lanes) + load(a.bias + g * H + u, n) : load(x + g * lanes);
   };
@@ -114,11 +115,11 @@ Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnFo
 
 // Store a vector of h, and put it into `out`, the operand of the next step.
 template <class P>
-void store_state(const RnnProblem& p, const RnnForward<typename P::Number>& a, const P& product, const Walk& at,
+FASTLM_INLINE void store_state(const RnnProblem& p, const RnnForward<typename P::Number>& a, const P& product, const Walk& at,
                  int64_t b, int64_t u, int n, const Vector<State<typename P::Number>>& h, typename P::Operand* out) {
   store(a.y + (at.row + b) * p.out() + u, h, n);
   store(a.hn + b * p.out() + u, h, n);
-  product.put(out + b * product.ld, u, h, n);
+  product.put(product.row(out, b), u, h, n);
 }
 
 // `out` is the operand of the next product: of the next step, or of the projection, then `second`.
@@ -136,23 +137,27 @@ void forward_units(const RnnProblem& p, const RnnForward<typename P::Number>& a,
         auto* const gate = a.gates + (at.row_in_block + b) * a.ld + g + u;
         P::kTakesX ? prefetch_to_write(gate, count * lanes) : prefetch(gate, count * lanes);
       }
-      prefetch_to_write(out + b * (projects ? second : product).ld + u, count * lanes);
+      const P& of_out = projects ? second : product;
+      of_out.prefetch_row(of_out.row(out, b), u, count * lanes);
       if (!projects) prefetch_to_write(a.y + (at.row + b) * p.hidden + u, count * lanes);
       if (cell == Cell::lstm && a.train) prefetch_to_write(a.c + (at.row + b) * p.hidden + u, count * lanes);
     }
   };
-  product.template multiply<G * count>(in, product.ld, at.rows(), panel, next, scratch, fetch);
-  for (int64_t b = 0; b < at.rows(); ++b)
-    for (int j = 0; j < count; ++j) {
-      const int64_t v = u + j * lanes;
-      const int n = lanes_left<lanes>(p.hidden, v);
-      const auto h = forward_gates<P, cell>(p, a, at, b, v, n, scratch + b * width + j * G * lanes,
-                                            inputs.template of<count>(at.row + b, u, j));
-      if (projects)
-        second.put(out + b * second.ld, v, h, n);
-      else
-        store_state(p, a, product, at, b, v, n, h, out);
-    }
+  product.template multiply<G * count>(product.rows_of(in), at.rows(), panel, next, scratch, fetch);
+  const auto make = [&](int64_t b, int j, int n) FASTLM_INLINED {
+    const int64_t v = u + j * lanes;
+    const auto h = forward_gates<P, cell>(p, a, at, b, v, n, scratch + b * width + j * G * lanes,
+                                          inputs.template of<count>(at.row + b, u, j));
+    if (projects)
+      second.put(second.row(out, b), v, h, n);
+    else
+      store_state(p, a, product, at, b, v, n, h, out);
+  };
+  const bool whole = u + count * lanes <= p.hidden;
+  for (int64_t b = 0; whole && b < at.rows(); ++b)
+    for (int j = 0; j < count; ++j) make(b, j, lanes);
+  for (int64_t b = 0; !whole && b < at.rows(); ++b)
+    for (int j = 0; j < count; ++j) make(b, j, lanes_left<lanes>(p.hidden, u + j * lanes));
 }
 
 // h [rows, count vectors from u on] = what is projected · W_hrᵀ
@@ -161,7 +166,7 @@ void project(const RnnProblem& p, const RnnForward<typename P::Number>& a, const
              const Walk& at, int64_t u, const typename P::Operand* panel, const typename P::Operand* next,
              const typename P::Operand* in, typename P::Operand* out, State<typename P::Number>* scratch) {
   constexpr int lanes = kLanes<State<typename P::Number>>;
-  second.template multiply<count>(in, second.ld, at.rows(), panel, next, scratch, [](int64_t, int64_t) {});
+  second.template multiply<count>(second.rows_of(in), at.rows(), panel, next, scratch, [](int64_t, int64_t) {});
   for (int64_t b = 0; b < at.rows(); ++b)
     for (int j = 0; j < count; ++j) {
       const int64_t v = u + j * lanes;
@@ -177,7 +182,9 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
   const Workspace<P> space(p, false, a.workspace);
   const int64_t H = p.hidden, out = p.out();
   const bool projects = cell == Cell::lstm && p.projection;
+  Paces paces;
   parallel(team_size(p, lanes), [&](Member& me) {
+    Shares shares(me, paces, Panels<lanes, most>(H, me.count).count);
     typename P::Registers registers;
     const P product(p, out, &registers), second(p, H, &registers);
     Inputs<P, cell> inputs(p, a, space, &registers);
@@ -186,18 +193,18 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
     const auto second_panel_of = [&](int64_t u) { return space.projection() + u / lanes * second.panel_numbers(); };
     Walk at(p, false);
     for (int64_t b = me.begin(p.batch); b < me.end(p.batch); ++b) {
-      for (int turn = 0; turn < 2; ++turn) product.pad(space.operand(turn) + b * product.ld);
-      if (projects) second.pad(space.projected() + b * second.ld);
+      for (int turn = 0; turn < 2; ++turn) product.pad(product.row(space.operand(turn), b));
+      if (projects) second.pad(second.row(space.projected(), b));
     }
     if (at.begins())
-      for_units<lanes, most>(me, H, false, [&](int64_t u, auto count, int64_t) {
+      for_units<lanes, most>(shares, H, false, [&](int64_t u, auto count, int64_t) {
         product.template pack_gates<G, count>(a.w_hh, H, u, panel_of(u));
         inputs.template pack<count>(u);
         const int64_t n = H - u < count * lanes ? H - u : count * lanes;
         for (int64_t b = 0; b < p.batch && cell == Cell::lstm; ++b)
           std::memcpy(a.cn + b * H + u, a.c0 + b * H + u, n * sizeof(S));
       });
-    for_units<lanes, most_projected>(me, out, false, [&](int64_t u, auto count, int64_t) {
+    for_units<lanes, most_projected>(shares, out, false, [&](int64_t u, auto count, int64_t) {
       if (projects && at.begins()) second.template pack_gates<1, count>(a.w_hr, out, u, second_panel_of(u));
       for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t v = u; v < u + count * lanes && v < out; v += lanes) {
@@ -205,25 +212,25 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
           if (at.begins()) store(a.hn + b * out + v, load(a.h0 + b * out + v, n), n);
           // Both operands: a sequence read backwards joins late, whichever of the two is then its turn.
           for (int turn = 0; turn < 2; ++turn)
-            product.put(space.operand(turn) + b * product.ld, v, load(a.hn + b * out + v, n), n);
+            product.put(product.row(space.operand(turn), b), v, load(a.hn + b * out + v, n), n);
         }
     });
-    me.meet();
+    shares.meet();
     int turn = 0;
     for (bool back = true; !at.done(); at.next(), back = !back, turn ^= 1) {
       auto* const state = space.operand(turn ^ 1);
-      inputs.make(me, at);
-      for_units<lanes, most>(me, H, back, [&](int64_t u, auto count, int64_t next) {
+      inputs.make(shares, at);
+      for_units<lanes, most>(shares, H, back, [&](int64_t u, auto count, int64_t next) {
         forward_units<P, cell, count>(p, a, product, second, inputs, at, u, panel_of(u), panel_of(next),
                                       space.operand(turn), projects ? space.projected() : state, scratch);
       });
-      me.meet();
+      shares.meet();
       if (!projects) continue;
-      for_units<lanes, most_projected>(me, out, back, [&](int64_t u, auto count, int64_t next) {
+      for_units<lanes, most_projected>(shares, out, back, [&](int64_t u, auto count, int64_t next) {
         project<P, count>(p, a, product, second, at, u, second_panel_of(u), second_panel_of(next), space.projected(),
                           state, scratch);
       });
-      me.meet();
+      shares.meet();
     }
   });
 }

@@ -5,7 +5,7 @@
 #include "../rnn.h"
 
 #include "gemm.h"
-#include "team.h"
+#include "pace.h"
 
 #if defined(FASTLM_TILES)
 #include "amx.h"
@@ -69,7 +69,7 @@ struct Walk {
   bool begins() const { return t == (down ? p.steps - 1 : 0); }
   // Units from u on of sequence b's state one step earlier in reading; of `initial` before the first.
   template <class T, class S>
-  Vector<S> before(const T* states, const S* initial, int64_t b, int64_t u, int n) const {
+  FASTLM_INLINED Vector<S> before(const T* states, const S* initial, int64_t b, int64_t u, int n) const {
     if (!p.reverse && t > 0) return load(states + (row - rows_at(t - 1) + b) * p.hidden + u, n);
     if (p.reverse && t + 1 < p.steps && b < rows_at(t + 1))
       return load(states + (row + rows() + b) * p.hidden + u, n);
@@ -78,7 +78,10 @@ struct Walk {
 };
 
 // Steps whose products with x are made at once: a panel that is read pays off with some tens of rows.
-int64_t steps_ahead(const RnnProblem& p) { return p.batch < 1 || p.batch > 64 ? 1 : 64 / p.batch; }
+template <class P>
+int64_t steps_ahead(const RnnProblem& p) {
+  return p.batch < 1 || p.batch > P::kRowsAhead ? 1 : P::kRowsAhead / p.batch;
+}
 
 // What lies where in the workspace, each part on its own cache lines.
 template <class P>
@@ -97,16 +100,16 @@ class Workspace {
     const P product(p, backward ? gates * p.hidden : p.out());
     const auto lines = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
     of_panels = backward && is_alone<P>(p) ? 0 : lines(vectors * product.panel_numbers() * sizeof(Operand));
-    of_operand = backward && P::kInPlace ? 0 : lines(p.batch * product.ld * sizeof(Operand));
+    of_operand = backward && P::kInPlace ? 0 : lines(product.numbers(p.batch) * sizeof(Operand));
     if (p.projection) {
       const P second(p, backward ? p.projection : p.hidden);
       const int64_t columns = vectors_in(backward ? p.hidden : p.projection, lanes);
       of_projection = lines(columns * second.panel_numbers() * sizeof(Operand));
-      of_projected = backward && P::kInPlace ? 0 : lines(p.batch * second.ld * sizeof(Operand));
+      of_projected = backward && P::kInPlace ? 0 : lines(second.numbers(p.batch) * sizeof(Operand));
     }
     if (P::kTakesX && !backward) {
       of_inputs = lines(vectors * P(p, p.inputs).panel_numbers() * sizeof(Operand));
-      of_ahead = lines(vectors * lanes * steps_ahead(p) * p.batch * sizeof(S));
+      of_ahead = lines(vectors * lanes * steps_ahead<P>(p) * p.batch * sizeof(S));
     }
     of_scratch = lines(p.batch * (wide > kPanel ? wide : kPanel) * lanes * sizeof(S));
     of_partial = backward && is_alone<P>(p) ? lines(p.hidden * sizeof(S)) : 0;
@@ -138,17 +141,27 @@ int team_size(const RnnProblem& p, int lanes) {
   return int(n < worthwhile ? n : worthwhile);
 }
 
-// Calls f(u, count, next) for this member's share of `units`, in panels of `most` vectors or the `count` that are
-// left, from unit u on; `next` is the unit that comes after, u at the end. Every other step runs `back`, so that it
-// starts with the weights that the caches still hold.
+// Panels are of `most` vectors of units, or less where that gives each member one; the last may be smaller.
+template <int lanes, int most>
+struct Panels {
+  int64_t vectors, wide, count;
+
+  Panels(int64_t units, int members)
+      : vectors(vectors_in(units, lanes)), wide(std::clamp<int64_t>((vectors + members - 1) / members, 1, most)),
+        count((vectors + wide - 1) / wide) {}
+};
+
+// Calls f(u, count, next) for this member's share of the panels of `units`, each of `count` vectors from unit u on; `next`
+// is the unit that comes after, u at the end. Every other step runs `back`, so that it starts with the weights that the
+// caches still hold.
 template <int lanes, int most, class F>
-void for_units(const Member& me, int64_t units, bool back, const F& f) {
-  const int64_t vectors = vectors_in(units, lanes), begin = me.begin(vectors), end = me.end(vectors);
-  const int64_t panels = (end - begin + most - 1) / most;
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t v = begin + most * (back ? panels - 1 - i : i);
-    const int64_t next = i + 1 == panels ? v : back ? v - most : v + most;
-    with_count<most>(end - v, [&](auto count) { f(v * lanes, count, next * lanes); });
+void for_units(const Shares& shares, int64_t units, bool back, const F& f) {
+  const Panels<lanes, most> panels(units, shares.members());
+  const int64_t begin = shares.begin(panels.count), end = shares.end(panels.count);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const int64_t v = panels.wide * (back ? end - 1 - i : begin + i);
+    const int64_t next = i + 1 == end - begin ? v : back ? v - panels.wide : v + panels.wide;
+    with_count<most>(std::min(panels.wide, panels.vectors - v), [&](auto count) { f(v * lanes, count, next * lanes); });
   }
 }
 

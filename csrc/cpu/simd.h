@@ -12,7 +12,7 @@
 #include "../gates.h"
 #include "../numbers.h"
 
-// Of a lambda for whole vectors and for a last part: called in two places, GCC leaves a call for each vector.
+// Of a lambda or member that works on a vector: called in more than one place, GCC leaves a call for each vector.
 #define FASTLM_INLINED __attribute__((always_inline))
 
 namespace fastlm {
@@ -124,6 +124,9 @@ void with_count(int64_t n, const F& f) {
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 FASTLM_INLINE Vector<float> widen(const Halves& x) {
+#if defined(__AVX512F__)  // GCC 12 makes four instructions of the conversion
+  return (Vector<float>)((Simd<float>::Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x) << 16);
+#endif
   return (Vector<float>)(__builtin_convertvector(x, Simd<float>::Bits) << 16);
 }
 
