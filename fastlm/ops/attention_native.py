@@ -15,7 +15,7 @@ __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 DTYPES = FLOATS
 ACCEPTS = attention_common.ACCEPTS - {"everything dropped"}
-LEAST_ON_AVX2 = {torch.float32: 1 << 26}  # where SDPA's products are as fast, other numbers 1 << 24: 2026-11-26
+LEAST_ELSEWHERE = {torch.float32: 1 << 26}  # where SDPA's products are as fast, other numbers 1 << 24: LOG 2026-11-26
 
 
 def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
@@ -35,11 +35,10 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
         return None
     # Elsewhere on Intel AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide.
-    timed = timed_on_intel(_native, query)
-    if _native.cpu == "intel" and not (timed or needs_gradient(attn_mask)):
+    if _native.cpu == "intel" and not (timed_on_intel(_native, query) or needs_gradient(attn_mask)):
         return "SDPA may be as fast: not yet measured on this CPU (intel)"
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
-    least = LEAST if _native.cpu == "zen5" else 1 << 24 if timed else LEAST_ON_AVX2.get(query.dtype, 1 << 24)
+    least = LEAST if _native.cpu == "zen5" else LEAST_ELSEWHERE.get(query.dtype, 1 << 24)
     if scores * (query.size(3) + value.size(3)) < least:
         return f"SDPA is faster below {least} multiplications: benchmarks/LOG.md 2026-11-25 and 26"
     return None

@@ -1,5 +1,6 @@
 """Which CPUs the rules of `loses` were measured on, and the rule that the kernels of csrc/rows.h share."""
 
+import functools
 from types import ModuleType
 
 import torch
@@ -9,6 +10,15 @@ from fastlm.ops.tensors import needs_gradient
 
 MEASURED = ("intel", "zen5", "avx2")  # timed in benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-23, 25 and 26"
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep up to 64 MB of what is freed: new pages can cost a training step a fifth of its time.
+
+    It keeps twice the largest block below 32 MB that was ever freed. This one is never touched.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 
 def unmeasured(native: ModuleType, cpus: tuple[str, ...] = MEASURED) -> str | None:

@@ -6,7 +6,7 @@ Of the logits `[N, V]`, its largest tensor by far, only one block exists at a ti
 import torch
 from torch import Tensor
 
-from fastlm.ops.products import CPUS, mm
+from fastlm.ops.products import CPUS, mm, transposed
 from fastlm.ops.tensors import accumulator
 
 # Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
@@ -149,7 +149,7 @@ class Head:
                 self.add_product(self.d_x[part], gradient[:, columns], weight, columns.start == 0)
         if self.d_weight is not None:
             for columns in self.parts():
-                self.add_product(self.d_weight[columns], gradient[:, columns].t(), x, first)
+                self.add_product(self.d_weight[columns], transposed(self.native, gradient[:, columns]), x, first)
         if self.d_bias is not None:
             total = gradient.sum(0, dtype=self.sums)
             self.d_bias.copy_(total) if first else self.d_bias.add_(total)

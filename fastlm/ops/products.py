@@ -13,6 +13,7 @@ from fastlm.ops.tensors import addresses
 
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
 LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
+LEAST_TURNED = 1 << 16  # numbers
 NARROW, CHAIN = 16, 512  # columns, below which MKL adds up in one chain, and how long that may be
 
 
@@ -40,6 +41,37 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     if add:
         return out.addmm_(a, b)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def turned(native: ModuleType | None, d: Tensor) -> Tensor | None:
+    """Return a copy of dᵀ where a product by it is so much faster that the copy pays, else None.
+
+    oneDNN's product by AMX takes half as long again where its first matrix is to be transposed.
+
+    Args:
+        d: [M, N], rows contiguous.
+    """
+    rows, columns = d.shape
+    if native is None or not native.amx or d.dtype is not torch.bfloat16 or not d.is_cpu or d.numel() < LEAST_TURNED:
+        return None
+    out = d.new_empty(columns, rows if rows % 32 else rows + 32)[:, :rows]  # rows a page apart share cache sets
+    return transpose(native, d, out)
+
+
+def transposed(native: ModuleType | None, d: Tensor) -> Tensor:
+    """Return dᵀ, to be multiplied by: `turned`, or a view."""
+    found = turned(native, d)
+    return d.t() if found is None else found
+
+
+def transpose(native: ModuleType, a: Tensor, out: Tensor) -> Tensor:
+    """Write the transpose of `a` [M, N], of 16 bits a number, to `out` [N, M] and return it; rows are contiguous."""
+    if out.shape != (a.shape[1], a.shape[0]) or out.dtype is not a.dtype or a.element_size() != 2:
+        raise RuntimeError(f"transpose: {list(a.shape)} of {a.dtype} does not fit {list(out.shape)} of {out.dtype}")
+    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (a, out)) or not (a.is_cpu and out.is_cpu):
+        raise RuntimeError("transpose: the rows of both matrices must be contiguous, on the CPU")
+    native.transpose_halves((*a.shape, a.stride(0), out.stride(0)), addresses(a, out), torch.get_num_threads())
+    return out
 
 
 @assume_constant

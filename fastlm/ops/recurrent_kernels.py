@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastlm.autograd import Differentiable, unwatched
 from fastlm.dispatch import PLAIN
-from fastlm.ops import gpu, recurrent, recurrent_cuda
-from fastlm.ops.cpu import MEASURED, unmeasured
+from fastlm.ops import gpu, products, recurrent, recurrent_cuda
+from fastlm.ops.cpu import MEASURED, keep_freed_memory, unmeasured
 from fastlm.ops.products import exact_float32, mm
 from fastlm.ops.recurrent import CELLS, GATES, IN_PLACE, pair, split_biases
 from fastlm.ops.recurrent_cuda import CudaLayers
@@ -29,7 +29,7 @@ ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 ROW = "benchmarks/LOG.md 2026-11-24"
-AMX = "benchmarks/LOG.md 2026-11-26, sixth session, AMX"
+AMX = "benchmarks/LOG.md 2026-11-26, AMX"
 PAIRS = {("avx512_bf16", "zen5", torch.bfloat16), ("avx512_bf16", "zen5", torch.float32),
          ("amx", "intel", torch.bfloat16)}  # which were timed
 
@@ -113,15 +113,21 @@ def _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense, tiles):
     if cell == "relu":  # which is computed in float32
         return f"relu in bfloat16 was not measured: {row}"
     if cell != "lstm" or not dense:
-        return f"slower than torch below 16 steps: {row}" if steps < 16 else None
+        least = 8 if tiles else 16
+        return f"slower than torch below {least} steps: {row}" if steps < least else None
     if dtype is torch.float32:
         return f"slower than torch's oneDNN below the highest precision, or not measured: {row}"
+    if tiles and trains:
+        wins = (hidden >= 256 and steps >= 4) or (batch <= 16 and hidden >= 64 and steps * hidden >= 2048)
+        return None if wins else f"slower than torch's oneDNN below 256 hidden units or in few steps: {AMX}"
     if trains:
         wins = hidden >= 512 or (hidden >= 256 and steps >= 8)
         return None if wins else f"slower than torch's oneDNN below 256 hidden units or 8 steps: {later}"
     if tiles:
-        wins = batch <= 32 and (steps >= 32 or (batch == 1 and hidden >= 256))
-        return None if wins else f"no faster than torch's oneDNN above 32 sequences or below 32 steps: {AMX}"
+        long = steps >= 32 and (hidden >= 128 or batch <= 32)
+        wide = hidden >= 256 and (steps >= (4 if hidden >= 512 else 16) or batch == 1)
+        wins = batch <= 64 and (long or wide)
+        return None if wins else f"no faster than torch's oneDNN above 64 sequences or in few steps: {AMX}"
     few, odd = hidden >= 256 and batch <= (1 if steps == 1 else 4), hidden >= 512 and hidden % 32 and steps >= 32
     return None if few or odd else f"slower than torch's oneDNN without gradients, but for few sequences: {later}"
 
@@ -249,6 +255,8 @@ class Layers:
         train, wide, hidden = any(needs), w_hh.shape[0], states[-1].shape[-1]
         rows, states = x.reshape(-1, x.shape[-1]), as_states(states)
         w_hh, w_hr = as_weights(w_hh, w_hr)
+        if train:
+            keep_freed_memory()
         y = rows.new_empty(rows.shape[0], w_hh.shape[1])
         bias, b_hn = split_biases(self.cell, *cast((b_ih, b_hh), state_dtype(y)))
         kept = padded(self.columns(hidden), y.element_size()) if train else wide
@@ -346,12 +354,19 @@ class Layers:
             d_in, later = d[:, :wide], steps != blocks[0][0]
             if need_x:
                 self.pull(d_in, w_ih, turn, dx[part])
-            if need_w:
-                for of_w, of_d in halves(wide, turn):
-                    mm(self.native, d_in[:, of_d].t(), rows[part], dw[of_w], add=later)
-            for i, (piece, h) in enumerate(before(part) if need_u else ()):
-                for of_du, of_d in of_u:
-                    mm(self.native, d[piece, of_d].t(), h, du[of_du], add=later or i > 0)
+            # Elman networks have little to gain and half of stock's memory to lose.
+            turned = products.turned(self.native, d_in) if self.gates > 1 and (need_w or need_u) else None
+            for of_w, of_d in halves(wide, turn) if need_w else ():
+                mm(self.native, d_in.t()[of_d] if turned is None else turned, rows[part], dw[of_w], add=later)
+            d_hidden = [(of_du, d[:, of_d].t()) for of_du, of_d in of_u]
+            if turned is not None:
+                for of_du, of_d in of_u[1:]:  # the first are W_ih's too
+                    products.transpose(self.native, d[:, of_d], turned[of_du])
+                d_hidden = [(slice(None), turned)]
+            free = None if turned is None else d[:, :out]  # which nobody reads again
+            for i, (piece, h) in enumerate(before(part, free) if need_u else ()):
+                for of_du, transposed in d_hidden:
+                    mm(self.native, transposed[:, piece], h, du[of_du], add=later or i > 0)
             if need_hr:
                 d_out, unprojected = d[:, columns: columns + out], d[:, columns + out: columns + out + hidden]
                 mm(self.native, d_out.t(), unprojected, dhr, add=later)
@@ -468,8 +483,9 @@ def rows_of(parts: list[Tensor], rows: slice) -> Tensor:
 
 def padded(columns: int, size: int) -> int:
     """Return how far apart rows of `columns` numbers should lie: on cache lines, no page apart, which share sets."""
-    columns = -(-columns // 16) * 16
-    return columns + 16 if columns * size % 4096 == 0 else columns
+    line = 64 // size
+    columns = -(-columns // line) * line
+    return columns + line if columns * size % 4096 == 0 else columns
 
 
 def halves(wide: int, turn: int) -> list[tuple[slice, slice]]:
@@ -478,13 +494,19 @@ def halves(wide: int, turn: int) -> list[tuple[slice, slice]]:
 
 
 def states_before(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Callable:
-    """Return f(rows): pairs of a slice within those rows and the states [., H] that came before it in reading order."""
+    """Return f(rows, out): pairs of a slice within those rows and the states [., H] before it in reading order.
+
+    In 16 bits it is one pair, because the sum of two products would be rounded twice; `out` is room for it, or None.
+    """
     batch, count = h0.shape[0], y.shape[0]
     if batch_sizes is not None:
         states, index = torch.cat([h0, y]), _rows_before(batch_sizes, batch, reverse)
-        return lambda rows: [(slice(None), states[index[rows]])]
+        return lambda rows, out: [(slice(None), states[index[rows]])]
+    if y.element_size() == 2:
+        parts = [y[batch:], h0] if reverse else [h0, y[: count - batch]]
+        return lambda rows, out: [(slice(None), torch.cat(parts, out=out))]
 
-    def before(rows):
+    def before(rows, out):
         """The first step in reading order follows h0."""
         start, stop = (rows.start + batch, rows.stop + batch) if reverse else (rows.start - batch, rows.stop - batch)
         if stop > count:

@@ -78,6 +78,16 @@ def sweep_few():
         check_few(2, 1000, 700, dtype=dtype)
 
 
+def sweep_transpose():
+    for rows, columns in itertools.product((0, 1, 5, 31, 32, 33, 64, 100), (0, 1, 7, 16, 17, 33, 130)):
+        a = draw(rows, columns, "rows apart", torch.bfloat16)
+        whole = torch.full((columns, rows + 5), torch.nan).bfloat16()
+        out = whole[:, 3: 3 + rows]  # of no alignment
+        assert products.transpose(extension, a, out) is out
+        assert torch.equal(out, a.t()), (rows, columns)
+        assert whole[:, :3].isnan().all() and whole[:, 3 + rows:].isnan().all(), "wrote beside a row"
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products(threads):
     before = torch.get_num_threads()
@@ -85,6 +95,7 @@ def test_products(threads):
     try:
         sweep()
         sweep_few()
+        sweep_transpose()
     finally:
         torch.set_num_threads(before)
 
@@ -94,7 +105,7 @@ def test_narrower_instruction_sets(isa):
     if isa not in fastlm.dispatch.build_report()["instruction_sets"]:
         pytest.skip(f"{isa} was not built")
     code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_products as t; " \
-           f"t.sweep(); t.sweep_few(); assert t.extension.isa == {isa!r}"
+           f"t.sweep(); t.sweep_few(); t.sweep_transpose(); assert t.extension.isa == {isa!r}"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FASTLM_MAX_ISA": isa}, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
@@ -158,3 +169,26 @@ def test_what_lies_between_rows_is_not_read(depth):
     rows = torch.full((40, depth + 7), torch.nan, dtype=torch.bfloat16)
     rows[:, :depth] = torch.randn(40, depth)
     assert products.mm(native, rows[:, :depth], torch.randn(depth, 48).bfloat16()).isfinite().all()
+
+
+@pytest.mark.parametrize(("a", "out", "message"), [
+    (torch.zeros(3, 4).bfloat16(), torch.zeros(3, 4).bfloat16(), "does not fit"),
+    (torch.zeros(3, 4).bfloat16(), torch.zeros(4, 3).half(), "does not fit"),
+    (torch.zeros(3, 4), torch.zeros(4, 3), "does not fit"),
+    (torch.zeros(4, 3).bfloat16().t(), torch.zeros(4, 3).bfloat16(), "must be contiguous"),
+    (torch.zeros(3, 4).bfloat16(), torch.zeros(3, 4).bfloat16().t(), "must be contiguous"),
+])
+def test_transpose_refuses_what_does_not_fit(a, out, message):
+    with pytest.raises(RuntimeError, match=message):
+        products.transpose(extension, a, out)
+
+
+def test_turned_is_the_transpose_where_amx_multiplies(monkeypatch):
+    d = torch.randn(700, 300).bfloat16()[:, :260]
+    monkeypatch.setattr(extension, "amx", True)
+    for rows in (700, 640):  # a page apart, and not
+        assert torch.equal(products.turned(extension, d[:rows]), d[:rows].t())
+    assert products.turned(extension, d[:9]) is None
+    assert products.turned(extension, d.float()) is None
+    monkeypatch.setattr(extension, "amx", False)
+    assert products.turned(extension, d) is None

@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import os
+import platform
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -331,6 +334,33 @@ def test_opcheck(cell, options):
 
 # --- other CPUs ------------------------------------------------------------------------------------------------
 
+FAULTS = """
+import resource, sys, torch, fastlm
+from fastlm.ops import recurrent_kernels
+if sys.argv[1:]:
+    recurrent_kernels.keep_freed_memory = lambda: None
+layer, x = fastlm.nn.LSTM(512, 512).bfloat16(), torch.randn(128, 32, 512).bfloat16().requires_grad_()
+counts = []
+for _ in range(8):
+    with fastlm.backend("native", "torch"):
+        torch.autograd.grad(layer(x)[0].sum(), [x, *layer.parameters()])
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(counts[-1] - counts[3])
+"""
+
+
+@native
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have their own ways")
+def test_steps_of_training_need_no_new_pages():
+    """Without `keep_freed_memory` a step meets thousands of them."""
+    clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
+    with_it, without = (int(subprocess.check_output([sys.executable, "-c", FAULTS, *words], env=clean))
+                        for words in ([], ["off"]))
+    if without < 2000:
+        pytest.skip(f"no more than {without} new pages without it")
+    assert with_it < without / 4
+
+
 @native
 def test_stock_runs_where_it_was_measured_to_win():
     """Whatever the instruction set, a refusal is a reason and the default call agrees with stock."""
@@ -391,11 +421,22 @@ def test_what_runs_with_avx2(cell, dtype, sizes, wins):
 
 
 @pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
-    (128, 32, 512, True), (128, 64, 512, False), (8, 32, 256, False), (1, 1, 256, True), (16, 1, 128, False)])
+    (128, 32, 512, True), (128, 64, 512, True), (128, 128, 512, False), (8, 32, 256, False), (4, 32, 512, True),
+    (1, 1, 256, True), (1, 2, 512, False), (16, 1, 128, False), (32, 64, 64, False), (32, 64, 128, True)])
 def test_inference_with_amx(steps, batch, hidden, wins):
     with torch.no_grad():
         args = recurrent.make_args(*CELLS["lstm"], torch.bfloat16, "meta", steps=steps, batch=batch, hidden=hidden)
         assert (recurrent_kernels.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
+
+
+@pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
+    (4, 64, 256, True), (2, 64, 256, False), (16, 16, 128, True), (64, 64, 128, False), (64, 16, 64, True),
+    (16, 16, 64, False), (64, 1, 32, False)])
+def test_training_with_amx(steps, batch, hidden, wins):
+    args = recurrent.make_args(*CELLS["lstm"], torch.bfloat16, "meta", steps=steps, batch=batch, hidden=hidden)
+    for param in args[3]:
+        param.requires_grad_()
+    assert (recurrent_kernels.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
