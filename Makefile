@@ -15,10 +15,12 @@ RUN  := $(VENV)/bin/python
 bench: extension
 	$(RUN) -m fastlm bench --out $(RESULTS) $(ARGS)
 
-# Triton reads TRITON_INTERPRET when it is imported: its kernels are interpreted in a second process.
+# Triton reads TRITON_INTERPRET when it is imported: its kernels are interpreted in a second process, on another core.
 test: extension
-	$(RUN) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_ops.py tests/cases -k triton $(ARGS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_ops.py tests/cases -k triton $(ARGS) \
+		> build/interpreted.log 2>&1 & second=$$!; \
+	$(RUN) -m pytest $(ARGS); failed=$$?; \
+	wait $$second || failed=1; echo "Triton's kernels, interpreted:"; cat build/interpreted.log; exit $$failed
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

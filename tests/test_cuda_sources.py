@@ -148,7 +148,7 @@ def run(*commands, **environment):
     """Run commands side by side and return what they print."""
     started = [subprocess.Popen([str(word) for word in command], text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, env={**os.environ, **environment}) for command in commands]
-    printed = [process.communicate(timeout=600)[0] for process in started]
+    printed = [process.communicate(timeout=1200)[0] for process in started]
     for process, text in zip(started, printed, strict=True):
         assert process.returncode == 0, text
     return "".join(printed)
@@ -189,12 +189,14 @@ def verdicts(printed):
     return {name: verdict for name, verdict in re.findall(r"^((?:lstm|gru|rnn) .*?): (.*)$", printed, re.M)}
 
 
-def test_emulated_kernels_obey_the_error_rule(emulated):
+def test_emulated_kernels_obey_the_error_rule(emulated, request):
     """Forward and every gradient, and every tile of the 16-bit kernels was there."""
-    printed = emulated(EMULATION / "run.py")
+    deep = request.config.getoption("--deep")
+    printed = emulated(EMULATION / "run.py", **({"FASTLM_DEEP": "1"} if deep else {}))
     found = verdicts(printed)
     assert {name: verdict for name, verdict in found.items() if verdict != "ok"} == {}
-    assert len(found) == 3 * (7 + 2 * (7 + 2) + 3 * (1 + 2) + 2) + 2 + 7 + 3 + 2 * (9 + 2 + 1 + 8 + 1 + 1)
+    assert len(found) == 3 * (7 + 2 * (7 + 2) + 3 * (1 + 2) + 2) + 2 + 6 + 3 + 2 * (8 + 2 + 1 + 6 + 1 + 1) + \
+        (1 + 2 + 4 if deep else 0)
     assert len(re.findall("^exchanged", printed, re.M)) == 3
     ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
     assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124" if m + n != "44"}, ran

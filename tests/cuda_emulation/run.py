@@ -1,6 +1,7 @@
 """Run lstm, gru and rnn through an extension whose CUDA kernels are emulated, and hold them to the error rule.
 
 Usage: python run.py EXTENSION [SAMPLE], in a process of its own: the extension takes the place of `fastlm._native`.
+Samples that take tens of seconds are left out unless FASTLM_DEEP is set.
 Prints a line `op exchange format sample: ok` or `op exchange format sample: ERROR` for each call, then the tiles that
 ran, each as `tiles pass exchange format rows sequences`.
 """
@@ -8,6 +9,7 @@ ran, each as `tiles pass exchange format rows sequences`.
 import contextlib
 import functools
 import importlib.util
+import os
 import sys
 from types import SimpleNamespace
 
@@ -75,6 +77,7 @@ PLANES = {
     "tall packed": (dict(SIZES["tall packed"][0], bidirectional=False), HOPPER[40]),
 }
 ONE = {"T1 B1 H1": PLANES["T1 B1 H1"]}
+SLOW = {("grid", "T2 B1 H1030"), ("cluster", "T3 B9 H290 both ways"), ("plane", "T2 B9 H300"), ("plane", "T3 B33 H97")}
 NOT_NUMBERS = {"NaN of all bits": dict(steps=3, batch=9),
                "NaN of all bits, packed": dict(lengths=(3, 3, 2, 2, 2, 1), bidirectional=True)}
 
@@ -121,6 +124,8 @@ def cases(op):
             continue
         dtype = torch.float32 if form == "tf32" else getattr(torch, form)
         for name, (shape, chip) in sizes.items():
+            if (exchange, name) in SLOW and not os.environ.get("FASTLM_DEEP"):
+                continue
             args = recurrent.make_args(*GATES_AND_STATES[op.name], dtype, "cpu", **shape)
             yield exchange, form, chip, Sample(name, (*args, "tanh") if op.name == "rnn" else args)
         if exchange == "grid" or (exchange in ("cluster", "plane") and form == "bfloat16"):  # as in empty places
