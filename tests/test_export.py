@@ -6,7 +6,7 @@ from torch.export import Dim, export
 
 import fastlm
 from fastlm import nn
-from fastlm.ops import recurrent_kernels
+from fastlm.ops import recurrent_rules
 
 
 def targets(program):
@@ -64,7 +64,7 @@ def test_recurrent_layers_become_torch_s_operators_where_that_is_asked(cell):
 
 
 def test_what_was_not_measured_here_is_not_exported(monkeypatch):
-    monkeypatch.setattr(recurrent_kernels, "unmeasured", lambda *args: "not yet measured on this CPU")
+    monkeypatch.setattr(recurrent_rules, "unmeasured", lambda *args: "not yet measured on this CPU")
     assert not ours(export(nn.GRU(256, 256), (torch.randn(20, 4, 256),)))
 
 

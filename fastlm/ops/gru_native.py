@@ -2,7 +2,8 @@
 
 import fastlm._native as _native
 from fastlm.ops.gru import step
-from fastlm.ops.recurrent_kernels import ACCEPTS, DTYPES, Layers, losses
+from fastlm.ops.recurrent_kernels import ACCEPTS, DTYPES, Layers
+from fastlm.ops.recurrent_rules import losses
 
 __all__ = ["ACCEPTS", "DTYPES", "at_once", "cannot", "loses", "run"]
 

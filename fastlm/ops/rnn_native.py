@@ -4,7 +4,8 @@ from functools import partial
 
 import fastlm._native as _native
 from fastlm.ops.recurrent_kernels import ACCEPTS as SHARED
-from fastlm.ops.recurrent_kernels import DTYPES, Layers, losses
+from fastlm.ops.recurrent_kernels import DTYPES, Layers
+from fastlm.ops.recurrent_rules import losses
 from fastlm.ops.rnn import step
 
 __all__ = ["ACCEPTS", "DTYPES", "at_once", "cannot", "loses", "run"]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm import measure, ops
-from fastlm.ops import ALL, products, recurrent, recurrent_kernels
+from fastlm.ops import ALL, cpu, products, recurrent, recurrent_kernels, recurrent_rules
 from tests.parity import keep_error_rule
 
 CELLS = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
@@ -392,7 +392,7 @@ def test_stock_runs_where_it_was_measured_to_win():
     import fastlm._native as extension
     refusal = OPS["lstm"].implementations["native"].loses(*small)
     taken = OPS["gru"].implementations["native"].loses(*large)
-    if extension.cpu in recurrent_kernels.MEASURED:
+    if extension.cpu in cpu.MEASURED:
         assert "below 256 hidden units" in refusal
         assert taken is None
     else:
@@ -424,7 +424,7 @@ def test_reasons_on_cpus_with_16_bit_arithmetic(dtype, cpu, precision, expected)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        assert recurrent_kernels.losses(SimpleNamespace(**cpu), "gru", *args) == expected
+        assert recurrent_rules.losses(SimpleNamespace(**cpu), "gru", *args) == expected
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -441,7 +441,7 @@ def test_what_runs_with_avx2(cell, dtype, sizes, wins):
     """oneDNN takes the LSTM in float32, but for few rows; what stock does step by step is ours."""
     with torch.no_grad():
         args = recurrent.make_args(*CELLS[cell], dtype, "meta", **sizes)
-        assert (recurrent_kernels.losses(SimpleNamespace(**AVX2), cell, *args) is None) == wins
+        assert (recurrent_rules.losses(SimpleNamespace(**AVX2), cell, *args) is None) == wins
 
 
 @pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
@@ -450,7 +450,7 @@ def test_what_runs_with_avx2(cell, dtype, sizes, wins):
 def test_inference_with_amx(steps, batch, hidden, wins):
     with torch.no_grad():
         args = recurrent.make_args(*CELLS["lstm"], torch.bfloat16, "meta", steps=steps, batch=batch, hidden=hidden)
-        assert (recurrent_kernels.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
+        assert (recurrent_rules.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
 
 
 @pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
@@ -460,7 +460,7 @@ def test_training_with_amx(steps, batch, hidden, wins):
     args = recurrent.make_args(*CELLS["lstm"], torch.bfloat16, "meta", steps=steps, batch=batch, hidden=hidden)
     for param in args[3]:
         param.requires_grad_()
-    assert (recurrent_kernels.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
+    assert (recurrent_rules.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
@@ -518,7 +518,7 @@ def test_exchange(name, sample, dtype, exchange, device, poisoned, monkeypatch):
 @pytest.mark.parametrize("cpu", [AVX2, AVX512, COOPER_LAKE, ZEN_5, SAPPHIRE_RAPIDS])
 def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision, monkeypatch):
     """Layers look at sizes alone; the kernels' own rule must say the same on every CPU."""
-    monkeypatch.setattr(recurrent_kernels, "exact_float32", lambda: precision == "highest")
+    monkeypatch.setattr(recurrent_rules, "exact_float32", lambda: precision == "highest")
     at_once = 0
     for (kind, cell), hidden in itertools.product((("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "tanh")), (8, 255, 256)):
         layer = getattr(fastlm.nn, kind)(4, hidden)
@@ -528,5 +528,5 @@ def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision
                 if layer._runs_stock(x, state, layer._flat_weights, steps):
                     at_once += 1
                     args = x, None, state, layer._flat_weights, *layer._settings[1:], layer.batch_first
-                    assert recurrent_kernels.losses(SimpleNamespace(**cpu), cell, *args), (kind, steps, hidden, trains)
+                    assert recurrent_rules.losses(SimpleNamespace(**cpu), cell, *args), (kind, steps, hidden, trains)
     assert at_once > 50
