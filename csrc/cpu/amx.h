@@ -61,7 +61,7 @@ void tile_block(const PairRows& x, const Bf16* w, int64_t deep, float* out, int6
 class Tiles {
  public:
   static constexpr int kParts = 2, kRowsAhead = 128;
-  static constexpr bool kTiled = true;  // a tile of x is fetched fastest from lines that follow each other
+  static constexpr bool kTiled = true;  // each line is a row of a tile; as fast as rows: benchmarks/LOG.md 2026-11-26
   static constexpr int units(int gates) { return gates == 3 ? 2 : 4 / gates; }  // an even number of tiles
 
   Tiles() = default;

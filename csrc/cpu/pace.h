@@ -1,5 +1,5 @@
-// How the panels of a step are shared: by the speed that each member of the team has shown, because a core may be slower
-// than the others for long: a small one, or one whose other hyperthread is busy. Who makes a panel changes no number.
+// How the panels of a step are shared: by the speed that each member of the team has shown, because a core may be
+// slower than the others for long: a small one, or one whose other hyperthread is busy. Who makes a panel changes no number.
 #pragma once
 
 #include <algorithm>
@@ -77,8 +77,9 @@ class SharesOf {
     double before = 0, expected = 0;
     for (int i = 0; i < me_.count; ++i) {
       before += speeds[i];
-      const int64_t left = me_.count - 1 - i;  // members, each of which keeps a panel: else its speed would stay unknown
-      next[i + 1] = left ? std::clamp(int64_t(double(panels_) * before / all + 0.5), next[i] + 1, panels_ - left) : panels_;
+      const int64_t left = me_.count - 1 - i;  // members, each of which keeps a panel: its speed would stay unknown
+      const auto fair = int64_t(double(panels_) * before / all + 0.5);
+      next[i + 1] = left ? std::clamp(fair, next[i] + 1, panels_ - left) : panels_;
       expected = std::max(expected, double(next[i + 1] - next[i]) / speeds[i]);
     }
     if (expected < 0.95 * slowest) std::copy(next, next + me_.count + 1, edges_);

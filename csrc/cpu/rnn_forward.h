@@ -62,10 +62,9 @@ class Inputs {
 // Turn the products of one sequence and one vector of units, s [G vectors] with h and x with x where P makes them, into
 // its next state h, not projected.
 template <class P, Cell cell>
-FASTLM_INLINE Vector<State<typename P::Number>> forward_gates(const RnnProblem& p, const RnnForward<typename P::Number>& a,
-                                                const Walk& at, int64_t b, int64_t u, int n,
-                                                const State<typename P::Number>* s,
-                                                const State<typename P::Number>* x) {
+FASTLM_INLINE Vector<State<typename P::Number>> forward_gates(
+    const RnnProblem& p, const RnnForward<typename P::Number>& a, const Walk& at, int64_t b, int64_t u, int n,
+    const State<typename P::Number>* s, const State<typename P::Number>* x) {
   using T = typename P::Number;
   using S = State<T>;
   using V = Vector<S>;
@@ -115,8 +114,9 @@ FASTLM_INLINE Vector<State<typename P::Number>> forward_gates(const RnnProblem& 
 
 // Store a vector of h, and put it into `out`, the operand of the next step.
 template <class P>
-FASTLM_INLINE void store_state(const RnnProblem& p, const RnnForward<typename P::Number>& a, const P& product, const Walk& at,
-                 int64_t b, int64_t u, int n, const Vector<State<typename P::Number>>& h, typename P::Operand* out) {
+FASTLM_INLINE void store_state(const RnnProblem& p, const RnnForward<typename P::Number>& a, const P& product,
+                               const Walk& at, int64_t b, int64_t u, int n,
+                               const Vector<State<typename P::Number>>& h, typename P::Operand* out) {
   store(a.y + (at.row + b) * p.out() + u, h, n);
   store(a.hn + b * p.out() + u, h, n);
   product.put(product.row(out, b), u, h, n);

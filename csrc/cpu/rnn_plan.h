@@ -151,8 +151,8 @@ struct Panels {
         count((vectors + wide - 1) / wide) {}
 };
 
-// Calls f(u, count, next) for this member's share of the panels of `units`, each of `count` vectors from unit u on; `next`
-// is the unit that comes after, u at the end. Every other step runs `back`, so that it starts with the weights that the
+// Calls f(u, count, next) for this member's share of the panels of `units`, each of `count` vectors from unit u on;
+// `next` is the unit that comes after, u at the end. Every other step runs `back`, so that it starts with the weights that the
 // caches still hold.
 template <int lanes, int most, class F>
 void for_units(const Shares& shares, int64_t units, bool back, const F& f) {

@@ -52,10 +52,12 @@ void transpose_halves(const Transpose& p) {
   const auto* const from = static_cast<const Bf16*>(p.from);
   auto* const to = static_cast<Bf16*>(p.to);
   parallel(int(std::min({int64_t(p.threads), std::max<int64_t>(lines, 1), most})), [&](Member& me) {
-    for (int64_t begin = me.begin(lines) * line, end = std::min(me.end(lines) * line, p.columns); begin < end; begin += line)
+    const int64_t end = std::min(me.end(lines) * line, p.columns);
+    for (int64_t begin = me.begin(lines) * line; begin < end; begin += line)
       for (int64_t row = 0; row < p.rows; row += kRows)
         for (int64_t u = begin; u < std::min(begin + line, end); u += kColumns) {
-          const int rows = int(std::min<int64_t>(p.rows - row, kRows)), columns = int(std::min<int64_t>(end - u, kColumns));
+          const int rows = int(std::min<int64_t>(p.rows - row, kRows));
+          const int columns = int(std::min<int64_t>(end - u, kColumns));
           const Bf16* const x = from + row * p.from_row + u;
           Bf16* const y = to + u * p.to_row + row;
           if (rows == kRows && columns == kColumns)
