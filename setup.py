@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.resolve()
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16", "-DFASTLM_DOTS"]
-AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFASTLM_TILES"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DFASTLM_TILES"]
 PAIRS = {"avx512_bf16": AVX512_BF16, "amx": AMX}  # multiply pairs of bfloat16
 INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, **PAIRS}
-PAIRED = {"rnn"}  # sources that do; all others run their AVX-512 code there
+PAIRED = {"rnn": PAIRS, "quant": ["amx"]}  # sources that do, and how; all others run their AVX-512 code there
 CUDA_TARGETS = ["80", "90a", "100a"]
 
 
@@ -149,7 +149,7 @@ class NinjaBuild(build_ext):
                 compile_object("cxx", source, f"python_{source.stem}.o", ["-O1", *defines, *include])
             for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
                 for name, flags in sets.items():
-                    if name not in PAIRS or source.stem in PAIRED:
+                    if name not in PAIRS or name in PAIRED.get(source.stem, ()):
                         compile_object("cxx", source, f"{source.stem}_{name}.o", [f"-DFASTLM_ISA={name}", *flags])
             if nvcc:
                 for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):

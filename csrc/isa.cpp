@@ -21,6 +21,7 @@ FASTLM_DECLARE(generic)
 FASTLM_DECLARE(avx2)
 FASTLM_DECLARE(avx512)
 FASTLM_DECLARE_QUANT(avx512)
+FASTLM_DECLARE_QUANT(amx)
 FASTLM_DECLARE_RNN_PAIRS(avx512_bf16)
 FASTLM_DECLARE_RNN_PAIRS(amx)
 
@@ -48,7 +49,8 @@ bool tiles_granted() {
 #elif defined(__linux__) && defined(__x86_64__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   const Features cpu;
-  return cpu.amx_bf16 && cpu.avx512_bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return cpu.amx_bf16 && cpu.amx_int8 && cpu.avx512_bf16 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -97,6 +99,7 @@ Kernels choose_kernels() {
   Kernels found = FASTLM_KERNELS(generic);
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool vnni = __builtin_cpu_supports("avx512vnni");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #ifdef FASTLM_AVX2
@@ -104,7 +107,7 @@ Kernels choose_kernels() {
 #endif
 #ifdef FASTLM_AVX512
   if (most >= 2 && avx512) found = FASTLM_KERNELS(avx512);
-  if (most >= 2 && avx512 && __builtin_cpu_supports("avx512vnni")) {
+  if (most >= 2 && avx512 && vnni) {
     found.quantized_linear_workspace = avx512::quantized_linear_workspace;
     found.quantized_linear = avx512::quantized_linear;
   }
@@ -123,6 +126,10 @@ Kernels choose_kernels() {
     found.rnn_bf16 = FASTLM_RNN_KERNELS(amx, nullptr);
     found.rnn_reduced = FASTLM_RNN_KERNELS(amx, nullptr);
     found.reduced_from = Precision::high;
+    if (vnni) {
+      found.quantized_linear_workspace = amx::quantized_linear_workspace;
+      found.quantized_linear = amx::quantized_linear;
+    }
   }
 #endif
 #endif

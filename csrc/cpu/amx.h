@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pairs.h"
+#include "tiles.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -64,12 +65,6 @@ class Tiles {
   static constexpr bool kTiled = true;  // each line is a row of a tile; as fast as rows: benchmarks/LOG.md 2026-11-26
   static constexpr int units(int gates) { return gates == 3 ? 2 : 4 / gates; }  // an even number of tiles
 
-  Tiles() = default;
-  Tiles(const Tiles&) = delete;
-  ~Tiles() {
-    if (first_) _tile_release();
-  }
-
   template <int parts, int count, class Fetch>
   void multiply(PairRows x, int64_t rows, const Bf16* panel, int64_t depth, float* out, const Fetch& fetch) {
     constexpr int64_t ldo = count * 16;
@@ -79,7 +74,7 @@ class Tiles {
     for (int64_t r = 0; r < rows; r += 2 * kTileRows, x.first += 2 * x.group, out += 2 * kTileRows * ldo) {
       const int left = int(rows - r < 2 * kTileRows ? rows - r : 2 * kTileRows);
       const bool tall = left > kTileRows;
-      shape(tall ? kTileRows : left, tall ? left - kTileRows : 0);
+      registers_.shape(tall ? kTileRows : left, tall ? left - kTileRows : 0);
       for (int t = 0; t < count; t += 2) {
         const Bf16* w = panel + panel_numbers(t, depth, parts);
         if (t + 1 < count)
@@ -93,27 +88,7 @@ class Tiles {
   }
 
  private:
-  // Give tile 4 `first` rows of x and tile 5 `second`, 0: unused. Contents are lost when that changes something.
-  void shape(int first, int second) {
-    if (first == first_ && second == second_) return;
-    first_ = first;
-    second_ = second;
-    Configuration c;
-    const int rows[8] = {first, first, second, second, first, second, kTileRows, kTileRows};
-    for (int i = 0; i < 8; ++i) {
-      c.rows[i] = uint8_t(rows[i]);
-      c.bytes[i] = rows[i] ? 64 : 0;
-    }
-    __asm__ volatile("" : : "r"(&c) : "memory");  // GCC's intrinsic owns up to reading the first 8 bytes only
-    _tile_loadconfig(&c);
-  }
-
-  struct alignas(64) Configuration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-  int first_ = 0, second_ = 0;
+  TileRegisters registers_;
 };
 
 }  // namespace

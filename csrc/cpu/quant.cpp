@@ -272,17 +272,15 @@ void run(const QuantizedLinear& p) {
   });
 }
 
-// Few rows do not repay unpacking, and float32 products do not at any number; CPUs without AVX512_BF16 were measured
-// before there were panels (benchmarks/LOG.md 2026-11-26).
-bool in_panels(const QuantizedLinear& p) {
-  return p.rows >= 16 && (p.kind == QuantizedWeight::int8_dynamic || p.number == Number::bf16) &&
-         kernels.pairs;
-}
-
 template <class Then>
 auto with_panel(const QuantizedLinear& p, const Then& then) {
   if (p.kind == QuantizedWeight::int8_dynamic) return then(Bytes());
-  return p.kind == QuantizedWeight::int8 ? then(Pairs8()) : then(Pairs4());
+  if (p.kind == QuantizedWeight::int4) return then(Pairs4());
+  if constexpr (kSplits) {
+    if (p.number == Number::f32) return then(Split8<3>());
+    if (p.number == Number::f16) return then(Split8<2>());
+  }
+  return then(Pairs8());
 }
 
 }  // namespace

@@ -46,6 +46,22 @@ struct RowOfX {
   int32_t offset;
 };
 
+// Rows of the weight as words, so many bytes apart.
+struct Panel {
+  const void* first;
+  int64_t row;
+};
+
+// Rows of the weight, some bytes of each, that are brought into the cache while others are multiplied.
+struct Ahead {
+  const uint8_t* first;
+  int64_t row_bytes, rows;
+
+  Ahead part(int64_t begin, int64_t count) const {
+    return {first + begin * row_bytes, row_bytes, std::min(count, rows - begin)};
+  }
+};
+
 // Add products of unsigned a and signed b to acc, four in a lane. As text: the other functions need no VNNI.
 FASTLM_INLINE __m512i dot(__m512i acc, __m512i a, __m512i b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));

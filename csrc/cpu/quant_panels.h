@@ -4,26 +4,22 @@
 // end; those of 4 bits, which take theirs here, are rounded as a bfloat16 weight is.
 #pragma once
 
-#include <type_traits>
-
 #include "quant_numbers.h"
 #include "team.h"
+#ifdef FASTLM_TILES
+#include "quant_tiles.h"
+#else
+#include "quant_vectors.h"
+#endif
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int64_t kLanes = 16;        // rows of x in a vector
-constexpr int64_t kPanelWords = 256;  // of a weight row at a time; sums of more at a stretch would cost accuracy
-constexpr int64_t kMostBlock = 128;    // rows of the weight
-constexpr int64_t kSlice = 512;       // rows of x that are made ready together
+constexpr int64_t kLanes = 16;     // rows of x in a vector
+constexpr int64_t kSlice = 512;    // rows of x that are made ready together
 
-// Each kind says how a line of 64 bytes of a weight row becomes kVectors of words, and how these are multiplied.
-
-FASTLM_INLINE __m512i dot_pairs(__m512i acc, __m512i w, __m512i x) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-  return acc;
-}
+// Each kind says how a line of 64 bytes of a weight row becomes kVectors of words.
 
 // Two vectors of float32 as bfloat16, those of `low` first.
 FASTLM_INLINE __m512i narrow(__m512 low, __m512 high) {
@@ -35,33 +31,33 @@ FASTLM_INLINE __m512i narrow(__m512 low, __m512 high) {
 FASTLM_INLINE __m128i quarter(const uint8_t* line, int i) { return _mm_loadu_si128((const __m128i*)line + i); }
 
 struct Bytes {
-  static constexpr int kValues = 64, kVectors = 1;
-  static __m512i multiply(__m512i acc, __m512i w, __m512i x) { return dot(acc, w, x); }
-  static __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+  static constexpr int kValues = 64, kVectors = 1, kParts = 1;
+  static constexpr bool kIntegers = true;
   static void unpack(const uint8_t* line, const float*, int, uint32_t* to) {
-    const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(line), _mm512_set1_epi8(-128));
-    _mm512_store_si512(to, w);  // + 128: one factor must be unsigned
+    const __m512i w = _mm512_loadu_si512(line);
+    _mm512_store_si512(to, kSigned ? w : _mm512_xor_si512(w, _mm512_set1_epi8(-128)));
   }
 };
 
-struct Pairs {
-  static __m512i multiply(__m512i acc, __m512i w, __m512i x) { return dot_pairs(acc, w, x); }
-  static __m512i add(__m512i a, __m512i b) {
-    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
-  }
-};
-
-struct Pairs8 : Pairs {
-  static constexpr int kValues = 64, kVectors = 2;
+struct Pairs8 {
+  static constexpr int kValues = 64, kVectors = 2, kParts = 1;
+  static constexpr bool kIntegers = false;
   static void unpack(const uint8_t* line, const float*, int, uint32_t* to) {
     const auto value = [&](int i) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter(line, i))); };
     for (int i = 0; i < kVectors; ++i) _mm512_store_si512(to + 16 * i, narrow(value(2 * i), value(2 * i + 1)));
   }
 };
 
+// The same, where x has more digits than a bfloat16: it is the exact sum of so many.
+template <int parts>
+struct Split8 : Pairs8 {
+  static constexpr int kParts = parts;
+};
+
 // Of 32 values those at even places come first, in x too.
-struct Pairs4 : Pairs {
-  static constexpr int kValues = 128, kVectors = 4;
+struct Pairs4 {
+  static constexpr int kValues = 128, kVectors = 4, kParts = 1;
+  static constexpr bool kIntegers = false;
   static void unpack(const uint8_t* line, const float* scale, int groups, uint32_t* to) {
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
     for (int i = 0; i < kVectors; ++i) {
@@ -114,58 +110,23 @@ inline void transpose(const uint32_t* from, int64_t stride, uint32_t* to, int64_
 // panel and sums.
 template <class Kind>
 struct PanelPlan {
-  int64_t lines, words, stride, slice, block, x, scales, mine;  // the last three in bytes
+  int64_t lines, part, words, stride, slice;
+  int64_t block;            // rows of the weight: in L1, or in L2 for several tiles of x
+  int64_t x, scales, mine;  // bytes
 
   explicit PanelPlan(const QuantizedLinear& p)
       : lines((p.in + Kind::kValues - 1) / Kind::kValues),
-        words(lines * Kind::kVectors * 16),  // of a row
+        part(lines * Kind::kVectors * 16),   // words of a part of a row
+        words(part * Kind::kParts),          // of a row
         stride(words + 16),                  // one line more keeps rows in other cache sets
         slice((std::min(p.rows, kSlice) + kLanes - 1) / kLanes * kLanes),
-        block(slice <= 3 * kLanes ? 16 : kMostBlock),  // rows of the weight: in L1, or in L2 for several tiles of x
+        block(slice <= kMostAcross * kLanes ? kFewRows : kMostBlock),
         x(slice * stride * 4),
         scales((slice * int64_t(sizeof(RowOfX)) + 63) / 64 * 64),
         mine((kPanelWords + slice) * block * 4) {}
 
   size_t bytes(int threads) const { return 2 * x + scales + mine * threads; }
 };
-
-// sums [R, V·16] += x·panel, for R rows of the weight and V vectors of x that lie `next` words apart. Meanwhile
-// `fetch_rows` rows of the weight from `fetch` on are brought into the cache, one in 16 words and a line at a time: of
-// a burst the CPU drops some.
-template <class Kind, int R, int V>
-__attribute__((noinline)) void panel_tile(const uint32_t* x, int64_t next, const uint32_t* panel, int64_t words,
-                                          float* sums, int64_t stride, const uint8_t* fetch, int64_t row_bytes,
-                                          int64_t fetch_rows) {
-  __m512i acc[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_si512();
-  for (int64_t run = 0; run < words; run += 16, fetch += row_bytes) {
-    const uint8_t* const ahead = run < 16 * fetch_rows ? fetch : reinterpret_cast<const uint8_t*>(x + run * 16);
-    for (int64_t w = 0; w < 16; w += 4)
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
-        if (u % Kind::kVectors == 0) _mm_prefetch(ahead + (w + u) * 64 / Kind::kVectors, _MM_HINT_T0);
-        __m512i a[V];
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) a[v] = _mm512_load_si512(x + v * next + (run + w + u) * 16);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const __m512i b = _mm512_set1_epi32(static_cast<int>(panel[r * kPanelWords + run + w + u]));
-#pragma GCC unroll 3
-          for (int v = 0; v < V; ++v) acc[r][v] = Kind::multiply(acc[r][v], b, a[v]);
-        }
-      }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      float* const to = sums + r * stride + v * 16;
-      _mm512_store_si512(to, Kind::add(acc[r][v], _mm512_load_si512(to)));
-    }
-}
 
 // Unpack lines [begin, end) of row n of the weight. What is past the end counts as 0.
 template <class Kind>
@@ -192,27 +153,25 @@ void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, int64_t 
                  const uint32_t* x, const RowOfX* of, uint32_t* panel, float* sums) {
   constexpr int64_t line_words = 16 * Kind::kVectors, chunk = kPanelWords / line_words;
   const int64_t row_bytes = p.kind == QuantizedWeight::int4 ? (p.in + 1) / 2 : p.in, next = plan.words * kLanes;
-  const int64_t vectors = (rows + kLanes - 1) / kLanes, tiles = vectors <= 3 ? 1 : (vectors + 1) / 2;
+  const int64_t vectors = (rows + kLanes - 1) / kLanes, tiles = vectors <= kMostAcross ? 1 : (vectors + 1) / 2;
   const uint8_t* const weight = static_cast<const uint8_t*>(p.weight);
   std::fill_n(sums, plan.block * plan.slice, 0.f);
   for (int64_t line = 0; line < plan.lines; line += chunk) {
     const int64_t end = std::min(line + chunk, plan.lines), words = (end - line) * line_words;
-    for (int64_t r = 0; r < plan.block; ++r)  // what is missing is taken again
-      unpack<Kind>(p, std::min(n0 + r, p.out - 1), line, end, panel + r * kPanelWords);
+    Panel part{weight + n0 * row_bytes + line * 64, row_bytes};  // integers may be multiplied where they lie, once
+    if (!(kSigned && Kind::kIntegers && tiles == 1 && n0 + plan.block <= p.out && end * 64 <= p.in)) {
+      part = {panel, kPanelWords * 4};
+      for (int64_t r = 0; r < plan.block; ++r)  // what is missing is taken again
+        unpack<Kind>(p, std::min(n0 + r, p.out - 1), line, end, panel + r * kPanelWords);
+    }
     const bool ends = end == plan.lines;
     const int64_t next_row = ends ? n0 + plan.block : n0, next_byte = ends ? 0 : end * 64;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t v = vectors * i / tiles, across = vectors * (i + 1) / tiles - v;
-      const auto tile = [&](auto height, auto width) {
-        for (int64_t r = 0; r < plan.block; r += height)
-          panel_tile<Kind, height, width>(x + v * next + line * line_words * kLanes, next, panel + r * kPanelWords,
-                                          words, sums + r * plan.slice + v * kLanes, plan.slice,
-                                          weight + (next_row + r) * row_bytes + next_byte, row_bytes,
-                                          i > 0 ? 0 : std::min<int64_t>(height, p.out - next_row - r));
-      };
-      if (across == 1) tile(std::integral_constant<int, 16>(), std::integral_constant<int, 1>());
-      if (across == 2) tile(std::integral_constant<int, 8>(), std::integral_constant<int, 2>());
-      if (across == 3) tile(std::integral_constant<int, 8>(), std::integral_constant<int, 3>());
+      for (int64_t k = Kind::kParts - 1; k >= 0; --k)  // the smallest first
+        multiply_panel<Kind>(x + v * next + (k * plan.part + line * line_words) * kLanes, next, across, part, words,
+                             plan.block, sums + v * kLanes, plan.slice,
+                             {weight + next_row * row_bytes + next_byte, row_bytes, i > 0 ? 0 : p.out - next_row});
     }
   }
   alignas(64) float y[kLanes * kMostBlock];
@@ -226,13 +185,34 @@ void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, int64_t 
   }
 }
 
+// Row m of x in bfloat16, as parts of `part` words, each of the digits that the ones before leave out.
+template <int parts>
+void split_row(const QuantizedLinear& p, int64_t m, int64_t part, uint32_t* x) {
+  for_vectors(p, m, part * 2, [&](int64_t k, __m512 v) {
+    const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(v, v), _mm512_setzero_ps(), _CMP_EQ_OQ);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    __m512i bits = _mm512_mask_mov_epi32(_mm512_castps_si512(v), nan, _mm512_set1_epi32(0x7fc00000));
+#pragma GCC unroll 3
+    for (int i = 0; i < parts; ++i) {
+      const __m512i kept = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(x + i * part) + k),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+      const __m512 left = _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(kept));
+      bits = _mm512_maskz_mov_epi32(finite, _mm512_castps_si512(left));
+    }
+  });
+}
+
 // Row m of x as words, zeros past the end; an m past the last row: zeros.
 template <class Kind>
 void ready(const QuantizedLinear& p, int64_t m, int64_t words, uint32_t* x, RowOfX* of) {
   if (m >= p.rows) {
     std::memset(x, 0, words * 4);
+  } else if constexpr (Kind::kParts > 1) {
+    split_row<Kind::kParts>(p, m, words / Kind::kParts, x);
   } else if (p.kind == QuantizedWeight::int8_dynamic) {
     *of = round_row(p, m, 64, reinterpret_cast<int8_t*>(x), 64);
+    if (kSigned) of->offset = 0;
   } else {
     std::memset(x + p.in / 2, 0, (words - p.in / 2) * 4);
     std::memcpy(x, static_cast<const uint16_t*>(p.x) + m * p.in, p.in * 2);

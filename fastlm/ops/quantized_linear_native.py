@@ -17,11 +17,14 @@ ACCEPTS |= {"groups of 32", "groups of 128"}
 
 NUMBERS = {dtype: i for i, dtype in enumerate(DTYPES)}
 MOST_INPUTS = 1 << 17  # 127·127·K must fit in 32 bits
-ROW = "benchmarks/LOG.md 2026-11-24 and 25"
+ROW = "benchmarks/LOG.md 2026-11-24, 25 and 27"
 STORED = {mode: (*DTYPES, torch.uint8 if mode == "int4" else torch.int8) for mode in MODES}
 MOST_ROWS = {"int8": 512, "int8_dynamic": 256, "int4": 1024}
 if _native.cpu == "zen5":
     MOST_ROWS |= {"int8": 1024, "int8_dynamic": 1024}
+if amx:
+    MOST_ROWS |= {"int8": 4096, "int8_dynamic": 4096}
+MOST_ROWS_INT4_PAIRS = 4096 if amx else MOST_ROWS["int4"]  # in bfloat16
 
 
 def cannot(x, weight, scale, bias, mode, group_size):
@@ -35,16 +38,13 @@ def cannot(x, weight, scale, bias, mode, group_size):
 
 
 def loses(x, weight, scale, bias, mode, group_size):
-    if mode == "int8_dynamic" and amx:
-        return "stock's _int_mm runs on AMX: not yet measured there"
-    if x.shape[0] > MOST_ROWS[mode]:
-        return f"not measured to be faster than stock above {MOST_ROWS[mode]} rows: {ROW}"
-    return None
+    most = MOST_ROWS_INT4_PAIRS if mode == "int4" and x.dtype is torch.bfloat16 else MOST_ROWS[mode]
+    return f"not measured to be faster than stock above {most} rows: {ROW}" if x.shape[0] > most else None
 
 
 def at_once(input, weight, scale, bias, mode, group_size):
     """Return what `run` makes of a call as it came, unchecked; None where gradients are wanted or it is not ours."""
-    if not (vnni and unwatched()) or (mode == "int8_dynamic" and amx):
+    if not (vnni and unwatched()):
         return None
     return _native.quantized_linear_at_once(
         MODES.index(mode), group_size, torch.get_num_threads(), MOST_ROWS[mode], not torch.is_grad_enabled(), input,

@@ -103,19 +103,20 @@ def test_rows_of_zeros_stay_zero(mode, implementation, device):
 
 
 @modes
+@pytest.mark.parametrize("rows", [3, 14])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_spreads(mode, value, implementation, device):
+def test_what_is_not_finite_spreads(mode, value, rows, implementation, device):
     values, scale = quantize_weight(torch.randn(6, 40, device=device), mode=mode)
-    x = torch.randn(3, 40, device=device)
+    x = torch.randn(rows, 40, device=device)
     clean = quantized_linear(x, values, scale, mode=mode)
     x[1, 7] = value
     y = quantized_linear(x, values, scale, mode=mode)
     assert not y[1].isfinite().any()
-    assert mode != "int8_dynamic" or y[1].isnan().all()
-    torch.testing.assert_close(y[[0, 2]], clean[[0, 2]])
+    assert y[1].isnan().all() if mode == "int8_dynamic" or value != value else y[1].isinf().all()
+    torch.testing.assert_close(y[[0, *range(2, rows)]], clean[[0, *range(2, rows)]])
     weight = torch.randn(6, 40, device=device)
     weight[2, 3] = value
-    y = quantized_linear(clean.new_ones(3, 40), *quantize_weight(weight, mode=mode), mode=mode)
+    y = quantized_linear(clean.new_ones(rows, 40), *quantize_weight(weight, mode=mode), mode=mode)
     assert y[:, 2].isnan().all()
     assert y[:, [0, 1, 3, 4, 5]].isfinite().all()
 

@@ -1,0 +1,85 @@
+// Products of a panel by AMX: 16 rows of the panel are a tile as they lie, and so are 16 words of a vector of x.
+#pragma once
+
+#include "quant_numbers.h"
+#include "tiles.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+constexpr int64_t kPanelWords = 256;                // of a weight row at a time
+constexpr int64_t kFewRows = 32, kMostBlock = 128;  // of the weight
+constexpr int kMostAcross = 2;                      // vectors of x that are multiplied at a time
+constexpr int kTile = 16;                           // rows or words of one
+constexpr bool kSplits = true;                      // float32 and float16 are multiplied as sums of bfloat16
+constexpr bool kSigned = true;                      // integers are multiplied as they are
+
+// Measured in benchmarks/LOG.md 2026-11-27.
+inline bool in_panels(const QuantizedLinear& p) {
+  if (p.kind == QuantizedWeight::int8_dynamic || p.number == Number::bf16) return p.rows >= 8;
+  return p.kind == QuantizedWeight::int8 && p.rows >= 12;
+}
+
+template <class Kind, int V>
+FASTLM_INLINE void add_products() {
+  if constexpr (Kind::kIntegers) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(2, 5, 6);
+    if constexpr (V == 2) _tile_dpbssd(1, 4, 7);
+    if constexpr (V == 2) _tile_dpbssd(3, 5, 7);
+  } else {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (V == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (V == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// sums [32, V·16] += x·panel, for V vectors of x that lie `next` words apart. Meanwhile rows of the weight are fetched.
+template <class Kind, int V>
+void panel_tile(const uint32_t* x, int64_t next, const uint8_t* panel, int64_t row, int64_t words, float* sums,
+                int64_t stride, Ahead fetch) {
+  constexpr int64_t line = 64;
+  float* const below = sums + kTile * stride;
+  __asm__ volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
+  _tile_loadd(0, sums, stride * 4);
+  _tile_loadd(2, below, stride * 4);
+  if constexpr (V == 2) {
+    _tile_loadd(1, sums + kTile, stride * 4);
+    _tile_loadd(3, below + kTile, stride * 4);
+  }
+  for (int64_t run = 0; run < words; run += kTile, panel += line) {
+    for (int i = 0; i < 2 && fetch.rows > 0; ++i, --fetch.rows, fetch.first += fetch.row_bytes)
+      for (int64_t j = 0; j < kPanelWords / 16 / Kind::kVectors; ++j)
+        _mm_prefetch(fetch.first + j * line, _MM_HINT_T1);
+    _tile_loadd(4, panel, row);
+    _tile_loadd(5, panel + kTile * row, row);
+    _tile_loadd(6, x + run * kTile, line);
+    if constexpr (V == 2) _tile_loadd(7, x + next + run * kTile, line);
+    add_products<Kind, V>();
+  }
+  _tile_stored(0, sums, stride * 4);
+  _tile_stored(2, below, stride * 4);
+  if constexpr (V == 2) {
+    _tile_stored(1, sums + kTile, stride * 4);
+    _tile_stored(3, below + kTile, stride * 4);
+  }
+  __asm__ volatile("" : : : "memory");
+}
+
+// The same for `rows` rows of the weight and up to kMostAcross vectors of x.
+template <class Kind>
+void multiply_panel(const uint32_t* x, int64_t next, int64_t across, Panel panel, int64_t words, int64_t rows,
+                    float* sums, int64_t stride, Ahead fetch) {
+  const uint8_t* const w = static_cast<const uint8_t*>(panel.first);
+  const auto tile = across == 2 ? panel_tile<Kind, 2> : panel_tile<Kind, 1>;
+  TileRegisters registers;
+  registers.shape(kTile, kTile);
+  for (int64_t r = 0; r < rows; r += 2 * kTile)
+    tile(x, next, w + r * panel.row, panel.row, words, sums + r * stride, stride, fetch.part(r, 2 * kTile));
+}
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm
