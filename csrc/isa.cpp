@@ -24,6 +24,7 @@ FASTLM_DECLARE_QUANT(avx512)
 FASTLM_DECLARE_QUANT(amx)
 FASTLM_DECLARE_RNN_PAIRS(avx512_bf16)
 FASTLM_DECLARE_RNN_PAIRS(amx)
+FASTLM_DECLARE_PRODUCT_PAIRS(amx)
 
 namespace {
 
@@ -126,6 +127,8 @@ Kernels choose_kernels() {
     found.rnn_bf16 = FASTLM_RNN_KERNELS(amx, nullptr);
     found.rnn_reduced = FASTLM_RNN_KERNELS(amx, nullptr);
     found.reduced_from = Precision::high;
+    found.product_pairs_workspace = amx::product_pairs_workspace;
+    found.product_pairs = amx::product_pairs;
     if (vnni) {
       found.quantized_linear_workspace = amx::quantized_linear_workspace;
       found.quantized_linear = amx::quantized_linear;

@@ -56,6 +56,8 @@ struct Kernels {
   // Null where the CPU lacks byte products (VNNI).
   size_t (*quantized_linear_workspace)(const QuantizedLinear&) = nullptr;
   void (*quantized_linear)(const QuantizedLinear&) = nullptr;
+  size_t (*product_pairs_workspace)(const Product&) = nullptr;  // null where tiles do not multiply
+  void (*product_pairs)(const Product&, size_t) = nullptr;
   // What multiplies pairs of bfloat16, and its kernels; null where nothing does.
   const char* pairs = nullptr;
   RecurrentKernels<Bf16> rnn_bf16 = {};

@@ -44,7 +44,8 @@ struct Transpose {
   int threads;
 };
 
-// A number has 4 or 8 bytes, in few_rows 4 or, in bfloat16, 2.
+// A number has 4 or 8 bytes, in few_rows 4 or, in bfloat16, 2. product_pairs: A and B are bfloat16, of each one stride is
+// 1; a number of C and of the bias has 2 or, in float32, 4 bytes.
 
 #define FASTLM_DECLARE_PRODUCT(isa)                                     \
   namespace isa {                                                       \
@@ -52,6 +53,12 @@ struct Transpose {
   void product(const Product&, size_t number);                          \
   void few_rows(const FewRows&, size_t number);                         \
   void transpose_halves(const Transpose&);                              \
+  }
+
+#define FASTLM_DECLARE_PRODUCT_PAIRS(isa)               \
+  namespace isa {                                       \
+  size_t product_pairs_workspace(const Product&);       \
+  void product_pairs(const Product&, size_t number);    \
   }
 
 }  // namespace fastlm

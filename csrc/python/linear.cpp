@@ -112,6 +112,26 @@ void define_linear(py::module_& m) {
           kernels.product(call, number);
         },
         "Run Product: sizes M, K, N and strides of A, of B and of C's rows; addresses of A, B, bias, C, workspace.");
+  m.def("product_pairs_workspace",
+        [](int64_t rows, int64_t depth, int64_t columns, int threads) {
+          if (!kernels.product_pairs) throw std::runtime_error("product_pairs: this CPU has no AMX");
+          Product call{};
+          call.rows = rows, call.depth = depth, call.columns = columns, call.threads = threads;
+          return kernels.product_pairs_workspace(call);
+        },
+        "Return the bytes of workspace that a call needs.");
+  m.def("product_pairs",
+        [](const py::tuple& sizes, const py::tuple& addresses, bool add, int threads, size_t number) {
+          if (!kernels.product_pairs) throw std::runtime_error("product_pairs: this CPU has no AMX");
+          const Pack n("product_pairs", sizes, 8), a("product_pairs", addresses, 5);
+          if (threads < 1 || (number != sizeof(float) && number != sizeof(Bf16)))
+            throw std::invalid_argument("product_pairs: threads or size of a number out of range");
+          const Product call{n.size(0), n.size(1), n.size(2), a[0], n.size(3), n.size(4), a[1],   n.size(5),
+                             n.size(6), a[2],      a[3],      n.size(7), add, threads,   a[4]};
+          py::gil_scoped_release release;
+          kernels.product_pairs(call, number);
+        },
+        "Run Product of bfloat16, as product does; a number of C and of the bias has 2 or 4 bytes.");
   m.def("few_rows",
         [](const py::tuple& sizes, const py::tuple& addresses, int threads, size_t number) {
           const Pack n("few_rows", sizes, 4), a("few_rows", addresses, 4);
