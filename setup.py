@@ -23,7 +23,8 @@ AVX512_BF16 = [*AVX512, "-mavx512bf16", "-DFASTLM_DOTS"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DFASTLM_TILES"]
 PAIRS = {"avx512_bf16": AVX512_BF16, "amx": AMX}  # multiply pairs of bfloat16
 INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, **PAIRS}
-PAIRED = {"rnn": PAIRS, "quant": ["amx"], "product_tiles": ["amx"]}  # sources that do, and how; all others run their AVX-512 code there
+# Sources that do, and how; all others run their AVX-512 code there.
+PAIRED = {"rnn": PAIRS, "quant": ["amx"], "product_tiles": ["amx"]}
 CUDA_TARGETS = ["80", "90a", "100a"]
 
 

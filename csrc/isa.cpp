@@ -39,7 +39,7 @@ namespace {
 #define FASTLM_KERNELS(isa) \
   Kernels{#isa, FASTLM_RNN_KERNELS(isa, isa::rnn_direct), FASTLM_RNN_KERNELS(isa, isa::rnn_direct), isa::row_kernels(), \
           FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), FASTLM_LOSS_KERNELS(isa), \
-          isa::product_workspace, isa::product, isa::few_rows, isa::transpose_halves, \
+          isa::product_workspace, isa::product, isa::few_rows, \
           FASTLM_ATTENTION_KERNELS(isa), FASTLM_ATTENTION_KERNELS(isa), FASTLM_ATTENTION_KERNELS(isa)}
 
 #ifdef FASTLM_AMX

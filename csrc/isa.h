@@ -49,7 +49,6 @@ struct Kernels {
   size_t (*product_workspace)(const Product&, size_t);
   void (*product)(const Product&, size_t);
   void (*few_rows)(const FewRows&, size_t);
-  void (*transpose_halves)(const Transpose&);
   AttentionKernels<float> attention_f32;
   AttentionKernels<double> attention_f64;
   AttentionKernels<Bf16> attention_bf16;

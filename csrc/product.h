@@ -34,16 +34,6 @@ struct FewRows {
   int threads;
 };
 
-// to = fromᵀ, of numbers of 2 bytes.
-struct Transpose {
-  int64_t rows, columns;  // ≥ 0
-  const void* from;       // [rows, columns], rows contiguous
-  int64_t from_row;       // numbers from one row to the next
-  void* to;               // [columns, rows] out, rows contiguous; must not overlap
-  int64_t to_row;
-  int threads;
-};
-
 // A number has 4 or 8 bytes, in few_rows 4 or, in bfloat16, 2. product_pairs: A and B are bfloat16, of each one stride is
 // 1; a number of C and of the bias has 2 or, in float32, 4 bytes.
 
@@ -52,7 +42,6 @@ struct Transpose {
   size_t product_workspace(const Product&, size_t number);              \
   void product(const Product&, size_t number);                          \
   void few_rows(const FewRows&, size_t number);                         \
-  void transpose_halves(const Transpose&);                              \
   }
 
 #define FASTLM_DECLARE_PRODUCT_PAIRS(isa)               \

@@ -117,11 +117,18 @@ struct Fetch {
   }
 };
 
+// 32 numbers of row r, of the k-th 32 of the depth, are at first + r/16·low + r%16·row + k·step.
+struct StripOfA {
+  const Bf16* first;
+  int64_t row, low, step;
+};
+
 // sums [32, 32] = strip of A · strip of B, plus what they are if `more`. Meanwhile lines are fetched: 8·deep from `b_ahead`
 // on and 2·deep of those of `a_ahead`.
-void multiply_strips(const Bf16* a, const Bf16* b, int64_t deep, float* sums, bool more, const Bf16* b_ahead,
+void multiply_strips(const StripOfA& strip, const Bf16* b, int64_t deep, float* sums, bool more, const Bf16* b_ahead,
                      Fetch& a_ahead) {
   constexpr int64_t line = 64, row = kSide * sizeof *sums;
+  const Bf16 *a = strip.first, *const a_end = a + deep * strip.step; const int64_t a_row = strip.row * 2, a_low = strip.low, a_step = strip.step; (void)a_end;
   float* const below = sums + kTileRows * kSide;
   __asm__ volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
   if (more) {
@@ -135,12 +142,12 @@ void multiply_strips(const Bf16* a, const Bf16* b, int64_t deep, float* sums, bo
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (; deep > 0; --deep, a += kStep, b += kStep, b_ahead += 256) {
+  for (; deep > 0; --deep, a += a_step, b += kStep, b_ahead += 256) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) __builtin_prefetch(b_ahead + i * 64, 0, 2);  // the CPU fetches pairs of lines
     a_ahead.two();
-    _tile_loadd(4, a, line);
-    _tile_loadd(5, a + kTileNumbers, line);
+    _tile_loadd(4, a, a_row);
+    _tile_loadd(5, a + a_low, a_row);
     _tile_stream_loadd(6, b, line);  // leaves L1 to A
     _tile_stream_loadd(7, b + kTileNumbers, line);
     _tile_dpbf16ps(0, 4, 6);
@@ -236,31 +243,49 @@ class Share {
     for (int64_t k = 0; k < plan.deep; k += kChunk) {
       const int64_t deep = std::min(kChunk, plan.deep - k), depth = std::min(p.depth - k * kTileDepth, deep * kTileDepth);
       const bool ends = k + deep == plan.deep;
-      Packing<false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
+      const bool in_place = p.a_column == 1 && rows % kSide == 0 && depth % kTileDepth == 0 && p.depth && p.a_row % 2048;
+      if (!in_place) Packing<false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
       Fetch ahead{a_at(m, k + deep), p.a_row, depth / 32, ends ? 0 : rows};
       if (p.a_column != 1) ahead = {a_at(m, k + deep), p.a_column, rows / 32, ends ? 0 : depth};
       for (int64_t i = 0; i < strips(rows); ++i)
         for (int64_t j = first; j < last; ++j) {
-          float* const to = sums + (plan.deep > kChunk ? (i * plan.columns + j) * kSide * kSide : 0);
+          float* const to = sums + (plan.deep > kChunk ? i * plan.columns + j : 0) * kSide * kSide;
           const Bf16* const strip = packed_b + j * plan.deep * kStep;
           const Bf16* const next = strip + (ends ? 0 : k + deep) * kStep + i * deep * kStep / plan.rows;
-          multiply_strips(packed_a + i * deep * kStep, strip + k * kStep, p.depth ? deep : 0, to, k > 0, next, ahead);
+          const StripOfA strip_a = in_place ? StripOfA{a_at(m + i * kSide, k), p.a_row, 16 * p.a_row, 32} : StripOfA{packed_a + i * deep * kStep, 32, 512, kStep};
+          if (ends) fetch_c(m + i * kSide, n + j * kSide);
+          multiply_strips(strip_a, strip + k * kStep, p.depth ? deep : 0, to, k > 0, next, ahead);
           if (ends) finish(to, m + i * kSide, n + j * kSide);
         }
     }
   }
 
+  // Take 32 rows of C away from other cores.
+  void fetch_c(int64_t row, int64_t column) const {
+    T* const c = static_cast<T*>(p.c) + column;
+    for (int64_t i = row; i < std::min(row + kSide, p.rows); ++i) prefetch_to_write(c + i * p.c_row, 32);
+  }
+
   // Write 32 rows and columns of C.
   void finish(const float* from, int64_t row, int64_t column) {
-    const int64_t rows = std::min(kSide, p.rows - row), columns = std::min(kSide, p.columns - column);
-    for (int64_t v = 0; v < columns; v += 16) {
-      const int n = int(std::min<int64_t>(columns - v, 16));
-      const T* const bias = static_cast<const T*>(p.bias) + column + v;
-      const Vector<float> start = p.bias ? load(bias, n) : Vector<float>{};
-      for (int64_t i = 0; i < rows; ++i) {
-        T* const to = static_cast<T*>(p.c) + (row + i) * p.c_row + column + v;
-        store(to, load(from + i * kSide + v) + (p.add ? load(to, n) : start), n);
+    const int64_t rows = std::min(kSide, p.rows - row);
+    const int wide = int(std::min(kSide, p.columns - column)), low = std::min(wide, 16), high = wide - low;
+    const T* const bias = static_cast<const T*>(p.bias) + column;
+    const Vector<float> bias_low = p.bias ? load(bias, low) : Vector<float>{};
+    const Vector<float> bias_high = p.bias && high ? load(bias + 16, high) : Vector<float>{};
+    T* to = static_cast<T*>(p.c) + row * p.c_row + column;
+    for (int64_t i = 0; i < rows; ++i, to += p.c_row, from += kSide) {
+      const Vector<float> a = load(from) + (p.add ? load(to, low) : bias_low);
+      const Vector<float> b = load(from + 16) + (p.add ? load(to + 16, high) : bias_high);
+      if constexpr (sizeof(T) == sizeof(Bf16)) {
+        if (wide == kSide) {
+          const auto both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+          std::memcpy(to, &both, sizeof both);
+          continue;
+        }
       }
+      store(to, a, low);
+      store(to + 16, b, high);
     }
   }
 };

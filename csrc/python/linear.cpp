@@ -142,15 +142,6 @@ void define_linear(py::module_& m) {
           kernels.few_rows(call, number);
         },
         "Run FewRows: sizes rows, depth, columns, w_row; addresses of x, w, bias, y.");
-  m.def("transpose_halves",
-        [](const py::tuple& sizes, const py::tuple& addresses, int threads) {
-          const Pack n("transpose_halves", sizes, 4), a("transpose_halves", addresses, 2);
-          if (threads < 1) throw std::invalid_argument("transpose_halves: threads out of range");
-          const Transpose call{n.size(0), n.size(1), a[0], n.size(2), a[1], n.size(3), threads};
-          py::gil_scoped_release release;
-          kernels.transpose_halves(call);
-        },
-        "Run Transpose: sizes rows, columns and the strides of their rows; addresses of both matrices.");
   m.def("linear_at_once", &linear_at_once, "Run FewRows with its checks and its result; None where a kernel cannot.");
   m.def("quantized_linear_workspace",
         [](int kind, int number, int64_t rows, int64_t in, int64_t out, int64_t group, int threads) {

@@ -6,7 +6,7 @@ Of the logits `[N, V]`, its largest tensor by far, only one block exists at a ti
 import torch
 from torch import Tensor
 
-from fastlm.ops.products import CPUS, mm, transposed
+from fastlm.ops.products import CPUS, mm
 from fastlm.ops.tensors import accumulator
 
 # Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
@@ -149,20 +149,18 @@ class Head:
                 self.add_product(self.d_x[part], gradient[:, columns], weight, columns.start == 0)
         if self.d_weight is not None:
             for columns in self.parts():
-                self.add_product(self.d_weight[columns], transposed(self.native, gradient[:, columns]), x, first)
+                self.add_product(self.d_weight[columns], gradient[:, columns].t(), x, first)
         if self.d_bias is not None:
             total = gradient.sum(0, dtype=self.sums)
             self.d_bias.copy_(total) if first else self.d_bias.add_(total)
 
     def add_product(self, out, a, b, first):
         """out = a·b, plus out but for the first time; a and b may have 16 bits and out 32."""
-        if out.dtype is a.dtype:
-            mm(self.native, a, b, out, add=not first)
-        elif out.is_cuda:
+        if out.is_cuda and out.dtype is not a.dtype:
             torch.mm(a, b, out_dtype=out.dtype, out=out) if first else torch.addmm(
                 out, a, b, out_dtype=out.dtype, out=out)
         else:
-            out.copy_(a @ b) if first else out.add_(a @ b)
+            mm(self.native, a, b, out, add=not first)
 
     def gradients(self) -> list[Tensor]:
         """Return those of the gradients of x, W and the bias that are wanted."""

@@ -13,7 +13,6 @@ from fastlm.ops.tensors import addresses
 
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
 LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
-LEAST_TURNED = 1 << 16  # numbers
 NARROW, CHAIN = 16, 512  # columns, below which MKL adds up in one chain, and how long that may be
 
 
@@ -24,8 +23,8 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     Args:
         native: the compiled extension; None: torch multiplies.
         a, b: [M, K] and [K, N] of any strides.
-        out: [M, N], which overlaps none of the others.
-        bias: [N].
+        out: [M, N], which overlaps none of the others; of the same dtype or, on a CPU, of float32 beside bfloat16.
+        bias: [N], of the dtype of `out`.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit each other.
@@ -34,6 +33,9 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
         return multiply(native, a, b, out, add=add, bias=bias)
     if native is not None and native.amx and a.dtype is torch.bfloat16 and a.is_cpu and a.shape[1] % 32:
         a = a.contiguous()  # oneDNN's product by AMX reads what lies between the rows, and NaN there stays NaN
+    if out is not None and out.dtype is not a.dtype:
+        product = torch.mm(a, b)
+        return out.add_(product) if add else out.copy_(product) if bias is None else torch.add(product, bias, out=out)
     if a.dtype is torch.float32 and a.is_cpu and b.shape[1] < NARROW and a.shape[1] > CHAIN and bias is None:
         parts = zip(a.split(CHAIN, 1), b.split(CHAIN), strict=True)
         total = torch.stack([torch.mm(*part) for part in parts]).sum(0)
@@ -43,37 +45,6 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
-def turned(native: ModuleType | None, d: Tensor) -> Tensor | None:
-    """Return a copy of dᵀ where a product by it is so much faster that the copy pays, else None.
-
-    oneDNN's product by AMX takes half as long again where its first matrix is to be transposed.
-
-    Args:
-        d: [M, N], rows contiguous.
-    """
-    rows, columns = d.shape
-    if native is None or not native.amx or d.dtype is not torch.bfloat16 or not d.is_cpu or d.numel() < LEAST_TURNED:
-        return None
-    out = d.new_empty(columns, rows if rows % 32 else rows + 32)[:, :rows]  # rows a page apart share cache sets
-    return transpose(native, d, out)
-
-
-def transposed(native: ModuleType | None, d: Tensor) -> Tensor:
-    """Return dᵀ, to be multiplied by: `turned`, or a view."""
-    found = turned(native, d)
-    return d.t() if found is None else found
-
-
-def transpose(native: ModuleType, a: Tensor, out: Tensor) -> Tensor:
-    """Write the transpose of `a` [M, N], of 16 bits a number, to `out` [N, M] and return it; rows are contiguous."""
-    if out.shape != (a.shape[1], a.shape[0]) or out.dtype is not a.dtype or a.element_size() != 2:
-        raise RuntimeError(f"transpose: {list(a.shape)} of {a.dtype} does not fit {list(out.shape)} of {out.dtype}")
-    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (a, out)) or not (a.is_cpu and out.is_cpu):
-        raise RuntimeError("transpose: the rows of both matrices must be contiguous, on the CPU")
-    native.transpose_halves((*a.shape, a.stride(0), out.stride(0)), addresses(a, out), torch.get_num_threads())
-    return out
-
-
 @assume_constant
 def exact_float32() -> bool:
     """Tell whether products of float32 may not be made of fewer bits, which torch's then are."""
@@ -81,31 +52,56 @@ def exact_float32() -> bool:
 
 
 def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
-    """Tell whether `multiply` is the faster one: float32 as it is, large enough."""
+    """Tell whether `multiply` is the faster one: float32 as it is, or bfloat16 by AMX, large enough."""
     rows, depth, columns = *a.shape, b.shape[1]
-    return native.cpu in CPUS and a.dtype is torch.float32 and a.is_cpu and columns >= LEAST_COLUMNS and \
-        rows * depth * columns >= LEAST_OPERATIONS and exact_float32()
+    if not a.is_cpu or columns < LEAST_COLUMNS or rows * depth * columns < LEAST_OPERATIONS:
+        return False
+    if a.dtype is torch.bfloat16:
+        return native.amx and _by_tiles(rows, depth, columns, a.stride(1) != 1) and _one_stride_is_1(a, b)
+    return native.cpu in CPUS and a.dtype is torch.float32 and exact_float32()
+
+
+def _by_tiles(rows, depth, columns, turned):
+    """Tell whether tiles that we pack beat oneDNN's, which packs nothing that needs it not: benchmarks/LOG.md
+    2026-11-27. A transposed first matrix costs oneDNN half as long again."""
+    if rows * columns <= 1 << 16 and depth <= 512:
+        return True
+    return rows >= 256 and (turned or (rows >= 512 and depth >= 512))
+
+
+def _one_stride_is_1(*matrices):
+    return all(1 in t.stride() for t in matrices)
 
 
 def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False,
              bias: Tensor | None = None) -> Tensor:
-    """Do what `mm` does by csrc/product.h, whatever is faster: float32 and float64."""
+    """Do what `mm` does by csrc/product.h, whatever is faster: float32, float64, and bfloat16 by AMX."""
     (rows, depth), columns = a.shape, b.shape[1]
     if out is None:
         out = a.new_empty(rows, columns)
     tensors = (a, b, out) if bias is None else (a, b, out, bias)
     if b.shape[0] != depth or out.shape != (rows, columns) or (bias is not None and bias.shape != (columns,)):
         raise RuntimeError(f"mm: shapes do not fit each other: {', '.join(str(list(t.shape)) for t in tensors)}")
-    if a.dtype not in (torch.float32, torch.float64) or any(t.dtype is not a.dtype or not t.is_cpu for t in tensors):
-        raise RuntimeError(f"mm: expected one of float32 and float64 on the CPU, got {[t.dtype for t in tensors]}")
+    pairs = a.dtype is torch.bfloat16 and native.amx
+    if not pairs and a.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"mm: no kernel for {a.dtype} on this CPU")
+    sums = out.dtype if pairs and out.dtype is torch.float32 else a.dtype
+    if [t.dtype for t in tensors] != [a.dtype, a.dtype, sums, sums][: len(tensors)] or not all(
+            t.is_cpu for t in tensors):
+        raise RuntimeError(f"mm: expected tensors of {a.dtype} on the CPU, got {[t.dtype for t in tensors]}")
     if (columns > 1 and out.stride(1) != 1) or (bias is not None and not bias.is_contiguous()):
         raise RuntimeError("mm: the rows of out and the bias must be contiguous")
     if add and bias is not None:
         raise RuntimeError("mm: a product is added to out or to the bias, not to both")
-    size, threads = a.element_size(), torch.get_num_threads()
-    workspace = a.new_empty(native.product_workspace(rows, depth, columns, threads, size) // size)
-    native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
-                   addresses(a, b, bias, out, workspace), add, threads, size)
+    if pairs:
+        a, b = (t if _one_stride_is_1(t) else t.contiguous() for t in (a, b))
+    size, threads = out.element_size(), torch.get_num_threads()
+    sizes = rows, depth, columns, threads
+    room = native.product_pairs_workspace(*sizes) if pairs else native.product_workspace(*sizes, size)
+    workspace = a.new_empty(room, dtype=torch.uint8)
+    product = native.product_pairs if pairs else native.product
+    product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
+            addresses(a, b, bias, out, workspace), add, threads, size)
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlm.autograd import Differentiable, unwatched
 from fastlm.dispatch import PLAIN
-from fastlm.ops import products, recurrent
+from fastlm.ops import recurrent
 from fastlm.ops.cpu import MEASURED, keep_freed_memory
 from fastlm.ops.products import exact_float32, mm
 from fastlm.ops.recurrent import CELLS, GATES, IN_PLACE, pair, split_biases
@@ -252,19 +252,11 @@ class Layers:
             d_in, later = d[:, :wide], steps != blocks[0][0]
             if need_x:
                 self.pull(d_in, w_ih, turn, dx[part])
-            # Elman networks have little to gain and half of stock's memory to lose.
-            turned = products.turned(self.native, d_in) if self.gates > 1 and (need_w or need_u) else None
             for of_w, of_d in halves(wide, turn) if need_w else ():
-                mm(self.native, d_in.t()[of_d] if turned is None else turned, rows[part], dw[of_w], add=later)
-            d_hidden = [(of_du, d[:, of_d].t()) for of_du, of_d in of_u]
-            if turned is not None:
-                for of_du, of_d in of_u[1:]:  # the first are W_ih's too
-                    products.transpose(self.native, d[:, of_d], turned[of_du])
-                d_hidden = [(slice(None), turned)]
-            free = None if turned is None else d[:, :out]  # which nobody reads again
-            for i, (piece, h) in enumerate(before(part, free) if need_u else ()):
-                for of_du, transposed in d_hidden:
-                    mm(self.native, transposed[:, piece], h, du[of_du], add=later or i > 0)
+                mm(self.native, d_in.t()[of_d], rows[part], dw[of_w], add=later)
+            for i, (piece, h) in enumerate(before(part) if need_u else ()):
+                for of_du, of_d in of_u:
+                    mm(self.native, d[piece, of_d].t(), h, du[of_du], add=later or i > 0)
             if need_hr:
                 d_out, unprojected = d[:, columns: columns + out], d[:, columns + out: columns + out + hidden]
                 mm(self.native, d_out.t(), unprojected, dhr, add=later)
@@ -392,19 +384,19 @@ def halves(wide: int, turn: int) -> list[tuple[slice, slice]]:
 
 
 def states_before(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Callable:
-    """Return f(rows, out): pairs of a slice within those rows and the states [., H] before it in reading order.
+    """Return f(rows): pairs of a slice within those rows and the states [., H] before it in reading order.
 
-    In 16 bits it is one pair, because the sum of two products would be rounded twice; `out` is room for it, or None.
+    In 16 bits it is one pair, because the sum of two products would be rounded twice.
     """
     batch, count = h0.shape[0], y.shape[0]
     if batch_sizes is not None:
         states, index = torch.cat([h0, y]), _rows_before(batch_sizes, batch, reverse)
-        return lambda rows, out: [(slice(None), states[index[rows]])]
+        return lambda rows: [(slice(None), states[index[rows]])]
     if y.element_size() == 2:
         parts = [y[batch:], h0] if reverse else [h0, y[: count - batch]]
-        return lambda rows, out: [(slice(None), torch.cat(parts, out=out))]
+        return lambda rows: [(slice(None), torch.cat(parts))]
 
-    def before(rows, out):
+    def before(rows):
         """The first step in reading order follows h0."""
         start, stop = (rows.start + batch, rows.stop + batch) if reverse else (rows.start - batch, rows.stop - batch)
         if stop > count:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm import measure, ops
-from fastlm.ops import ALL, cpu, products, recurrent, recurrent_kernels, recurrent_rules
+from fastlm.ops import ALL, cpu, recurrent, recurrent_kernels, recurrent_rules
 from tests.parity import keep_error_rule
 
 CELLS = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
@@ -240,30 +240,6 @@ def test_blocks_of_time(options, dtype, name, monkeypatch):
         torch.manual_seed(draw)
         return measure.errors(OPS[name], "native", make(name, dtype, steps=7, hidden=19, inputs=6, **options))
     keep_error_rule(errors)
-
-
-@native
-@pytest.mark.parametrize("name", ["lstm", "gru"])
-@pytest.mark.parametrize("options", [
-    dict(steps=7, batch=5), dict(steps=4, batch=16), dict(lengths=(9, 9, 4, 2, 1), bidirectional=True),
-    dict(steps=7, batch=5, bidirectional=True, layers=2), dict(steps=7, batch=5, proj=3)])
-def test_gradients_by_a_turned_matrix(name, options, monkeypatch, poisoned):
-    """As where AMX multiplies and layers are large; the library that multiplies is torch's in either case."""
-    if "proj" in options and name != "lstm":
-        pytest.skip("LSTM alone projects")
-    extension = sys.modules["fastlm._native"]
-    if not extension.pairs:
-        pytest.skip("bfloat16 is computed in float32 here")
-    turned, used = products.turned, []
-    monkeypatch.setattr(extension, "amx", True)
-    monkeypatch.setattr(products, "LEAST_TURNED", 0)
-    monkeypatch.setattr(products, "turned", lambda *args: used.append(turned(*args)) or used[-1])
-
-    def errors(draw):
-        torch.manual_seed(draw)
-        return measure.errors(OPS[name], "native", make(name, torch.bfloat16, hidden=19, inputs=6, **options))
-    keep_error_rule(errors)
-    assert used and None not in used
 
 
 @native
