@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kSide = 32;           // rows or columns of a strip: two tiles
 constexpr int64_t kChunk = 16;          // tiles of the depth that are multiplied at a time: a strip of A stays in L1
-constexpr int64_t kBlockColumns = 512;  // of B, packed by all threads together
+constexpr int64_t kBlockColumns = 512;  // of B, packed by all threads together; twice as many of a single chunk
 constexpr int64_t kBlockRows = 128;     // of A, packed, and of the sums that wait in L2 for the next chunk
 constexpr int64_t kStep = 2 * kTileNumbers;  // of a strip, for each 32 of the depth
 
@@ -173,7 +173,7 @@ struct Plan {
   explicit Plan(const Product& p) : deep(std::max<int64_t>(tiles_deep(p.depth), 1)) {
     const int64_t enough = p.threads > 1 ? 4 * p.threads : 1, high = strips(p.rows), wide = strips(p.columns);
     rows = std::clamp<int64_t>(high / enough, 1, kBlockRows / kSide);
-    columns = std::min(wide, kBlockColumns / kSide);
+    columns = std::min(wide, (deep > kChunk ? 1 : 2) * kBlockColumns / kSide);
     parts = std::clamp<int64_t>(enough / ((high + rows - 1) / rows), 1, columns);
     of_b = columns * deep * kStep * sizeof(Bf16);
     of_a = rows * std::min(deep, kChunk) * kStep * sizeof(Bf16);

@@ -4,7 +4,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm.ops.activation_kernels import ACCEPTS, differentiable
-from fastlm.ops.cpu import cannot_here, loses_below
+from fastlm.ops.cpu import cannot_here, loses_below, on_amx
 from fastlm.ops.tensors import addresses, adjacent
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -24,6 +24,8 @@ if _native.cpu == "zen5":  # where stock's exponential is faster in bfloat16
 elif _native.cpu == "avx2":
     LEAST |= {("silu", torch.float32): (1 << 20, 1 << 20), ("silu", torch.bfloat16): (0, 0),
               ("gelu", torch.float32): (1 << 22, 1 << 21), ("gelu", torch.bfloat16): (0, 0)}
+elif on_amx(_native):
+    LEAST["gelu", torch.bfloat16] = (0, 1 << 22)
 
 
 def cannot(gate, up, kind):

@@ -8,7 +8,7 @@ from fastlm.ops import attention_common
 from fastlm.ops.attention import LEAST, reference
 from fastlm.ops.attention_common import differentiable
 from fastlm.ops.attention_kernels import MOST, Kernels
-from fastlm.ops.cpu import cannot_here, timed_on_intel, unmeasured
+from fastlm.ops.cpu import cannot_here, on_amx, unmeasured
 from fastlm.ops.tensors import FLOATS, needs_gradient
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -35,7 +35,7 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
         return None
     # Elsewhere on Intel AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide.
-    if _native.cpu == "intel" and not (timed_on_intel(_native, query) or needs_gradient(attn_mask)):
+    if _native.cpu == "intel" and not ((query.dtype is torch.float32 and on_amx(_native)) or needs_gradient(attn_mask)):
         return "SDPA may be as fast: not yet measured on this CPU (intel)"
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
     least = LEAST if _native.cpu == "zen5" else LEAST_ELSEWHERE.get(query.dtype, 1 << 24)

@@ -33,9 +33,9 @@ def unmeasured(native: ModuleType, cpus: tuple[str, ...] = MEASURED) -> str | No
     return None if native.cpu in cpus else f"not yet measured on this CPU ({native.cpu})"
 
 
-def timed_on_intel(native: ModuleType, x: Tensor) -> bool:
-    """Tell whether attention was timed on an Intel CPU like this one: with AMX, in float32 (2026-11-26)."""
-    return native.cpu == "intel" and native.amx and x.dtype is torch.float32
+def on_amx(native: ModuleType) -> bool:
+    """Tell whether this is an Intel CPU with AMX, such as was timed on 2026-11-26 and 27."""
+    return native.cpu == "intel" and native.amx
 
 
 def cannot_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -54,7 +54,7 @@ def loses_below(native: ModuleType, least: tuple[int, int], *tensors: Tensor | N
     x = tensors[0]
     if unknown := unmeasured(native):
         return unknown
-    if x.dtype is torch.bfloat16 and native.bf16_arithmetic and native.cpu != "zen5":
+    if x.dtype is torch.bfloat16 and native.bf16_arithmetic and not (native.cpu == "zen5" or on_amx(native)):
         return "not yet measured on a CPU with bfloat16 arithmetic"
     enough = least[1] if needs_gradient(*tensors) else least[0]
     if not enough:

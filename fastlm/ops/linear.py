@@ -5,39 +5,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.tensors import check_tensors, needs_gradient
+from fastlm.ops.tensors import check_tensors
 
-LEAST = 1 << 23  # multiplications, from which a kernel makes products of many rows: benchmarks/LOG.md 2026-11-25
-LEAST_WEIGHT = 1 << 14  # numbers, from which one may make those of few
-
-
-def few(input: Tensor, weight: Tensor, bias: Tensor | None, compiled: bool = False) -> bool:
-    """Tell whether to read the weight where it lies is faster than torch: few rows, no gradients.
-
-    Measured in benchmarks/LOG.md 2026-11-26. In a compiled graph an operator of ours costs 10 microseconds more.
-    """
-    float32 = input.dtype is torch.float32
-    if not (input.is_cpu and (float32 or input.dtype is torch.bfloat16)) or needs_gradient(input, weight, bias):
-        return False
-    numbers = weight.numel()
-    rows = input.numel() // (weight.shape[-1] or 1)
-    least = 1 << 20 if compiled else LEAST_WEIGHT if not float32 else 3 << 16 if rows == 1 else 1 << 16
-    most = 16 if float32 else 4 if numbers >= 1 << 24 else 8 if rows * numbers <= 1 << 20 else 2
-    return numbers >= least and rows <= most
+LEAST_WEIGHT = 1 << 14  # numbers, from which a kernel may make products of few rows
+LEAST = 1 << 23  # multiplications, from which one may make those of many
 
 
 def small(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Return torch's product where no kernel makes it of many rows, and the arguments are plain to see."""
-    outputs = weight.shape[0]
-    many = input.dtype is torch.float32 and input.is_cpu and input.numel() * outputs >= LEAST
-    if not many and weight.device == input.device and (
-            bias is None or (bias.numel() == outputs and bias.dim() == 1)):
+    """Return torch's product where the arguments are plain to see."""
+    if weight.device == input.device and (bias is None or (bias.numel() == weight.shape[0] and bias.dim() == 1)):
         return F.linear(input, weight, bias)
     return None
 
 
 def _shortcut(input, weight, bias=None):
-    if weight.numel() < LEAST_WEIGHT or not few(input, weight, bias):
+    if weight.numel() < LEAST_WEIGHT and input.numel() * weight.shape[0] < LEAST:
         return small(input, weight, bias)
     return op.at_once(input, weight, bias)
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 import fastlm._native as _native
-from fastlm.ops.cpu import cannot_here, unmeasured
+from fastlm.ops.cpu import cannot_here, on_amx, unmeasured
 from fastlm.ops.head import few_on_avx2, products_on_cpu
 from fastlm.ops.linear_cross_entropy import ROW, few
 from fastlm.ops.linear_cross_entropy_kernels import ACCEPTS, Sweep, refuses
@@ -27,8 +27,8 @@ def loses(input, linear_weight, *rest):
         return None
     if unknown := unmeasured(_native):
         return unknown
-    if input.dtype is torch.bfloat16 and _native.bf16_arithmetic and not (_native.cpu == "zen5" or (
-            _native.cpu == "intel" and _native.amx)):
+    if input.dtype is torch.bfloat16 and _native.bf16_arithmetic and not (
+            _native.cpu == "zen5" or on_amx(_native)):
         return "not yet measured with bfloat16 arithmetic on this CPU"
     if input.dtype is torch.float16:
         return "not yet measured in float16"

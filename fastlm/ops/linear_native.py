@@ -1,4 +1,4 @@
-"""linear by the products of csrc/product.h, for CPUs on which torch's are slower."""
+"""linear by the products of csrc/product.h, for CPUs and sizes at which torch's are slower."""
 
 import torch
 
@@ -6,14 +6,16 @@ import fastlm._native as _native
 from fastlm.autograd import Differentiable, autocasts, unwatched
 from fastlm.dispatch import PLAIN, traced
 from fastlm.ops import products
-from fastlm.ops.cpu import cannot_here, unmeasured
-from fastlm.ops.linear import LEAST, few, reference, small
+from fastlm.ops.cpu import cannot_here, on_amx, unmeasured
+from fastlm.ops.linear import LEAST, LEAST_WEIGHT, reference, small
+from fastlm.ops.tensors import needs_gradient
 
 ACCEPTS = {"3x4x5", "1x1x1", "127x33x65", "128x129x128", "13x300x49", "no bias", "outliers", "no rows", "no features",
            "not contiguous", "one vector"}
 DTYPES = (torch.float32, torch.bfloat16)
 
-ROW = "benchmarks/LOG.md 2026-11-25"
+ROW = "benchmarks/LOG.md 2026-11-25 to 27"
+LEAST_SIDE = 512  # of products of bfloat16 by AMX: rows, inputs and outputs
 
 
 def cannot(x, weight, bias):
@@ -28,25 +30,52 @@ def cannot(x, weight, bias):
 
 
 def loses(x, weight, bias):
-    if reason := unmeasured(_native, products.CPUS):
+    if reason := None if on_amx(_native) else unmeasured(_native, products.CPUS):
         return reason
     if x.dtype is torch.float32 and not products.exact_float32():
         return "float32 may be lowered: torch's products do that"
-    if few(x, weight, bias, traced()):
-        return None
-    if x.dtype is torch.bfloat16:
-        return f"slower than torch in training, of more than a few rows, or with a small weight: {ROW[:-2]}26"
-    return f"slower than torch below {LEAST} multiplications: {ROW}" if x.numel() * weight.size(0) < LEAST else None
+    fast = _few(x, weight, bias, traced()) or _many(x, weight)
+    return None if fast else f"slower than torch for these rows and this weight: {ROW}"
+
+
+def _few(x, weight, bias, compiled=False):
+    """Tell whether to read the weight where it lies is faster than torch: few rows, no gradients.
+
+    In a compiled graph an operator of ours costs 10 microseconds more.
+    """
+    if needs_gradient(x, weight, bias):
+        return False
+    float32, numbers, rows = x.dtype is torch.float32, weight.numel(), x.numel() // (weight.shape[-1] or 1)
+    if on_amx(_native):
+        return 4 <= rows <= 16 and numbers >= 1 << 20 if float32 else rows <= 4 and numbers >= (
+            1 << 20 if compiled else LEAST_WEIGHT)
+    least = 1 << 20 if compiled else LEAST_WEIGHT if not float32 else 3 << 16 if rows == 1 else 1 << 16
+    most = 16 if float32 else 4 if numbers >= 1 << 24 else 8 if rows * numbers <= 1 << 20 else 2
+    return numbers >= least and rows <= most
+
+
+def _many(x, weight):
+    """Tell whether products of many rows are faster than torch's."""
+    if on_amx(_native):
+        rows = x.numel() // (weight.shape[-1] or 1)
+        return x.dtype is torch.bfloat16 and min(rows, *weight.shape) >= LEAST_SIDE
+    return x.dtype is torch.float32 and x.numel() * weight.shape[0] >= LEAST
 
 
 def at_once(x, weight, bias):
-    """Return what `run` makes of few rows (`few`) as they came, unchecked; None where a kernel cannot.
+    """Return what `run` makes of few rows as they came, unchecked, or torch makes; None where a kernel makes many, or the
+    arguments are not plain.
 
     Generation calls for every token: here Python takes as long as the kernel.
     """
-    if _native.cpu not in products.CPUS:
+    lowered = x.dtype is torch.float32 and not products.exact_float32()
+    if lowered or not x.is_cpu or x.dtype not in DTYPES or not (on_amx(_native) or _native.cpu in products.CPUS):
         return small(x, weight, bias)
-    if not unwatched() or (x.dtype is torch.float32 and not products.exact_float32()):
+    if _many(x, weight):
+        return None
+    if not _few(x, weight, bias):
+        return small(x, weight, bias)
+    if not unwatched():
         return None
     return _native.linear_at_once(x, weight, bias, torch.get_num_threads(), PLAIN, x.dtype, x.element_size())
 
@@ -62,10 +91,10 @@ def _rows(x):
 def forward(tensors, needs):
     x, weight, bias = tensors
     rows = _rows(x)
-    if rows.size(0) <= 16 or x.dtype is torch.bfloat16:
+    if rows.size(0) <= 16 or (x.dtype is torch.bfloat16 and not _native.amx):
         y = products.few_rows(_native, rows, weight, bias)
     else:
-        y = products.multiply(_native, rows, weight.t(), bias=None if bias is None else bias.contiguous())
+        y = _product(rows, weight.t(), None if bias is None else bias.contiguous())
     return [y.view(*x.shape[:-1], weight.size(0))]
 
 
@@ -77,8 +106,11 @@ def backward(grads, saved, tensors, needs):
             dy.sum(0) if db else None]
 
 
-def _product(a, b):
-    return torch.mm(a, b) if a.dtype is torch.bfloat16 else products.multiply(_native, a, b)
+def _product(a, b, bias=None):
+    """In bfloat16 by whoever is faster; in float32 there is no other question here than that of `loses`."""
+    if a.dtype is torch.bfloat16:
+        return products.mm(_native, a, b, bias=bias)
+    return products.multiply(_native, a, b, bias=bias)
 
 
 def _fake(tensors, needs):

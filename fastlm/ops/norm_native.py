@@ -3,7 +3,7 @@
 import torch
 
 import fastlm._native as _native
-from fastlm.ops.cpu import cannot_here, loses_below
+from fastlm.ops.cpu import cannot_here, loses_below, on_amx
 from fastlm.ops.norm import LEAST
 from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
 from fastlm.ops.tensors import addresses, adjacent
@@ -24,6 +24,8 @@ def loses(input, residual, weight, bias, shape, eps, centred):
         least = (0, 0)
     elif centred and _native.cpu == "zen5":
         least = (1 << 20, 1 << 20) if half else (0, 0)
+    elif centred and half and on_amx(_native):
+        least = (1 << 20, 1 << 20)
     elif centred:
         least = (0, 1 << 21 if half else 0) if residual is None else (1 << 20, 1 << 20)
     return loses_below(_native, least, input, residual, weight, bias)

@@ -62,11 +62,11 @@ def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
 
 
 def _by_tiles(rows, depth, columns, turned):
-    """Tell whether tiles that we pack beat oneDNN's, which packs nothing that needs it not: benchmarks/LOG.md
-    2026-11-27. A transposed first matrix costs oneDNN half as long again."""
+    """Tell whether tiles that we pack beat oneDNN's, which takes half as long again for a transposed first matrix:
+    benchmarks/LOG.md 2026-11-27."""
     if rows * columns <= 1 << 16 and depth <= 512:
         return True
-    return rows >= 256 and (turned or (rows >= 512 and depth >= 512))
+    return rows >= 512 and (turned or depth >= 512)
 
 
 def _one_stride_is_1(*matrices):

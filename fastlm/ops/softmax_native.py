@@ -4,7 +4,7 @@ import torch
 
 import fastlm._native as _native
 from fastlm.autograd import Differentiable, blank
-from fastlm.ops.cpu import cannot_here, loses_below
+from fastlm.ops.cpu import cannot_here, loses_below, on_amx
 from fastlm.ops.softmax import LEAST, collapse, gradient
 from fastlm.ops.tensors import addresses, adjacent
 
@@ -20,7 +20,8 @@ def cannot(x, dim, mask, scale, log):
 
 
 def loses(x, dim, mask, scale, log):
-    least = LEAST if _native.cpu == "intel" else 1 << 17
+    half = x.dtype is torch.bfloat16 and on_amx(_native)
+    least = LEAST if _native.cpu == "intel" and not half else 1 << 17
     return loses_below(_native, (least, least), x)
 
 

@@ -6,7 +6,7 @@ import fastlm._native as _native
 from fastlm.ops.attention_common import PACKED_ACCEPTS as ACCEPTS
 from fastlm.ops.attention_common import differentiable
 from fastlm.ops.attention_kernels import MOST, Kernels
-from fastlm.ops.cpu import cannot_here, timed_on_intel, unmeasured
+from fastlm.ops.cpu import cannot_here, on_amx, unmeasured
 from fastlm.ops.tensors import FLOATS, accumulator
 from fastlm.ops.varlen_attn import few, reference, sequences, unpaged
 
@@ -32,7 +32,7 @@ def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
     lacking = sinks is not None or slopes is not None or options.softcap or options.return_lse or options.left >= 0
     if lacking or torch.compiler.is_compiling():  # stock's loop over sequences reads values, which a graph has not
         return None
-    if _native.cpu == "intel" and not timed_on_intel(_native, query):
+    if _native.cpu == "intel" and not (query.dtype is torch.float32 and on_amx(_native)):
         return "no faster than SDPA for each sequence, or not yet measured on this CPU (intel)"
     count = cu_seq_q.size(0) - 1
     least = LEAST_ON_AVX2 if _native.cpu == "avx2" else LEAST

@@ -84,7 +84,7 @@ def sweep_few():
 
 
 def sweep_pairs():
-    """Tiles of 16 and strips of 32, chunks of 512 of the depth, blocks of 128 rows and 512 columns, and more of each."""
+    """Tiles of 16 and strips of 32, chunks of 512 of the depth, blocks of 128 rows and 512 columns, more of each."""
     torch.manual_seed(0)
     for rows, depth, columns in itertools.product((0, 1, 16, 33, 130), (0, 1, 31, 64, 530), (0, 1, 17, 32, 70)):
         check(rows, depth, columns, dtype=torch.bfloat16)
