@@ -15,6 +15,7 @@ __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 
 DTYPES = FLOATS
 ACCEPTS = attention_common.ACCEPTS - {"everything dropped"}
+FEW_QUERIES = 4  # in bfloat16 on AMX: LOG 2026-11-27
 LEAST_ELSEWHERE = {torch.float32: 1 << 26}  # where SDPA's products are as fast, other numbers 1 << 24: LOG 2026-11-26
 
 
@@ -34,8 +35,12 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     lacking = any(x is not None for x in (sinks, slopes, key_lengths, query_ids))
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
         return None
-    # Elsewhere on Intel AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide.
-    if _native.cpu == "intel" and not ((query.dtype is torch.float32 and on_amx(_native)) or needs_gradient(attn_mask)):
+    biased = needs_gradient(attn_mask)
+    if on_amx(_native) and query.dtype is torch.bfloat16:  # which SDPA multiplies by AMX
+        timed = query.size(2) <= FEW_QUERIES and not biased
+    else:  # elsewhere on Intel AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide
+        timed = _native.cpu != "intel" or biased or (on_amx(_native) and query.dtype is torch.float32)
+    if not timed:
         return "SDPA may be as fast: not yet measured on this CPU (intel)"
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
     least = LEAST if _native.cpu == "zen5" else LEAST_ELSEWHERE.get(query.dtype, 1 << 24)

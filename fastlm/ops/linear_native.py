@@ -63,8 +63,9 @@ def _many(x, weight):
 
 
 def at_once(x, weight, bias):
-    """Return what `run` makes of few rows as they came, unchecked, or torch makes; None where a kernel makes many, or the
-    arguments are not plain.
+    """Return what `run` makes of few rows as they came, unchecked, or what torch does of others.
+
+    None where a kernel makes many rows, or the arguments are not plain.
 
     Generation calls for every token: here Python takes as long as the kernel.
     """

@@ -62,7 +62,7 @@ def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
 
 
 def _by_tiles(rows, depth, columns, turned):
-    """Tell whether tiles that we pack beat oneDNN's, which takes half as long again for a transposed first matrix:
+    """Tell whether tiles that we pack beat oneDNN's, to which a transposed first matrix costs half as long again:
     benchmarks/LOG.md 2026-11-27."""
     if rows * columns <= 1 << 16 and depth <= 512:
         return True

@@ -11,6 +11,7 @@ from fastlm.ops.tensors import FLOATS, accumulator
 from fastlm.ops.varlen_attn import few, reference, sequences, unpaged
 
 DTYPES = FLOATS
+FEW_QUERIES = 4  # of each sequence, in bfloat16 on AMX: benchmarks/LOG.md 2026-11-27
 LEAST, LEAST_ON_AVX2 = 1 << 23, 1 << 26  # multiplications of few sequences
 ROW = "benchmarks/LOG.md 2026-11-25 and 26"
 
@@ -32,7 +33,8 @@ def loses(query, key, value, sinks, slopes, cu_seq_q, cu_seq_k, seqused_k, block
     lacking = sinks is not None or slopes is not None or options.softcap or options.return_lse or options.left >= 0
     if lacking or torch.compiler.is_compiling():  # stock's loop over sequences reads values, which a graph has not
         return None
-    if _native.cpu == "intel" and not (query.dtype is torch.float32 and on_amx(_native)):
+    timed = query.dtype is torch.float32 or (query.dtype is torch.bfloat16 and max_q <= FEW_QUERIES)
+    if _native.cpu == "intel" and not (on_amx(_native) and timed):
         return "no faster than SDPA for each sequence, or not yet measured on this CPU (intel)"
     count = cu_seq_q.size(0) - 1
     least = LEAST_ON_AVX2 if _native.cpu == "avx2" else LEAST

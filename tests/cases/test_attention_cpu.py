@@ -52,7 +52,8 @@ def test_what_runs_on_intel(monkeypatch):
 
 
 def test_what_runs_on_intel_with_amx(monkeypatch):
-    """What was timed there, in float32: the kernel in C++ wherever it takes more than a moment."""
+    """What was timed there: the kernel in C++ in float32 wherever it takes more than a moment, in bfloat16 of few
+    queries, but not with a bias to learn."""
     pytest.importorskip("fastlm._native")
     on_cpu("intel", monkeypatch, amx=True)
     q, k, v = leaves(*[(1, 8, 1024, 8)] * 3)
@@ -60,6 +61,10 @@ def test_what_runs_on_intel_with_amx(monkeypatch):
     half = [t.detach().bfloat16() for t in (q, k, v)]
     for tensors, expected in (((q, k, v), "native"), (few, "torch"), (half, "torch")):
         assert fastlm.explain(attention, *tensors, is_causal=True)[0].ran == expected
+    token = [half[0][:, :, :1].repeat(1, 4, 1, 1), *(t.repeat(1, 1, 64, 1) for t in half[1:])]
+    assert fastlm.explain(attention, *token, enable_gqa=True)[0].ran == "native"
+    bias = torch.zeros(1024, 1024, dtype=torch.bfloat16, requires_grad=True)
+    assert fastlm.explain(attention, *half, attn_mask=bias)[0].ran == "blocked"
 
 
 def test_what_runs_on_the_cpu(monkeypatch):
