@@ -21,13 +21,6 @@ constexpr int64_t kSlice = 512;    // rows of x that are made ready together
 
 // Each kind says how a line of 64 bytes of a weight row becomes kVectors of words.
 
-// Two vectors of float32 as bfloat16, those of `low` first.
-FASTLM_INLINE __m512i narrow(__m512 low, __m512 high) {
-  __m512i both;
-  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
-  return both;
-}
-
 FASTLM_INLINE __m128i quarter(const uint8_t* line, int i) { return _mm_loadu_si128((const __m128i*)line + i); }
 
 struct Bytes {

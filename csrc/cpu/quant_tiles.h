@@ -21,6 +21,9 @@ inline bool in_panels(const QuantizedLinear& p) {
   return p.kind == QuantizedWeight::int8 && p.rows >= 12;
 }
 
+// Two vectors of float32 as bfloat16, those of `low` first.
+FASTLM_INLINE __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
 template <class Kind, int V>
 FASTLM_INLINE void add_products() {
   if constexpr (Kind::kIntegers) {

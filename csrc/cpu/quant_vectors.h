@@ -27,6 +27,13 @@ FASTLM_INLINE __m512i dot_pairs(__m512i acc, __m512i w, __m512i x) {
   return acc;
 }
 
+// Two vectors of float32 as bfloat16, those of `low` first.
+FASTLM_INLINE __m512i narrow(__m512 low, __m512 high) {
+  __m512i both;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+  return both;
+}
+
 FASTLM_INLINE __m512i add_floats(__m512i a, __m512i b) {
   return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
 }

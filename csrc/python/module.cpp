@@ -11,6 +11,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cpu") = cpu_of(kernels);
   m.attr("pairs") = kernels.pairs;
   m.attr("vnni") = kernels.quantized_linear != nullptr;
+  m.attr("tiles") = kernels.product_pairs != nullptr;
   // What torch computes with; whoever caps our kernels below AVX-512 to stand for another CPU caps torch alike.
   const bool wide = m.attr("isa").cast<std::string>() == "avx512";
   m.attr("bf16_arithmetic") = wide && cpu.avx512_bf16;

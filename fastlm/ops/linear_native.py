@@ -58,7 +58,7 @@ def _many(x, weight):
     """Tell whether products of many rows are faster than torch's."""
     if on_amx(_native):
         rows = x.numel() // (weight.shape[-1] or 1)
-        return x.dtype is torch.bfloat16 and min(rows, *weight.shape) >= LEAST_SIDE
+        return _native.tiles and x.dtype is torch.bfloat16 and min(rows, *weight.shape) >= LEAST_SIDE
     return x.dtype is torch.float32 and x.numel() * weight.shape[0] >= LEAST
 
 
@@ -92,7 +92,7 @@ def _rows(x):
 def forward(tensors, needs):
     x, weight, bias = tensors
     rows = _rows(x)
-    if rows.size(0) <= 16 or (x.dtype is torch.bfloat16 and not _native.amx):
+    if rows.size(0) <= 16 or (x.dtype is torch.bfloat16 and not _native.tiles):
         y = products.few_rows(_native, rows, weight, bias)
     else:
         y = _product(rows, weight.t(), None if bias is None else bias.contiguous())

@@ -57,7 +57,7 @@ def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
     if not a.is_cpu or columns < LEAST_COLUMNS or rows * depth * columns < LEAST_OPERATIONS:
         return False
     if a.dtype is torch.bfloat16:
-        return native.amx and _by_tiles(rows, depth, columns, a.stride(1) != 1) and _one_stride_is_1(a, b)
+        return native.tiles and _by_tiles(rows, depth, columns, a.stride(1) != 1) and _one_stride_is_1(a, b)
     return native.cpu in CPUS and a.dtype is torch.float32 and exact_float32()
 
 
@@ -82,7 +82,7 @@ def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None
     tensors = (a, b, out) if bias is None else (a, b, out, bias)
     if b.shape[0] != depth or out.shape != (rows, columns) or (bias is not None and bias.shape != (columns,)):
         raise RuntimeError(f"mm: shapes do not fit each other: {', '.join(str(list(t.shape)) for t in tensors)}")
-    pairs = a.dtype is torch.bfloat16 and native.amx
+    pairs = a.dtype is torch.bfloat16 and native.tiles
     if not pairs and a.dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"mm: no kernel for {a.dtype} on this CPU")
     sums = out.dtype if pairs and out.dtype is torch.float32 else a.dtype

@@ -3,7 +3,7 @@
 import torch
 
 import fastlm._native as _native
-from fastlm._native import amx, vnni  # an extension built before these kernels fails here, with a reason
+from fastlm._native import tiles, vnni  # an extension built before these kernels fails here, with a reason
 from fastlm.autograd import unwatched
 from fastlm.dispatch import PLAIN
 from fastlm.ops.cpu import cannot_here
@@ -22,9 +22,9 @@ STORED = {mode: (*DTYPES, torch.uint8 if mode == "int4" else torch.int8) for mod
 MOST_ROWS = {"int8": 512, "int8_dynamic": 256, "int4": 1024}
 if _native.cpu == "zen5":
     MOST_ROWS |= {"int8": 1024, "int8_dynamic": 1024}
-if amx:
+if tiles:
     MOST_ROWS |= {"int8": 4096, "int8_dynamic": 4096}
-MOST_ROWS_INT4_PAIRS = 4096 if amx else MOST_ROWS["int4"]  # in bfloat16
+MOST_ROWS_INT4_PAIRS = 4096 if tiles else MOST_ROWS["int4"]  # in bfloat16
 
 
 def cannot(x, weight, scale, bias, mode, group_size):

@@ -1,4 +1,5 @@
-// The instructions that csrc/cpu/amx.h and dots.h use, in plain C++, for machines without them: `g++ -include tiles.h`.
+// The instructions that kernels for AMX and AVX512_BF16 use, in plain C++, for machines without them: `g++ -include
+// tiles.h`.
 //
 // Tiles belong to a thread, as in the processor. What the processor refuses (a tile without a shape, shapes that do
 // not fit each other) ends the process with a message. FASTLM_TILE_FAULT plants an error, to show that it is noticed:
@@ -107,6 +108,23 @@ inline void dot(int sums, int left, int right) {
   }
 }
 
+// TDPBSSD: four signed bytes of the depth at a time, sums of 32 bits that wrap.
+inline void dot_bytes(int sums, int left, int right) {
+  Tile &c = tile(sums), &a = tile(left), &b = tile(right);
+  demand(sums != left && sums != right && left != right, "tiles must differ");
+  demand(a.rows == c.rows && b.bytes == c.bytes && a.bytes == b.rows * 4, "shapes do not fit");
+  static const int together = fault("pair") ? 3 : 4;
+  for (int m = 0; m < c.rows; ++m)
+    for (int n = 0; n < c.bytes / 4; ++n) {
+      uint32_t x;
+      std::memcpy(&x, c.data[m] + 4 * n, 4);
+      for (int k = 0; k < b.rows; ++k)
+        for (int i = 0; i < together; ++i)
+          x += uint32_t(int8_t(a.data[m][4 * k + i]) * int8_t(b.data[k][4 * n + i]));
+      std::memcpy(c.data[m] + 4 * n, &x, 4);
+    }
+}
+
 // VDPBF16PS: the odd numbers' product is added first, each by a fused multiply-add; denormal numbers count as zero.
 inline __m512 dot_vectors(__m512 sums, const __m512bh& left, const __m512bh& right) {
   float out[16];
@@ -142,19 +160,29 @@ inline __m256i narrow(__m512 v) {
   return result;
 }
 
+// VCVTNE2PS2BF16: the numbers of `low` first.
+inline __m512i narrow_two(__m512 high, __m512 low) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low)), narrow(high), 1);
+}
+
 }  // namespace emulation
 
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
+#undef _tile_stream_loadd
 #define _tile_loadconfig emulation::load_config
 #define _tile_release emulation::release
 #define _tile_loadd emulation::load
 #define _tile_stored emulation::store
 #define _tile_zero emulation::zero
 #define _tile_dpbf16ps emulation::dot
+#define _tile_dpbssd emulation::dot_bytes
+#define _tile_stream_loadd emulation::load
 #define _mm512_dpbf16_ps emulation::dot_vectors
 #define _mm512_cvtneps_pbh emulation::narrow
+#define _mm512_cvtne2ps_pbh emulation::narrow_two
 
 #define __AVX512BF16__ 1  // simd.h narrows as such a processor does

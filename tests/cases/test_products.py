@@ -104,7 +104,7 @@ def test_products(threads):
     try:
         sweep()
         sweep_few()
-        if extension.amx:
+        if extension.tiles:
             sweep_pairs()
     finally:
         torch.set_num_threads(before)
