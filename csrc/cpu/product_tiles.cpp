@@ -1,13 +1,12 @@
-// Large products of bfloat16 by AMX: both matrices are packed into tiles, whatever their strides, so that nothing has to
-// be transposed before. Four tiles of sums are 32 rows and 32 columns of C; a strip of A stays in the L2 cache while it
-// meets the strips of B.
+// Large products of bfloat16 by AMX: B is packed into tiles, and A where it does not lie in them, whatever their strides,
+// so that nothing has to be transposed before. Four tiles of sums are 32 rows and 32 columns of C; a strip of A stays in
+// the L1 cache while it meets the strips of B, which come from L2.
 #include "../product.h"
 
 #if defined(FASTLM_TILES)
 
 #include <algorithm>
 
-#include "../rnn.h"
 #include "pairs.h"
 #include "team.h"
 #include "tiles.h"
@@ -19,11 +18,12 @@ FASTLM_DECLARE_PRODUCT_PAIRS(FASTLM_ISA)
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int64_t kSide = 32;           // rows or columns of a strip: two tiles
-constexpr int64_t kChunk = 16;          // tiles of the depth that are multiplied at a time: a strip of A stays in L1
-constexpr int64_t kBlockColumns = 512;  // of B, packed by all threads together; twice as many of a single chunk
-constexpr int64_t kBlockRows = 128;     // of A, packed, and of the sums that wait in L2 for the next chunk
+constexpr int64_t kSide = 32;                // rows or columns of a strip: two tiles
 constexpr int64_t kStep = 2 * kTileNumbers;  // of a strip, for each 32 of the depth
+constexpr int64_t kChunk = 16;               // tiles of the depth that are multiplied at a time: a strip of A stays in L1
+constexpr int64_t kBlockColumns = 512;       // of B, packed by all threads together; twice as many of a single chunk
+constexpr int64_t kBlockRows = 128;          // of A, packed, and of the sums that wait in L2 for the next chunk
+constexpr int64_t kPage = 2048;              // numbers; rows a page apart share cache sets
 
 constexpr int64_t strips(int64_t n) { return (n + kSide - 1) / kSide; }
 
@@ -99,36 +99,36 @@ class Packing {
 
 // --- products -----------------------------------------------------------------------------------------------------
 
-// Lines of a matrix that are brought into the L2 cache while others are multiplied, two at each step.
-struct Fetch {
-  const Bf16* first;
-  int64_t stride, lines, rows;  // numbers from one row to the next, lines of each row, rows that are left
-
-  int64_t line = 0;
-
-  FASTLM_INLINED void two() {
-    if (rows <= 0) return;
-    __builtin_prefetch(first + line * 32, 0, 2);
-    __builtin_prefetch(first + line * 32 + 32, 0, 2);
-    if ((line += 2) < lines) return;
-    line = 0;
-    first += stride;
-    --rows;
-  }
-};
-
-// 32 numbers of row r, of the k-th 32 of the depth, are at first + r/16·low + r%16·row + k·step.
+// A strip of A, packed or as it lies: 32 numbers of row r, of the k-th 32 of the depth, are at
+// first + r/16·low + r%16·row + k·step.
 struct StripOfA {
   const Bf16* first;
   int64_t row, low, step;
 };
 
-// sums [32, 32] = strip of A · strip of B, plus what they are if `more`. Meanwhile lines are fetched: 8·deep from `b_ahead`
-// on and 2·deep of those of `a_ahead`.
-void multiply_strips(const StripOfA& strip, const Bf16* b, int64_t deep, float* sums, bool more, const Bf16* b_ahead,
-                     Fetch& a_ahead) {
+// Rows of a matrix that are brought into the L2 cache while others are multiplied, two lines of 32 numbers at a time.
+struct Ahead {
+  const Bf16* first;
+  int64_t row, lines, rows;  // numbers from one row to the next, lines of a row, rows that are left
+  int64_t line = 0;
+
+  FASTLM_INLINED void fetch() {
+    if (rows <= 0) return;
+    __builtin_prefetch(first + line * 32, 0, 2);
+    __builtin_prefetch(first + line * 32 + 32, 0, 2);
+    if ((line += 2) < lines) return;
+    line = 0;
+    first += row;
+    --rows;
+  }
+};
+
+// sums [32, 32] = a · strip of B, plus what they are if `more`. Meanwhile 8·deep lines from `b_ahead` on are fetched, and
+// 2·deep of `a_ahead`.
+void multiply_strips(StripOfA a, const Bf16* b, int64_t deep, float* sums, bool more, const Bf16* b_ahead,
+                     Ahead& a_ahead) {
   constexpr int64_t line = 64, row = kSide * sizeof *sums;
-  const Bf16 *a = strip.first, *const a_end = a + deep * strip.step; const int64_t a_row = strip.row * 2, a_low = strip.low, a_step = strip.step; (void)a_end;
+  const int64_t a_row = a.row * sizeof *a.first;
   float* const below = sums + kTileRows * kSide;
   __asm__ volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
   if (more) {
@@ -142,12 +142,12 @@ void multiply_strips(const StripOfA& strip, const Bf16* b, int64_t deep, float* 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (; deep > 0; --deep, a += a_step, b += kStep, b_ahead += 256) {
+  for (; deep > 0; --deep, a.first += a.step, b += kStep, b_ahead += 256) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) __builtin_prefetch(b_ahead + i * 64, 0, 2);  // the CPU fetches pairs of lines
-    a_ahead.two();
-    _tile_loadd(4, a, a_row);
-    _tile_loadd(5, a + a_low, a_row);
+    a_ahead.fetch();
+    _tile_loadd(4, a.first, a_row);
+    _tile_loadd(5, a.first + a.low, a_row);
     _tile_stream_loadd(6, b, line);  // leaves L1 to A
     _tile_stream_loadd(7, b + kTileNumbers, line);
     _tile_dpbf16ps(0, 4, 6);
@@ -165,9 +165,9 @@ void multiply_strips(const StripOfA& strip, const Bf16* b, int64_t deep, float* 
 // How C is cut into tasks: whoever is free takes the next, because a core may be slower than the others. Who makes a
 // part of C changes no number.
 struct Plan {
-  int64_t deep;           // tiles of the depth, at least 1
-  int64_t rows, columns;  // strips of a block of A and of B
-  int64_t parts;          // of a block of B
+  int64_t deep;                 // tiles of the depth, at least 1
+  int64_t rows, columns;        // strips of a block of A and of B
+  int64_t parts;                // of a block of B
   int64_t of_b, of_a, of_sums;  // bytes
 
   explicit Plan(const Product& p) : deep(std::max<int64_t>(tiles_deep(p.depth), 1)) {
@@ -180,14 +180,6 @@ struct Plan {
     of_sums = (deep > kChunk ? rows * columns : 1) * kSide * kSide * sizeof(float);
   }
   size_t bytes(int threads) const { return of_b + threads * (of_a + of_sums); }
-};
-
-// Numbers from 0 on, each for one of the threads that take them.
-class Queue {
-  int64_t next_ = 0;
-
- public:
-  int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
 };
 
 // One thread's share of a product whose C is of type T.
@@ -242,21 +234,24 @@ class Share {
     const int64_t rows = std::min(plan.rows * kSide, p.rows - m);
     for (int64_t k = 0; k < plan.deep; k += kChunk) {
       const int64_t deep = std::min(kChunk, plan.deep - k), depth = std::min(p.depth - k * kTileDepth, deep * kTileDepth);
-      const bool ends = k + deep == plan.deep;
-      const bool in_place = p.a_column == 1 && rows % kSide == 0 && depth % kTileDepth == 0 && p.depth && p.a_row % 2048;
-      if (!in_place) Packing<false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
-      Fetch ahead{a_at(m, k + deep), p.a_row, depth / 32, ends ? 0 : rows};
+      const bool whole = depth > 0 && depth % kTileDepth == 0 && rows % kSide == 0, ends = k + deep == plan.deep;
+      const bool packs = !whole || p.a_column != 1 || p.a_row % kPage == 0;
+      if (packs) Packing<false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
+      Ahead ahead{a_at(m, k + deep), p.a_row, depth / 32, ends ? 0 : rows};
       if (p.a_column != 1) ahead = {a_at(m, k + deep), p.a_column, rows / 32, ends ? 0 : depth};
-      for (int64_t i = 0; i < strips(rows); ++i)
+      for (int64_t i = 0; i < strips(rows); ++i) {
+        const int64_t row = m + i * kSide;
+        const StripOfA a = packs ? StripOfA{packed_a + i * deep * kStep, kTileDepth, kTileNumbers, kStep}
+                                 : StripOfA{a_at(row, k), p.a_row, kTileRows * p.a_row, kTileDepth};
         for (int64_t j = first; j < last; ++j) {
           float* const to = sums + (plan.deep > kChunk ? i * plan.columns + j : 0) * kSide * kSide;
-          const Bf16* const strip = packed_b + j * plan.deep * kStep;
-          const Bf16* const next = strip + (ends ? 0 : k + deep) * kStep + i * deep * kStep / plan.rows;
-          const StripOfA strip_a = in_place ? StripOfA{a_at(m + i * kSide, k), p.a_row, 16 * p.a_row, 32} : StripOfA{packed_a + i * deep * kStep, 32, 512, kStep};
-          if (ends) fetch_c(m + i * kSide, n + j * kSide);
-          multiply_strips(strip_a, strip + k * kStep, p.depth ? deep : 0, to, k > 0, next, ahead);
-          if (ends) finish(to, m + i * kSide, n + j * kSide);
+          const Bf16* const b = packed_b + j * plan.deep * kStep;
+          const Bf16* const next = b + (ends ? 0 : k + deep) * kStep + i * deep * kStep / plan.rows;
+          if (ends) fetch_c(row, n + j * kSide);
+          multiply_strips(a, b + k * kStep, depth > 0 ? deep : 0, to, k > 0, next, ahead);
+          if (ends) finish(to, row, n + j * kSide);
         }
+      }
     }
   }
 

@@ -46,10 +46,10 @@ struct RowOfX {
   int32_t offset;
 };
 
-// Rows of the weight as words, so many bytes apart.
+// Rows of the weight as words. Line k of row r, of 16 words, is at first + r/16·low + r%16·row + k·step bytes.
 struct Panel {
   const void* first;
-  int64_t row;
+  int64_t row, low, step;
 };
 
 // Rows of the weight, some bytes of each, that are brought into the cache while others are multiplied.
@@ -96,9 +96,14 @@ inline RowOfX round_row(const QuantizedLinear& p, int64_t row, int64_t step, int
     s = std::max(s / 127.f, std::numeric_limits<float>::min());
   }
   __m512i total = _mm512_setzero_si512();
-  const __m512 scale = _mm512_set1_ps(s);
+  const __m512 scale = _mm512_set1_ps(s), inverse = _mm512_set1_ps(1 / s);
   for_vectors(p, row, (p.in + step - 1) / step * step, [&](int64_t k, __m512 v) {
-    const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(v, scale));
+    // As v / s is rounded, without its division where that is far from halfway between two integers.
+    __m512 quotient = _mm512_mul_ps(v, inverse);
+    const __m512 off = _mm512_sub_ps(quotient, _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT));
+    if (_mm512_cmp_ps_mask(_mm512_abs_ps(off), _mm512_set1_ps(0.4999f), _CMP_NLT_UQ))
+      quotient = _mm512_div_ps(v, scale);
+    const __m512i q = _mm512_cvtps_epi32(quotient);
     total = _mm512_add_epi32(total, q);
     _mm_storeu_si128((__m128i*)(x + k / step * stride + k % step), _mm512_cvtepi32_epi8(q));
   });

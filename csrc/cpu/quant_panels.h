@@ -26,7 +26,7 @@ FASTLM_INLINE __m128i quarter(const uint8_t* line, int i) { return _mm_loadu_si1
 struct Bytes {
   static constexpr int kValues = 64, kVectors = 1, kParts = 1;
   static constexpr bool kIntegers = true;
-  static void unpack(const uint8_t* line, const float*, int, uint32_t* to) {
+  static void unpack(const uint8_t* line, const float*, int, uint32_t* to, int64_t) {
     const __m512i w = _mm512_loadu_si512(line);
     _mm512_store_si512(to, kSigned ? w : _mm512_xor_si512(w, _mm512_set1_epi8(-128)));
   }
@@ -35,9 +35,9 @@ struct Bytes {
 struct Pairs8 {
   static constexpr int kValues = 64, kVectors = 2, kParts = 1;
   static constexpr bool kIntegers = false;
-  static void unpack(const uint8_t* line, const float*, int, uint32_t* to) {
+  static void unpack(const uint8_t* line, const float*, int, uint32_t* to, int64_t step) {
     const auto value = [&](int i) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter(line, i))); };
-    for (int i = 0; i < kVectors; ++i) _mm512_store_si512(to + 16 * i, narrow(value(2 * i), value(2 * i + 1)));
+    for (int i = 0; i < kVectors; ++i) _mm512_store_si512(to + step * i, narrow(value(2 * i), value(2 * i + 1)));
   }
 };
 
@@ -51,13 +51,13 @@ struct Split8 : Pairs8 {
 struct Pairs4 {
   static constexpr int kValues = 128, kVectors = 4, kParts = 1;
   static constexpr bool kIntegers = false;
-  static void unpack(const uint8_t* line, const float* scale, int groups, uint32_t* to) {
+  static void unpack(const uint8_t* line, const float* scale, int groups, uint32_t* to, int64_t step) {
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
     for (int i = 0; i < kVectors; ++i) {
       const __m512i q = _mm512_cvtepu8_epi32(quarter(line, i));
       const __m512 s = _mm512_set1_ps(scale[i * groups / 4]);
       const auto value = [&](__m512i q) { return _mm512_mul_ps(_mm512_permutexvar_ps(q, values), s); };  // low 4 bits
-      _mm512_store_si512(to + 16 * i, narrow(value(q), value(_mm512_srli_epi32(q, 4))));
+      _mm512_store_si512(to + step * i, narrow(value(q), value(_mm512_srli_epi32(q, 4))));
     }
   }
 };
@@ -121,23 +121,24 @@ struct PanelPlan {
   size_t bytes(int threads) const { return 2 * x + scales + mine * threads; }
 };
 
-// Unpack lines [begin, end) of row n of the weight. What is past the end counts as 0.
+// Unpack lines [begin, end) of row n of the weight, into lines that are `step` words apart. What is past the end counts
+// as 0.
 template <class Kind>
-void unpack(const QuantizedLinear& p, int64_t n, int64_t begin, int64_t end, uint32_t* to) {
+void unpack(const QuantizedLinear& p, int64_t n, int64_t begin, int64_t end, uint32_t* to, int64_t step) {
   const bool int4 = p.kind == QuantizedWeight::int4;
   const int64_t row_bytes = int4 ? (p.in + 1) / 2 : p.in, whole = std::min(end, row_bytes / 64);
   const int groups = int4 ? 128 / p.group : 0;  // of a line
   const int64_t all_groups = int4 ? (p.in + p.group - 1) / p.group : 1;
   const uint8_t* const from = static_cast<const uint8_t*>(p.weight) + n * row_bytes;
   const float* const scale = p.scale + n * all_groups;
-  for (int64_t line = begin; line < whole; ++line, to += 16 * Kind::kVectors)
-    Kind::unpack(from + line * 64, scale + line * groups, groups, to);
+  for (int64_t line = begin; line < whole; ++line, to += step * Kind::kVectors)
+    Kind::unpack(from + line * 64, scale + line * groups, groups, to, step);
   if (whole == end) return;
   alignas(64) uint8_t last[64];
   float last_scale[4] = {};
   _mm512_store_si512(last, _mm512_maskz_loadu_epi8(first_bytes(row_bytes - whole * 64), from + whole * 64));
   if (int4) std::copy(scale + whole * groups, scale + all_groups, last_scale);
-  Kind::unpack(last, last_scale, groups, to);
+  Kind::unpack(last, last_scale, groups, to, step);
 }
 
 // A block of outputs, from n0 on, of the rows of a slice, the first of which is row m0 of x.
@@ -151,11 +152,12 @@ void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, int64_t 
   std::fill_n(sums, plan.block * plan.slice, 0.f);
   for (int64_t line = 0; line < plan.lines; line += chunk) {
     const int64_t end = std::min(line + chunk, plan.lines), words = (end - line) * line_words;
-    Panel part{weight + n0 * row_bytes + line * 64, row_bytes};  // integers may be multiplied where they lie, once
+    Panel part{weight + n0 * row_bytes + line * 64, row_bytes, 16 * row_bytes, 64};
     if (!(kSigned && Kind::kIntegers && tiles == 1 && n0 + plan.block <= p.out && end * 64 <= p.in)) {
-      part = {panel, kPanelWords * 4};
+      part = packed(panel, words);  // integers may be multiplied where they lie, once
       for (int64_t r = 0; r < plan.block; ++r)  // what is missing is taken again
-        unpack<Kind>(p, std::min(n0 + r, p.out - 1), line, end, panel + r * kPanelWords);
+        unpack<Kind>(p, std::min(n0 + r, p.out - 1), line, end,
+                     panel + (r / 16 * part.low + r % 16 * part.row) / 4, part.step / 4);
     }
     const bool ends = end == plan.lines;
     const int64_t next_row = ends ? n0 + plan.block : n0, next_byte = ends ? 0 : end * 64;
@@ -225,7 +227,10 @@ void panels(const QuantizedLinear& p) {
   uint32_t* const x = reinterpret_cast<uint32_t*>(workspace + plan.x);
   RowOfX* const of = reinterpret_cast<RowOfX*>(workspace + 2 * plan.x);
   const int64_t blocks = (p.out + plan.block - 1) / plan.block;
+  const bool many = plan.slice > kMostAcross * kLanes;  // few rows: what lies in order is read by one thread
+  Queue queue;
   parallel(p.threads, [&](Member& member) {
+    int64_t done = 0, block = many ? queue.take() : 0;
     char* const mine = workspace + 2 * plan.x + plan.scales + member.index * plan.mine;
     uint32_t* const panel = reinterpret_cast<uint32_t*>(mine);
     float* const sums = reinterpret_cast<float*>(panel + kPanelWords * plan.block);
@@ -240,8 +245,12 @@ void panels(const QuantizedLinear& p) {
         transpose(by_rows + i / squares * kLanes * plan.stride + i % squares * 16, plan.stride, x + i * 16 * kLanes,
                   kLanes);
       member.meet();
-      for (int64_t block = member.begin(blocks); block < member.end(blocks); ++block)
+      const auto multiply = [&](int64_t block) {
         panel_block<Kind>(p, plan, block * plan.block, m0, rows, x, of, panel, sums);
+      };
+      for (; many && block < done + blocks; block = queue.take()) multiply(block - done);
+      for (int64_t i = member.begin(blocks); !many && i < member.end(blocks); ++i) multiply(i);
+      done += blocks;
     }
   });
 }

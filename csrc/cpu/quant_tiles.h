@@ -39,10 +39,13 @@ FASTLM_INLINE void add_products() {
   }
 }
 
+// Where rows are unpacked to: each tile in one piece.
+inline Panel packed(uint32_t* panel, int64_t words) { return {panel, 64, words * 64, 1024}; }
+
 // sums [32, V·16] += x·panel, for V vectors of x that lie `next` words apart. Meanwhile rows of the weight are fetched.
 template <class Kind, int V>
-void panel_tile(const uint32_t* x, int64_t next, const uint8_t* panel, int64_t row, int64_t words, float* sums,
-                int64_t stride, Ahead fetch) {
+void panel_tile(const uint32_t* x, int64_t next, const Panel& panel, int64_t words, float* sums, int64_t stride,
+                Ahead fetch) {
   constexpr int64_t line = 64;
   float* const below = sums + kTile * stride;
   __asm__ volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
@@ -52,14 +55,15 @@ void panel_tile(const uint32_t* x, int64_t next, const uint8_t* panel, int64_t r
     _tile_loadd(1, sums + kTile, stride * 4);
     _tile_loadd(3, below + kTile, stride * 4);
   }
-  for (int64_t run = 0; run < words; run += kTile, panel += line) {
+  const auto* w = static_cast<const uint8_t*>(panel.first);
+  for (int64_t run = 0; run < words; run += kTile, w += panel.step) {
     for (int i = 0; i < 2 && fetch.rows > 0; ++i, --fetch.rows, fetch.first += fetch.row_bytes)
       for (int64_t j = 0; j < kPanelWords / 16 / Kind::kVectors; ++j)
         _mm_prefetch(fetch.first + j * line, _MM_HINT_T1);
-    _tile_loadd(4, panel, row);
-    _tile_loadd(5, panel + kTile * row, row);
-    _tile_loadd(6, x + run * kTile, line);
-    if constexpr (V == 2) _tile_loadd(7, x + next + run * kTile, line);
+    _tile_loadd(4, w, panel.row);
+    _tile_loadd(5, w + panel.low, panel.row);
+    _tile_stream_loadd(6, x + run * kTile, line);  // leaves L1 to the panel
+    if constexpr (V == 2) _tile_stream_loadd(7, x + next + run * kTile, line);
     add_products<Kind, V>();
   }
   _tile_stored(0, sums, stride * 4);
@@ -75,12 +79,12 @@ void panel_tile(const uint32_t* x, int64_t next, const uint8_t* panel, int64_t r
 template <class Kind>
 void multiply_panel(const uint32_t* x, int64_t next, int64_t across, Panel panel, int64_t words, int64_t rows,
                     float* sums, int64_t stride, Ahead fetch) {
-  const uint8_t* const w = static_cast<const uint8_t*>(panel.first);
   const auto tile = across == 2 ? panel_tile<Kind, 2> : panel_tile<Kind, 1>;
   TileRegisters registers;
   registers.shape(kTile, kTile);
   for (int64_t r = 0; r < rows; r += 2 * kTile)
-    tile(x, next, w + r * panel.row, panel.row, words, sums + r * stride, stride, fetch.part(r, 2 * kTile));
+    tile(x, next, {static_cast<const uint8_t*>(panel.first) + r / kTile * panel.low, panel.row, panel.low, panel.step},
+         words, sums + r * stride, stride, fetch.part(r, 2 * kTile));
 }
 
 }  // namespace

@@ -38,6 +38,9 @@ FASTLM_INLINE __m512i add_floats(__m512i a, __m512i b) {
   return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
 }
 
+// Where rows are unpacked to.
+inline Panel packed(uint32_t* panel, int64_t) { return {panel, kPanelWords * 4, 16 * kPanelWords * 4, 64}; }
+
 // sums [R, V·16] += x·panel, for R rows of the weight and V vectors of x that lie `next` words apart. Meanwhile rows of
 // the weight are fetched, one in 16 words and a line at a time: of a burst the CPU drops some.
 template <class Kind, int R, int V>

@@ -2,7 +2,7 @@
 // the panels of W_hh that make them, and all meet once a step; twice where the state is projected.
 //
 // The passes are in rnn_forward.h and rnn_backward.h, what both are made of in rnn_plan.h. P is how a step is multiplied
-// by W_hh: see gemm.h for vectors, pairs.h for pairs of bfloat16.
+// by W_hh: see gemm.h for vectors, pair_product.h for pairs of bfloat16.
 
 #include "rnn_backward.h"
 #include "rnn_forward.h"

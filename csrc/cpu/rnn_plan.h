@@ -9,8 +9,10 @@
 
 #if defined(FASTLM_TILES)
 #include "amx.h"
+#include "pair_product.h"
 #elif defined(FASTLM_DOTS)
 #include "dots.h"
+#include "pair_product.h"
 #endif
 
 namespace fastlm {

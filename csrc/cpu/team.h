@@ -42,6 +42,15 @@ struct Member {
   int64_t end(int64_t n) const { return n * (index + 1) / count; }
 };
 
+// Numbers from 0 on, each for one of the members that take them: a share for whoever is free, because a core may be
+// slower than the others.
+class Queue {
+  int64_t next_ = 0;
+
+ public:
+  int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+};
+
 template <class Body>
 void parallel(int threads, const Body& body) {
   Barrier barrier;

@@ -91,47 +91,34 @@ py::object linear_at_once(py::handle x, py::handle weight, py::handle bias, int 
   return y;
 }
 
+void check_product(int threads, size_t number, bool pairs) {
+  if (pairs && !kernels.product_pairs) throw std::runtime_error("product: this CPU has no AMX");
+  if (threads < 1 || (number != sizeof(float) && number != (pairs ? sizeof(Bf16) : sizeof(double))))
+    throw std::invalid_argument("product: threads or size of a number out of range");
+}
+
 }  // namespace
 
 void define_linear(py::module_& m) {
   m.def("product_workspace",
-        [](int64_t rows, int64_t depth, int64_t columns, int threads, size_t number) {
+        [](int64_t rows, int64_t depth, int64_t columns, int threads, size_t number, bool pairs) {
           Product call{};
           call.rows = rows, call.depth = depth, call.columns = columns, call.threads = threads;
-          return kernels.product_workspace(call, number);
+          check_product(threads, number, pairs);
+          return pairs ? kernels.product_pairs_workspace(call) : kernels.product_workspace(call, number);
         },
         "Return the bytes of workspace that a call needs.");
   m.def("product",
-        [](const py::tuple& sizes, const py::tuple& addresses, bool add, int threads, size_t number) {
+        [](const py::tuple& sizes, const py::tuple& addresses, bool add, int threads, size_t number, bool pairs) {
           const Pack n("product", sizes, 8), a("product", addresses, 5);
-          if (threads < 1 || (number != sizeof(float) && number != sizeof(double)))
-            throw std::invalid_argument("product: threads or size of a number out of range");
+          check_product(threads, number, pairs);
           const Product call{n.size(0), n.size(1), n.size(2), a[0], n.size(3), n.size(4), a[1],   n.size(5),
                              n.size(6), a[2],      a[3],      n.size(7), add, threads,   a[4]};
           py::gil_scoped_release release;
-          kernels.product(call, number);
+          (pairs ? kernels.product_pairs : kernels.product)(call, number);
         },
-        "Run Product: sizes M, K, N and strides of A, of B and of C's rows; addresses of A, B, bias, C, workspace.");
-  m.def("product_pairs_workspace",
-        [](int64_t rows, int64_t depth, int64_t columns, int threads) {
-          if (!kernels.product_pairs) throw std::runtime_error("product_pairs: this CPU has no AMX");
-          Product call{};
-          call.rows = rows, call.depth = depth, call.columns = columns, call.threads = threads;
-          return kernels.product_pairs_workspace(call);
-        },
-        "Return the bytes of workspace that a call needs.");
-  m.def("product_pairs",
-        [](const py::tuple& sizes, const py::tuple& addresses, bool add, int threads, size_t number) {
-          if (!kernels.product_pairs) throw std::runtime_error("product_pairs: this CPU has no AMX");
-          const Pack n("product_pairs", sizes, 8), a("product_pairs", addresses, 5);
-          if (threads < 1 || (number != sizeof(float) && number != sizeof(Bf16)))
-            throw std::invalid_argument("product_pairs: threads or size of a number out of range");
-          const Product call{n.size(0), n.size(1), n.size(2), a[0], n.size(3), n.size(4), a[1],   n.size(5),
-                             n.size(6), a[2],      a[3],      n.size(7), add, threads,   a[4]};
-          py::gil_scoped_release release;
-          kernels.product_pairs(call, number);
-        },
-        "Run Product of bfloat16, as product does; a number of C and of the bias has 2 or 4 bytes.");
+        "Run Product: sizes M, K, N and strides of A, of B and of C's rows; addresses of A, B, bias, C, workspace. `pairs`: "
+        "A and B are bfloat16, and `number` is the bytes of a number of C.");
   m.def("few_rows",
         [](const py::tuple& sizes, const py::tuple& addresses, int threads, size_t number) {
           const Pack n("few_rows", sizes, 4), a("few_rows", addresses, 4);

@@ -96,12 +96,10 @@ def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None
     if pairs:
         a, b = (t if _one_stride_is_1(t) else t.contiguous() for t in (a, b))
     size, threads = out.element_size(), torch.get_num_threads()
-    sizes = rows, depth, columns, threads
-    room = native.product_pairs_workspace(*sizes) if pairs else native.product_workspace(*sizes, size)
+    room = native.product_workspace(rows, depth, columns, threads, size, pairs)
     workspace = a.new_empty(room, dtype=torch.uint8)
-    product = native.product_pairs if pairs else native.product
-    product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
-            addresses(a, b, bias, out, workspace), add, threads, size)
+    native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
+                   addresses(a, b, bias, out, workspace), add, threads, size, pairs)
     return out
 
 
