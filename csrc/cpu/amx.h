@@ -14,10 +14,11 @@ FASTLM_INLINE void load_rows(const PairRows& x, int64_t at) {
   if constexpr (tall) _tile_loadd(5, x.first + x.group + at, x.row * 2);
 }
 
+// Each is read once for many rows of x, which the hint leaves in L1.
 template <bool wide>
 FASTLM_INLINE void load_columns(const Bf16* w) {
-  _tile_loadd(6, w, 64);
-  if constexpr (wide) _tile_loadd(7, w + kTileNumbers, 64);
+  _tile_stream_loadd(6, w, 64);
+  if constexpr (wide) _tile_stream_loadd(7, w + kTileNumbers, 64);
 }
 
 template <bool tall, bool wide>
@@ -31,15 +32,13 @@ FASTLM_INLINE void add_products() {
 // out [up to 32 rows, up to 2 tiles] = x · w over `deep` tiles of depth. Rows of out are ldo numbers apart.
 template <int parts, bool tall, bool wide>
 void tile_block(const PairRows& x, const Bf16* w, int64_t deep, float* out, int64_t ldo) {
-  constexpr int64_t step = (wide ? 2 : 1) * kTileNumbers, ahead = 8 * kTileNumbers;
+  constexpr int64_t step = (wide ? 2 : 1) * kTileNumbers;
   _tile_zero(0);
   if constexpr (wide) _tile_zero(1);
   if constexpr (tall) _tile_zero(2);
   if constexpr (tall && wide) _tile_zero(3);
   int64_t at = 0;
   for (int64_t k = 0; k < deep; ++k, at += x.next, w += parts * step) {
-#pragma GCC unroll 64
-    for (int64_t i = 0; i < parts * step; i += 32) __builtin_prefetch(w + ahead + i);
     load_rows<tall>(x, at);
     if constexpr (parts == 2) {
       load_columns<wide>(w + step);
