@@ -16,8 +16,9 @@ spec.loader.exec_module(native)
 sys.modules["fastlm._native"] = native
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import fastlm  # noqa: E402
 from cases import test_products, test_quantized_linear  # noqa: E402
+
+import fastlm  # noqa: E402
 
 assert native.tiles
 
