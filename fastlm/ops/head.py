@@ -6,13 +6,14 @@ Of the logits `[N, V]`, its largest tensor by far, only one block exists at a ti
 import torch
 from torch import Tensor
 
+from fastlm.ops.cpu import on_amx
 from fastlm.ops.products import CPUS, mm
 from fastlm.ops.tensors import accumulator
 
 # Bytes of a block of logits, and rows it has at least where there are so many: fewer make the products inefficient,
 # and each block reads and writes the whole gradient of W. benchmarks/LOG.md 2026-11-24.
 BLOCK_BYTES = 104 << 20
-OWN_BYTES = 16 << 20  # where the products are ours, which lose little by fewer rows: benchmarks/LOG.md 2026-11-25
+FEW_BYTES = 16 << 20  # where products in float32 lose little by fewer rows: benchmarks/LOG.md 2026-11-25 and 27
 MIN_ROWS = 256
 # On a GPU: half of the rows, from 2048 up to 4096, which take 8 % less time: benchmarks/LOG.md 2026-11-26.
 GPU_ROWS = 2048, 4096
@@ -48,7 +49,7 @@ def few_on_avx2(native, x: Tensor, weight: Tensor) -> str | None:
 
 
 def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, grows: bool = False,
-               ours: bool = False) -> int:
+               few: int = 0) -> int:
     """Return how many rows a block has: few enough to save memory, and blocks as even as can be.
 
     Args:
@@ -56,7 +57,7 @@ def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, g
         dtype: of the logits.
         copies: how many blocks of logits exist at a time.
         grows: whether W needs a gradient.
-        ours: whether the products in float32 are ours.
+        few: where products lose little by fewer rows, how many they still want; else 0.
     """
     rows, row_bytes = x.shape[0], copies * weight.shape[0] * dtype.itemsize
     if dtype is torch.bfloat16 and grows and rows * row_bytes <= SUM_BYTES * weight.numel():
@@ -65,7 +66,7 @@ def block_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, copies: int = 1, g
         least, most = GPU_ROWS
         most = max(least, min(rows // 2, most // copies))
     elif dtype.itemsize > 2:
-        most = max(MIN_ROWS, min(BLOCK_BYTES, OWN_BYTES if ours else BLOCK_BYTES) // max(row_bytes, 1))
+        most = max(few or MIN_ROWS, (FEW_BYTES if few else BLOCK_BYTES) // max(row_bytes, 1))
     else:
         most = max(HALF_ROWS, BLOCK_BYTES // max(row_bytes, 1))
     blocks = -(-rows // max(most, 1))
@@ -99,8 +100,10 @@ class Head:
         (self.rows, self.hidden), self.classes = x.shape, weight.shape[0]
         self.sums = accumulator(dtype)
         self.first = True
-        ours = native is not None and native.cpu in CPUS and dtype is torch.float32
-        self.block_rows = block_rows(x, weight, dtype, copies, needs[1], ours)
+        few = 0
+        if native is not None and dtype is torch.float32:
+            few = MIN_ROWS if native.cpu in CPUS else 2 * MIN_ROWS if on_amx(native) else 0
+        self.block_rows = block_rows(x, weight, dtype, copies, needs[1], few)
         shapes = (self.rows, self.hidden), (self.classes, self.hidden), (self.classes,)
         dtypes = gradient_dtypes(x, weight, dtype, copies)
         self.d_x, self.d_weight, self.d_bias = (
