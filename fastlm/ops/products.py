@@ -13,6 +13,7 @@ from fastlm.ops.tensors import addresses
 
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
 LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
+MOST_DEPTH = 1 << 14  # of tiles at a time: what is packed, 512 columns, then has 16 MB
 NARROW, CHAIN = 16, 512  # columns, below which MKL adds up in one chain, and how long that may be
 
 
@@ -95,12 +96,24 @@ def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None
         raise RuntimeError("mm: a product is added to out or to the bias, not to both")
     if pairs:
         a, b = (t if _one_stride_is_1(t) else t.contiguous() for t in (a, b))
+        if depth > MOST_DEPTH:
+            return _in_parts(native, a, b, out, add, bias)
     size, threads = out.element_size(), torch.get_num_threads()
     room = native.product_workspace(rows, depth, columns, threads, size, pairs)
     workspace = a.new_empty(room, dtype=torch.uint8)
     native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
                    addresses(a, b, bias, out, workspace), add, threads, size, pairs)
     return out
+
+
+def _in_parts(native, a, b, out, add, bias):
+    """Do what `multiply` does of so many products that their factors are not all packed at a time."""
+    sums = out if out.dtype is torch.float32 else out.float() if add else out.new_empty(out.shape, dtype=torch.float32)
+    bias = None if bias is None else bias.float()
+    for x, w in zip(a.split(MOST_DEPTH, 1), b.split(MOST_DEPTH), strict=True):
+        multiply(native, x, w, sums, add=add, bias=bias)
+        add, bias = True, None
+    return out if sums is out else out.copy_(sums)
 
 
 def few_rows(native: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

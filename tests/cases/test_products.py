@@ -133,6 +133,23 @@ def test_a_result_is_made_and_threads_do_not_change_it():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.skipif(not extension.tiles, reason="needs AMX")
+def test_products_of_bfloat16_by_tiles(monkeypatch):
+    """The same numbers for any number of threads, in parts, and whether they are multiplied where they lie or packed."""
+    a, b = torch.randn(520, 700).bfloat16(), torch.randn(700, 530).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found += [products.multiply(extension, a, b), products.multiply(extension, a.t().contiguous().t(), b)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], x) for x in found[1:])
+    monkeypatch.setattr(products, "MOST_DEPTH", 96)
+    for start, sums in itertools.product(("", "add", "bias"), (torch.float32, torch.bfloat16)):
+        check(70, 300, 80, "columns", "rows apart", "rows apart", start, torch.bfloat16, sums)
+
+
 def test_special_numbers_pass():
     a, b = torch.randn(30, 20), torch.randn(20, 60)
     a[3, 4], a[5, 6] = torch.nan, torch.inf
