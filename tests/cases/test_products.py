@@ -135,7 +135,7 @@ def test_a_result_is_made_and_threads_do_not_change_it():
 
 @pytest.mark.skipif(not extension.tiles, reason="needs AMX")
 def test_products_of_bfloat16_by_tiles(monkeypatch):
-    """The same numbers for any number of threads, in parts, and whether they are multiplied where they lie or packed."""
+    """The same numbers by any number of threads, packed or where they lie; great depths in parts."""
     a, b = torch.randn(520, 700).bfloat16(), torch.randn(700, 530).bfloat16()
     before, found = torch.get_num_threads(), []
     try:
