@@ -35,7 +35,7 @@ struct FewRows {
 };
 
 // A number has 4 or 8 bytes, in few_rows 4 or, in bfloat16, 2. product_pairs: A and B are bfloat16, of each one stride is
-// 1; a number of C and of the bias has 2 or, in float32, 4 bytes.
+// 1; a number of C and of the bias has 2 or, in float32, 4 bytes; sums are taken in one chain of 32 products at a time.
 
 #define FASTLM_DECLARE_PRODUCT(isa)                                     \
   namespace isa {                                                       \

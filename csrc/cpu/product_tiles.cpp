@@ -107,7 +107,7 @@ struct StripOfA {
 };
 
 // Rows of a matrix that are brought into the L2 cache while others are multiplied, two lines of 32 numbers at a time.
-struct Ahead {
+struct Upcoming {
   const Bf16* first;
   int64_t row, lines, rows;  // numbers from one row to the next, lines of a row, rows that are left
   int64_t line = 0;
@@ -126,7 +126,7 @@ struct Ahead {
 // sums [32, 32] = a · strip of B, plus what they are if `more`. Meanwhile 8·deep lines from `b_ahead` on are fetched, and
 // 2·deep of `a_ahead`.
 void multiply_strips(StripOfA a, const Bf16* b, int64_t deep, float* sums, bool more, const Bf16* b_ahead,
-                     Ahead& a_ahead) {
+                     Upcoming& a_ahead) {
   constexpr int64_t line = 64, row = kSide * sizeof *sums;
   const int64_t a_row = a.row * sizeof *a.first;
   float* const below = sums + kTileRows * kSide;
@@ -237,7 +237,7 @@ class Share {
       const bool whole = depth > 0 && depth % kTileDepth == 0 && rows % kSide == 0, ends = k + deep == plan.deep;
       const bool packs = !whole || p.a_column != 1 || p.a_row % kPage == 0;
       if (packs) Packing<false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
-      Ahead ahead{a_at(m, k + deep), p.a_row, depth / 32, ends ? 0 : rows};
+      Upcoming ahead{a_at(m, k + deep), p.a_row, depth / 32, ends ? 0 : rows};
       if (p.a_column != 1) ahead = {a_at(m, k + deep), p.a_column, rows / 32, ends ? 0 : depth};
       for (int64_t i = 0; i < strips(rows); ++i) {
         const int64_t row = m + i * kSide;

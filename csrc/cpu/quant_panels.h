@@ -41,7 +41,8 @@ struct Pairs8 {
   }
 };
 
-// The same, where x has more digits than a bfloat16: it is the exact sum of so many.
+// The same, where x has more digits than a bfloat16: it is the exact sum of so many. (Tiles take denormal numbers for
+// zero, so that numbers below 2^-110 lose digits.)
 template <int parts>
 struct Split8 : Pairs8 {
   static constexpr int kParts = parts;

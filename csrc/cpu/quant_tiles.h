@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kPanelWords = 256;                // of a weight row at a time
 constexpr int64_t kFewRows = 32, kMostBlock = 128;  // of the weight
 constexpr int kMostAcross = 2;                      // vectors of x that are multiplied at a time
-constexpr int kTile = 16;                           // rows or words of one
+constexpr int kTile = TileRegisters::kRows;         // or words of one
 constexpr bool kSplits = true;                      // float32 and float16 are multiplied as sums of bfloat16
 constexpr bool kSigned = true;                      // integers are multiplied as they are
 
@@ -47,13 +47,24 @@ template <class Kind, int V>
 void panel_tile(const uint32_t* x, int64_t next, const Panel& panel, int64_t words, float* sums, int64_t stride,
                 Ahead fetch) {
   constexpr int64_t line = 64;
-  float* const below = sums + kTile * stride;
+  constexpr bool apart = Kind::kParts > 1;  // sums of a panel are added up first: float32 would lose digits in one chain
+  alignas(64) float own[2 * kTile * 2 * kTile];
+  float* const to = apart ? own : sums;
+  const int64_t row = (apart ? 2 * kTile : stride) * int64_t(sizeof *sums);
+  float* const below = to + kTile * row / int64_t(sizeof *sums);
   __asm__ volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
-  _tile_loadd(0, sums, stride * 4);
-  _tile_loadd(2, below, stride * 4);
-  if constexpr (V == 2) {
-    _tile_loadd(1, sums + kTile, stride * 4);
-    _tile_loadd(3, below + kTile, stride * 4);
+  if constexpr (apart) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, to, row);
+    _tile_loadd(2, below, row);
+    if constexpr (V == 2) {
+      _tile_loadd(1, to + kTile, row);
+      _tile_loadd(3, below + kTile, row);
+    }
   }
   const auto* w = static_cast<const uint8_t*>(panel.first);
   for (int64_t run = 0; run < words; run += kTile, w += panel.step) {
@@ -66,13 +77,19 @@ void panel_tile(const uint32_t* x, int64_t next, const Panel& panel, int64_t wor
     if constexpr (V == 2) _tile_stream_loadd(7, x + next + run * kTile, line);
     add_products<Kind, V>();
   }
-  _tile_stored(0, sums, stride * 4);
-  _tile_stored(2, below, stride * 4);
+  _tile_stored(0, to, row);
+  _tile_stored(2, below, row);
   if constexpr (V == 2) {
-    _tile_stored(1, sums + kTile, stride * 4);
-    _tile_stored(3, below + kTile, stride * 4);
+    _tile_stored(1, to + kTile, row);
+    _tile_stored(3, below + kTile, row);
   }
   __asm__ volatile("" : : : "memory");
+  if constexpr (apart)
+    for (int i = 0; i < 2 * kTile; ++i)
+      for (int v = 0; v < V; ++v) {
+        float* const sum = sums + i * stride + v * kTile;
+        _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_load_ps(own + i * 2 * kTile + v * kTile)));
+      }
 }
 
 // The same for `rows` rows of the weight and up to kMostAcross vectors of x.

@@ -41,11 +41,11 @@ def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
     else:  # elsewhere on Intel AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide
         timed = _native.cpu != "intel" or biased or (on_amx(_native) and query.dtype is torch.float32)
     if not timed:
-        return "SDPA may be as fast: not yet measured on this CPU (intel)"
+        return "SDPA may be as fast: slower in bfloat16 on AMX, or not yet measured on this CPU (intel)"
     scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
     least = LEAST if _native.cpu == "zen5" else LEAST_ELSEWHERE.get(query.dtype, 1 << 24)
     if scores * (query.size(3) + value.size(3)) < least:
-        return f"SDPA is faster below {least} multiplications: benchmarks/LOG.md 2026-11-25 and 26"
+        return f"SDPA is faster below {least} multiplications: benchmarks/LOG.md 2026-11-25 to 27"
     return None
 
 

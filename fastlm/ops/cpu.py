@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlm.ops.tensors import needs_gradient
 
 MEASURED = ("intel", "zen5", "avx2")  # timed in benchmarks/LOG.md
-ROW = "benchmarks/LOG.md 2026-11-23, 25 and 26"
+ROW = "benchmarks/LOG.md 2026-11-23 and 25 to 27"
 
 
 @functools.cache

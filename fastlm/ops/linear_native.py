@@ -3,6 +3,7 @@
 import torch
 
 import fastlm._native as _native
+from fastlm._native import tiles  # noqa: F401 - an extension built before these kernels fails here, with a reason
 from fastlm.autograd import Differentiable, autocasts, unwatched
 from fastlm.dispatch import PLAIN, traced
 from fastlm.ops import products

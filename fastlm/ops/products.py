@@ -24,8 +24,9 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     Args:
         native: the compiled extension; None: torch multiplies.
         a, b: [M, K] and [K, N] of any strides.
-        out: [M, N], which overlaps none of the others; of the same dtype or, on a CPU, of float32 beside bfloat16.
-        bias: [N], of the dtype of `out`.
+        out: [M, N], rows contiguous, which overlaps none of the others; of the same dtype or, on a CPU, of float32 beside
+            bfloat16.
+        bias: [N], contiguous, of the dtype of `out`.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit each other.
@@ -62,12 +63,12 @@ def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
     return native.cpu in CPUS and a.dtype is torch.float32 and exact_float32()
 
 
-def _by_tiles(rows, depth, columns, turned):
+def _by_tiles(rows, depth, columns, transposed):
     """Tell whether tiles that we pack beat oneDNN's, to which a transposed first matrix costs half as long again:
     benchmarks/LOG.md 2026-11-27."""
     if rows * columns <= 1 << 16 and depth <= 512:
         return True
-    return rows >= 512 and (turned or depth >= 512)
+    return rows >= 512 and (transposed or depth >= 512)
 
 
 def _one_stride_is_1(*matrices):

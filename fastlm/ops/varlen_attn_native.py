@@ -13,7 +13,7 @@ from fastlm.ops.varlen_attn import few, reference, sequences, unpaged
 DTYPES = FLOATS
 FEW_QUERIES = 4  # of each sequence, in bfloat16 on AMX: benchmarks/LOG.md 2026-11-27
 LEAST, LEAST_ON_AVX2 = 1 << 23, 1 << 26  # multiplications of few sequences
-ROW = "benchmarks/LOG.md 2026-11-25 and 26"
+ROW = "benchmarks/LOG.md 2026-11-25 to 27"
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
 

@@ -32,6 +32,13 @@ def test_rows_of_a_block_on_a_gpu(shape, classes, dtype, copies, rows):
     assert block_rows(x, weight, dtype, copies, grows=True) == rows
 
 
+@pytest.mark.parametrize(("few", "rows"), [(0, 1000), (256, 334), (512, 500)])
+def test_rows_of_a_block_on_a_cpu(few, rows):
+    """16 MB of logits, or as many rows as products want."""
+    x, weight = SimpleNamespace(shape=(1000, 64), is_cuda=False), torch.empty(10000, 64, device="meta")
+    assert block_rows(x, weight, torch.float32, 1, few=few) == rows
+
+
 @interpreted
 @pytest.mark.parametrize("classes", [65, 80, 129])
 def test_what_lies_behind_a_row_changes_nothing(classes):

@@ -117,6 +117,27 @@ def test_few_rows_under_autocast_and_in_a_graph(monkeypatch):
 
 
 @native
+@pytest.mark.parametrize(("rows", "inputs", "outputs", "dtype", "trains", "ran"), [
+    (600, 640, 700, torch.bfloat16, True, "native"), (600, 640, 700, torch.bfloat16, False, "native"),
+    (256, 640, 700, torch.bfloat16, True, "torch"), (600, 640, 500, torch.bfloat16, True, "torch"),
+    (600, 640, 700, torch.float32, True, "torch"), (4, 1024, 1024, torch.float32, False, "native"),
+    (3, 1024, 1024, torch.float32, False, "torch"), (4, 128, 128, torch.bfloat16, False, "native"),
+    (4, 128, 128, torch.bfloat16, True, "torch"), (5, 128, 128, torch.bfloat16, False, "torch"),
+])
+def test_what_runs_with_amx(rows, inputs, outputs, dtype, trains, ran, monkeypatch):
+    extension = sys.modules["fastlm.ops.linear_native"]._native
+    for name, value in (("cpu", "intel"), ("amx", True), ("tiles", extension.tiles)):
+        monkeypatch.setattr(extension, name, value)
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype).requires_grad_(trains)
+    if min(rows, inputs, outputs) >= 512 and not extension.tiles:
+        ran = "torch"
+    assert fastlm.explain(linear, x, weight)[0].ran == ran
+    found, expected = linear(x, weight), x.double() @ weight.detach().double().t()
+    bound = 2 * torch.finfo(dtype).eps * expected.abs().max() + 1e-3
+    assert (found.double() - expected).abs().max() <= bound
+
+
+@native
 @pytest.mark.parametrize("change", ["features", "bias", "dtype", "device"])
 def test_few_rows_at_once_refuse_what_does_not_fit(change):
     x, weight, bias = torch.randn(2, 257), torch.randn(300, 257), torch.randn(300)

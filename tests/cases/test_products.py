@@ -94,6 +94,8 @@ def sweep_pairs():
         check(64, 576, 40, of_a, of_b, of_out, start, torch.bfloat16, sums)
     for sums in torch.float32, torch.bfloat16:
         check(300, 1100, 1100, "columns", "columns", "rows", "add", torch.bfloat16, sums)
+        check(300, 100, 2100, dtype=torch.bfloat16, sums=sums)
+        check(64, 2048, 40, dtype=torch.bfloat16, sums=sums)  # rows a page apart
         check(3, 600, 1500, "rows", "columns", "rows apart", "bias", torch.bfloat16, sums)
 
 
@@ -137,6 +139,7 @@ def test_a_result_is_made_and_threads_do_not_change_it():
 def test_products_of_bfloat16_by_tiles(monkeypatch):
     """The same numbers by any number of threads, packed or where they lie; great depths in parts."""
     a, b = torch.randn(520, 700).bfloat16(), torch.randn(700, 530).bfloat16()
+    a[3, 4], b[5, 6] = torch.inf, torch.nan
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -144,7 +147,10 @@ def test_products_of_bfloat16_by_tiles(monkeypatch):
             found += [products.multiply(extension, a, b), products.multiply(extension, a.t().contiguous().t(), b)]
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(found[0], x) for x in found[1:])
+    assert all(x.equal(found[0]) or x.nan_to_num(7).equal(found[0].nan_to_num(7)) for x in found[1:])
+    expected = a.double() @ b.double()
+    assert torch.equal(found[0].isnan(), expected.isnan())
+    assert torch.equal(found[0].isinf(), expected.isinf())
     monkeypatch.setattr(products, "MOST_DEPTH", 96)
     for start, sums in itertools.product(("", "add", "bias"), (torch.float32, torch.bfloat16)):
         check(70, 300, 80, "columns", "rows apart", "rows apart", start, torch.bfloat16, sums)
@@ -178,6 +184,31 @@ def test_mm_is_the_same_by_torch(native, start):
     expected = a @ b + (out if start == "add" else bias if start == "bias" else 0)
     found = products.mm(native, a, b, out, add=start == "add", bias=bias if start == "bias" else None)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [40, 600])
+@pytest.mark.parametrize("start", ["", "add", "bias"])
+def test_mm_sums_bfloat16_in_float32(rows, start):
+    """By tiles where there are such and rows enough, else by torch."""
+    a, b = torch.randn(rows, 640).bfloat16(), torch.randn(640, 100).bfloat16()
+    out, bias = torch.randn(rows, 100), torch.randn(100)
+    expected = a.double() @ b.double() + (out if start == "add" else bias if start == "bias" else 0)
+    found = products.mm(extension, a, b, out, add=start == "add", bias=bias if start == "bias" else None)
+    assert found is out
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=0.5)
+
+
+def test_who_multiplies_bfloat16(monkeypatch):
+    monkeypatch.setattr(extension, "tiles", True)
+
+    def ours(rows, depth, columns, of_a="rows", of_b="rows"):
+        return products.is_ours(extension, draw(rows, depth, of_a, torch.bfloat16),
+                                draw(depth, columns, of_b, torch.bfloat16))
+    assert ours(512, 512, 64) and ours(600, 64, 300, "columns") and ours(128, 128, 128)
+    assert not ours(512, 256, 512) and not ours(256, 1024, 1024) and not ours(512, 512, 63)
+    assert not ours(512, 512, 64, "every third") and not ours(512, 512, 64, of_b="every third")
+    monkeypatch.setattr(extension, "tiles", False)
+    assert not ours(512, 512, 64)
 
 
 def test_few_rows_refuse_what_does_not_fit():

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import fastlm
+from fastlm import measure
 from fastlm.nn import QuantizedLinear
 from fastlm.ops import quantized_linear
 from fastlm.ops.quantized_linear import GROUP_SIZES, MODES, dequantize_weight, error_bound, quantize_weight
-from tests.parity import INTERPRETED, forced, skip_misinterpreted
+from tests.parity import INTERPRETED, OPS, forced, skip_misinterpreted
 
 FORMATS = [("int8", 64), ("int8_dynamic", 64), *(("int4", g) for g in GROUP_SIZES)]
 formats = pytest.mark.parametrize(("mode", "group_size"), FORMATS)
@@ -47,6 +48,18 @@ def test_error_stays_within_the_documented_bound(mode, group_size, dtype, outlie
         assert y.dtype is dtype
         assert (distance <= bound).all(), (distance / bound).max()
         assert (distance > bound / 1000).any(), "a bound that nothing comes near proves nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [16, 40])
+def test_long_sums_keep_their_digits(rows, dtype, implementation, device):
+    """Numbers of one sign, whose sums grow and grow."""
+    if implementation == "triton":
+        pytest.skip("held to the rule on a GPU by the matrix of samples")
+    weight, scale = quantize_weight(torch.rand(48, 11008), mode="int8")
+    x = torch.rand(rows, 11008).to(dtype)
+    found = measure.errors(OPS["quantized_linear"], implementation, (x, weight, scale, None, "int8", 64))
+    assert all(error.ok for error in found), found
 
 
 @formats
