@@ -24,8 +24,8 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
     Args:
         native: the compiled extension; None: torch multiplies.
         a, b: [M, K] and [K, N] of any strides.
-        out: [M, N], rows contiguous, which overlaps none of the others; of the same dtype or, on a CPU, of float32 beside
-            bfloat16.
+        out: [M, N], rows contiguous, which overlaps none of the others; of the same dtype or, on a CPU, of float32
+            beside bfloat16.
         bias: [N], contiguous, of the dtype of `out`.
 
     Raises:
