@@ -174,7 +174,8 @@ struct Plan {
     const int64_t enough = p.threads > 1 ? 4 * p.threads : 1, high = strips(p.rows), wide = strips(p.columns);
     rows = std::clamp<int64_t>(high / enough, 1, kBlockRows / kSide);
     columns = std::min(wide, (deep > kChunk ? 1 : 2) * kBlockColumns / kSide);
-    parts = std::clamp<int64_t>(enough / ((high + rows - 1) / rows), 1, columns);
+    const int64_t blocks = std::max<int64_t>((high + rows - 1) / rows, 1);
+    parts = std::clamp<int64_t>(enough / blocks, 1, std::max<int64_t>(columns, 1));
     of_b = columns * deep * kStep * sizeof(Bf16);
     of_a = rows * std::min(deep, kChunk) * kStep * sizeof(Bf16);
     of_sums = (deep > kChunk ? rows * columns : 1) * kSide * kSide * sizeof(float);

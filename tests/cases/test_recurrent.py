@@ -335,17 +335,14 @@ def test_opcheck(cell, options):
 # --- other CPUs ------------------------------------------------------------------------------------------------
 
 FAULTS = """
-import resource, sys, torch, fastlm
-from fastlm.ops import recurrent_kernels
-if sys.argv[1:]:
-    recurrent_kernels.keep_freed_memory = lambda: None
+import resource, statistics, torch, fastlm
 layer, x = fastlm.nn.LSTM(512, 512).bfloat16(), torch.randn(128, 32, 512).bfloat16().requires_grad_()
 counts = []
-for _ in range(8):
+for _ in range(14):
     with fastlm.backend("native", "torch"):
         torch.autograd.grad(layer(x)[0].sum(), [x, *layer.parameters()])
     counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(counts[-1] - counts[3])
+print(statistics.median(after - before for before, after in zip(counts[5:], counts[6:])))
 """
 
 
@@ -353,13 +350,11 @@ print(counts[-1] - counts[3])
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ,
                     reason="other allocators have their own ways")
 def test_steps_of_training_need_no_new_pages():
-    """Without `keep_freed_memory` a step meets thousands of them."""
+    """Once malloc has what a few steps took: 60 MB a step, some 15,000 pages, were new at each."""
+    if not sys.modules["fastlm._native"].pairs:
+        pytest.skip("computes in float32 here, in larger blocks")
     clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
-    with_it, without = (int(subprocess.check_output([sys.executable, "-c", FAULTS, *words], env=clean))
-                        for words in ([], ["off"]))
-    if without < 2000:
-        pytest.skip(f"no more than {without} new pages without it")
-    assert with_it < without / 4
+    assert float(subprocess.check_output([sys.executable, "-c", FAULTS], env=clean)) < 200
 
 
 @native
