@@ -350,7 +350,7 @@ print(statistics.median(after - before for before, after in zip(counts[5:], coun
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ,
                     reason="other allocators have their own ways")
 def test_steps_of_training_need_no_new_pages():
-    """Once malloc has what a few steps took: 60 MB a step, some 15,000 pages, were new at each."""
+    """Once malloc has what a few steps took. Where it keeps nothing, 16,000 are new at each step."""
     if not sys.modules["fastlm._native"].pairs:
         pytest.skip("computes in float32 here, in larger blocks")
     clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
