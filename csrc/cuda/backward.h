@@ -14,8 +14,9 @@ struct Backward {
 // What gates need of a step to hand dh on, as it lies in memory: whatever touches it waits for it.
 template <class T>
 struct Read {
-  T gates[4], dy, h, h_before;  // of an LSTM, h_before is c0 where a sequence begins
-  Wide<T> c, c_before;
+  Four<T> gates;
+  T dy, h, h_before;      // of an LSTM, h_before is c0 where a sequence begins
+  Wide<T> c, c_before;    // c of a step is c_before of the step after it, which was read then
   bool begins;
 };
 
@@ -56,7 +57,7 @@ __device__ Kept<Wide<T>> kept_of(const Read<T>& read, Cell cell) {
     return k;
   }
 #pragma unroll
-  for (int g = 0; g < 4; ++g) k.gates[g] = widen(read.gates[g]);
+  for (int g = 0; g < 4; ++g) k.gates[g] = widen(read.gates.of[g]);
   return k;
 }
 
@@ -73,7 +74,8 @@ __device__ void run_group(const Backward& a, Team& team) {
   V dh[kPairs], dc[kPairs];
   Pair pairs[kPairs];
   int place[kPairs];
-  const T *dy_at[kPairs], *y_at[kPairs], *gates_at[kPairs];  // in row 0
+  const T *dy_at[kPairs], *y_at[kPairs];  // in row 0
+  const Four<T>* gates_at[kPairs];
   const V* c_at[kPairs];
   T* dgates_at[kPairs];
 #pragma unroll
@@ -87,12 +89,12 @@ __device__ void run_group(const Backward& a, Team& team) {
     dy_at[p] = static_cast<const T*>(d.dy) + keep(in_y);
     y_at[p] = static_cast<const T*>(d.y) + keep(in_y);
     dgates_at[p] = static_cast<T*>(d.dgates) + keep(pair.sequence * d.dgates_row + pair.unit);
-    if (d.gates) gates_at[p] = static_cast<const T*>(d.gates) + keep(int64_t(pair.sequence) * 4 * H + pair.unit);
+    if (d.gates) gates_at[p] = static_cast<const Four<T>*>(d.gates) + keep(state);
     if (d.c) c_at[p] = static_cast<const V*>(d.c) + keep(state);
   }
 
   Read<T> read[kPairs];
-  const auto read_step = [&](const Step& step, const Step& before) {
+  const auto read_step = [&](const Step& step, const Step& before, int known) {  // sequences whose c is
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const Pair& pair = pairs[p];
@@ -102,7 +104,7 @@ __device__ void run_group(const Backward& a, Team& team) {
       r.begins = pair.sequence >= before.alive;
       r.dy = dy_at[p][step.row * d.y_row];
       if (cell == Cell::lstm) {
-        r.c = c_at[p][step.row * H];
+        r.c = pair.sequence < known ? r.c_before : c_at[p][step.row * H];
         if (r.begins)
           r.h_before = static_cast<const T*>(d.c0)[state];
         else
@@ -112,10 +114,7 @@ __device__ void run_group(const Backward& a, Team& team) {
       } else {
         r.h = y_at[p][step.row * d.y_row];
       }
-      if (d.gates) {
-#pragma unroll
-        for (int g = 0; g < 4; ++g) r.gates[g] = gates_at[p][(step.row * 4 + g) * H];
-      }
+      if (d.gates) r.gates = gates_at[p][step.row * H];
     }
   };
   Kept<V> kept[kPairs];
@@ -132,9 +131,13 @@ __device__ void run_group(const Backward& a, Team& team) {
   };
   Step now(task, against < 0 ? steps - 1 : 0), before = now, done = now;
   before.move(now.t + against);
-  read_step(now, before);
+  read_step(now, before, 0);
   for (int i = 0;; ++i) {
-    if (i > 0) team.template multiply<8>(i - 1, lane, chunks, [&] { store_step(done); });
+    if (i > 0)
+      team.template multiply<8>(i - 1, lane, chunks, [&] {
+        read_step(now, before, done.alive);
+        store_step(done);
+      });
     if (i == steps) break;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
@@ -155,7 +158,6 @@ __device__ void run_group(const Backward& a, Team& team) {
     done = now;
     now = before;
     before.move(before.t + against);
-    read_step(now, before);
   }
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {

@@ -1,10 +1,10 @@
 // Teams of a cluster whose weights stay in registers: 16 bits, at most 512 units, no more than one barrier a step.
 //
-// A block owns 32 units, its warp w the units 4w to 4w + 3. Numbers go straight into the shared memory of the block
-// that needs them, with a barrier there that counts their bytes: a step costs one way through the cluster, and nobody
-// waits but for what it needs. Two slots are enough: who sends step s + 2 has received s + 1 of all warps that read its
-// receiver's slot s. A warp that sent nothing would not be waited for, and find the barrier two phases on, as if its
-// own had not ended.
+// A block of 4 or 8 warps owns 4 units a warp, warp w its units 4w to 4w + 3. Numbers go straight into the shared
+// memory of the block that needs them, with a barrier there that counts their bytes: a step costs one way through the
+// cluster, and nobody waits but for what it needs. Two slots are enough: who sends step s + 2 has received s + 1 of all
+// warps that read its receiver's slot s. A warp that sent nothing would not be waited for, and find the barrier two
+// phases on, as if its own had not ended.
 //
 // Forward (Gather), all blocks receive h of all units. A warp's four units with their gates are the 16 rows of one
 // product over the whole depth, so that the gates of a pair come out in two lanes and the block needs no barrier.
@@ -25,10 +25,11 @@ FASTLM_INLINE constexpr int operand_place(int quarter, int sequence) {
 }
 
 // A block of the cluster that takes group `group` of direction `direction`.
-template <class T_, int m_>
+template <class T_, int m_, int warps_>
 struct Cluster {
   using T = T_;
   static constexpr bool kCluster = true;
+  static constexpr int kBlock = 32 * warps_, kUnits = 4 * warps_;
   template <class A>
   static constexpr int kPairs = 1;
   const Task& task;
@@ -53,7 +54,7 @@ struct Cluster {
   __device__ int lane() const { return lane_; }
   __device__ int chunks() const { return 0; }
   __device__ int place(int, int, int) const { return 0; }
-  __device__ int unit(int local) const { return slice * kSpan + local; }
+  __device__ int unit(int local) const { return slice * kUnits + local; }
   __device__ int first() const { return group * 8; }
   __device__ int sequences() const { return min(task.batch - first(), 8); }
   __device__ int steps() const { return task.packed ? task.lengths[first()] : task.steps; }
@@ -81,18 +82,18 @@ struct Cluster {
   }
 };
 
-template <class T, int m>
-struct Gather : Cluster<T, m> {
-  using Base = Cluster<T, m>;
+template <class T, int m, int warps>
+struct Gather : Cluster<T, m, warps> {
+  using Base = Cluster<T, m, warps>;
   static constexpr int kSlot = m * 256;  // bytes
   int all, bytes;                            // steps; of one, that a block receives
   uint32_t mine = 0;                         // h that is next to be sent
   float sums[4];                             // of the pair: its gates'
 
   __device__ Gather(const Task& task, int, uint4* shared)
-      : Base(task, shared), all(this->steps()), bytes(task.plan.slices * kWarps * this->sent_pairs() * kLoad) {
+      : Base(task, shared), all(this->steps()), bytes(task.plan.slices * warps * this->sent_pairs() * kLoad) {
     uint4* const slots = reinterpret_cast<uint4*>(this->shared + kBarriers);
-    for (int i = int(threadIdx.x); i < 2 * kSlot / kLoad; i += kThreads) slots[i] = {0, 0, 0, 0};
+    for (int i = int(threadIdx.x); i < 2 * kSlot / kLoad; i += Base::kBlock) slots[i] = {0, 0, 0, 0};
     this->begin(bytes);
   }
 
@@ -106,7 +107,7 @@ struct Gather : Cluster<T, m> {
   // Lanes of one quarter have the four units of two sequences: they put them together, and send them to a block each.
   __device__ void published_all(int s) const {
     if (s >= all) return;
-    const int operand = this->slice * kWarps + this->warp, row = this->row, quarter = this->quarter;
+    const int operand = this->slice * warps + this->warp, row = this->row, quarter = this->quarter;
     const uint32_t one = swap_lanes(mine, 4);
     const uint32_t two = row & 1 ? mine << 16 | one : one << 16 | mine, other = swap_lanes(two, 8);
     const uint32_t low = row & 2 ? other : two, high = row & 2 ? two : other;
@@ -152,17 +153,18 @@ struct Gather : Cluster<T, m> {
   __device__ float sum(int, const Pair&, int gate) const { return sums[gate]; }
 };
 
-template <class T, int m>
-struct Scatter : Cluster<T, m> {
-  using Base = Cluster<T, m>;
-  static constexpr int kTargets = m / kWarps;  // of 16 units each, for which a warp multiplies
+template <class T, int m, int warps>
+struct Scatter : Cluster<T, m, warps> {
+  using Base = Cluster<T, m, warps>;
+  static constexpr int kTargets = m / warps;  // of 16 units each, for which a warp multiplies
+  static constexpr int kOfBlock = warps / 4;  // of the targets: a block's
   int slot, bytes, now = 0;                    // bytes of one, and that a block receives; what is read
   uint32_t mine[2] = {};                       // gradients of the pair's gates
 
   __device__ Scatter(const Task& task, int, uint4* shared)
       : Base(task, shared),
-        slot(cluster_slot(true, m, task.plan.slices)),
-        bytes(task.plan.slices * 2 * 8 * this->sent_pairs() * kLoad) {
+        slot(cluster_slot(true, warps, m, task.plan.slices)),
+        bytes(task.plan.slices * kOfBlock * 8 * this->sent_pairs() * kLoad) {
     this->begin(bytes);
   }
 
@@ -187,20 +189,21 @@ struct Scatter : Cluster<T, m> {
     float c[kTargets][4] = {};
     const char* from = own(s) + operand_place(this->quarter, this->row);
 #pragma unroll
-    for (int k = 0; k < kWarps; ++k) {
+    for (int k = 0; k < warps; ++k) {
       const uint2 x = *reinterpret_cast<const uint2*>(from + k * 256);
 #pragma unroll
       for (int i = 0; i < kTargets; ++i) {
-        const uint32_t(&w)[4] = this->w[i * kWarps + k];
+        const uint32_t(&w)[4] = this->w[i * warps + k];
         mma(T(), c[i], w[0], w[1], w[2], w[3], x.x, x.y);
       }
     }
 #pragma unroll
     for (int i = 0; i < kTargets; ++i) {
       const int target = this->warp * kTargets + i;
-      if (target / 2 >= this->task.plan.slices) continue;
-      const Peer peer(this->shared, target / 2);
-      const int place = kBarriers + s % 2 * slot + ((this->slice * 2 + target % 2) * 32 + this->lane_) * kLoad;
+      if (target / kOfBlock >= this->task.plan.slices) continue;
+      const Peer peer(this->shared, target / kOfBlock);
+      const int at = (this->slice * kOfBlock + target % kOfBlock) * 32 + this->lane_;
+      const int place = kBarriers + s % 2 * slot + at * kLoad;
       if (this->sends(this->quarter)) {
         uint4 x;
         memcpy(&x, c[i], sizeof(x));
@@ -216,15 +219,15 @@ struct Scatter : Cluster<T, m> {
     const float* from = reinterpret_cast<const float*>(this->shared + kBarriers + now % 2 * slot) + in_slot;
     float total[2] = {};
 #pragma unroll 4
-    for (int i = 0; i < m / 2; i += 2) {
-      if (i < this->task.plan.slices) total[0] += from[i * 2 * 128];
-      if (i + 1 < this->task.plan.slices) total[1] += from[(i + 1) * 2 * 128];
+    for (int i = 0; i < m / kOfBlock; i += 2) {
+      if (i < this->task.plan.slices) total[0] += from[i * Base::kBlock];
+      if (i + 1 < this->task.plan.slices) total[1] += from[(i + 1) * Base::kBlock];
     }
     return total[0] + total[1];
   }
 
  private:
-  __device__ char* own(int s) const { return this->shared + kBarriers + 2 * slot + s % 2 * kOwnGates; }
+  __device__ char* own(int s) const { return this->shared + kBarriers + 2 * slot + s % 2 * own_gates(warps); }
 };
 
 // Two numbers side by side, zero where they are not wanted.
@@ -233,8 +236,8 @@ __device__ uint32_t two_of(const T* from, bool first, bool second) {
   return uint32_t(first ? from[0].bits : 0) | uint32_t(second ? from[1].bits : 0) << 16;
 }
 
-template <class T, int m>
-__device__ void load_weights(const Forward& a, Gather<T, m>& team) {
+template <class T, int m, int warps>
+__device__ void load_weights(const Forward& a, Gather<T, m, warps>& team) {
   const int H = a.task.hidden;
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
   const bool whole = H % 4 == 0 && reinterpret_cast<uintptr_t>(w_hh) % 8 == 0;
@@ -259,16 +262,16 @@ __device__ void load_weights(const Forward& a, Gather<T, m>& team) {
 }
 
 // A lane's rows are the units 2r and 2r + 1 of 16, its part of the depth the four gates of one unit.
-template <class T, int m>
-__device__ void load_weights(const Backward& a, Scatter<T, m>& team) {
+template <class T, int m, int warps>
+__device__ void load_weights(const Backward& a, Scatter<T, m, warps>& team) {
   const int H = a.task.hidden;
   const T* w_hh = static_cast<const T*>(a.direction[team.direction].w_hh);
   const bool whole = H % 2 == 0 && reinterpret_cast<uintptr_t>(w_hh) % 4 == 0;
 #pragma unroll
-  for (int i = 0; i < m / kWarps; ++i) {
-    const int left = H - ((team.warp * (m / kWarps) + i) * 16 + team.row * 2);
+  for (int i = 0; i < m / warps; ++i) {
+    const int left = H - ((team.warp * (m / warps) + i) * 16 + team.row * 2);
 #pragma unroll
-    for (int k = 0; k < kWarps; ++k) {
+    for (int k = 0; k < warps; ++k) {
       const int unit = team.unit(k * 4 + team.quarter);
       uint32_t x[4];  // of a gate: both rows
 #pragma unroll
@@ -278,7 +281,7 @@ __device__ void load_weights(const Backward& a, Scatter<T, m>& team) {
         const bool second = wanted && left > 1;
         x[gate] = !whole ? two_of(from, wanted, second) : wanted ? *reinterpret_cast<const uint32_t*>(from) : 0;
       }
-      uint32_t(&w)[4] = team.w[i * kWarps + k];
+      uint32_t(&w)[4] = team.w[i * warps + k];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         w[half * 2] = (x[half * 2] & 0xffff) | x[half * 2 + 1] << 16;

@@ -215,6 +215,12 @@ struct WideOf<double> {
 template <class T>
 using Wide = typename WideOf<T>::type;
 
+// The gates of a unit, as they lie in memory: one load or store.
+template <class T>
+struct alignas(sizeof(T) > 4 ? 16 : 4 * sizeof(T)) Four {
+  T of[4];
+};
+
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline void narrow(float x, float& y) { y = x; }

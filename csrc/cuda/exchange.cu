@@ -88,7 +88,7 @@ void exchange_alone(const ExchangeAlone& a, void* stream) {
   const void* const function = reinterpret_cast<const void*>(kernel);
   check(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   if (a.cluster) check(name, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  const Launch how(a.cluster ? a.blocks : 0, !a.cluster, a.blocks * a.teams, shared, stream);
+  const Launch how(a.cluster ? a.blocks : 0, !a.cluster, a.blocks * a.teams, kWarps, shared, stream);
   if (!a.cluster)
     check(name, cudaMemsetAsync(a.workspace, 0xff, size_t(slot * a.steps * a.teams), how.config.stream));
   check(name, cudaLaunchKernelEx(&how.config, kernel, a));
@@ -97,14 +97,14 @@ void exchange_alone(const ExchangeAlone& a, void* stream) {
 int planes(int shared, void* stream) {
   const void* const function = reinterpret_cast<const void*>(through_cluster);
   const int alone = shared / 2 + 1;  // on a multiprocessor
-  const Launch one(kPlane, false, kPlane, alone);
+  const Launch one(kPlane, false, kPlane, kWarps, alone);
   int found = 0;
   if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess ||
       cudaOccupancyMaxActiveClusters(&found, through_cluster, &one.config) != cudaSuccess || !found) {
     cudaGetLastError();  // no planes then, and no error of the call that asked
     return 0;
   }
-  const Launch all(kPlane, true, found * kPlane, alone, stream);
+  const Launch all(kPlane, true, found * kPlane, kWarps, alone, stream);
   if (cudaLaunchKernelEx(&all.config, through_cluster, ExchangeAlone{true, kPlane, found, 0, 0, nullptr, nullptr}) ==
       cudaSuccess)
     return found;

@@ -9,7 +9,6 @@ struct Forward {
   static constexpr bool kBackward = false;
   Task task;
   RnnForward direction[2];
-  bool train;
 };
 
 // Out of W x + b in x, the recurrent sums, and the state before: gates in x, the next state in h and c.
@@ -44,7 +43,9 @@ __device__ void run_group(const Forward& a, Team& team) {
   V h[kPairs], c[kPairs], bias[kPairs];
   Pair pairs[kPairs];
   int place[kPairs];
-  T *gates_at[kPairs], *y_at[kPairs], *before_at[kPairs];  // in row 0
+  const T* x_at[kPairs];  // in row 0
+  T *y_at[kPairs], *before_at[kPairs];
+  Four<T>* gates_at[kPairs];
   V* c_at[kPairs];
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
@@ -56,8 +57,9 @@ __device__ void run_group(const Forward& a, Team& team) {
     team.publish(0, p, place[p], 0, h[p]);
     c[p] = cell == Cell::lstm ? widen(static_cast<const T*>(d.c0)[state]) : V(0);
     bias[p] = d.b_hn ? widen(static_cast<const T*>(d.b_hn)[pair.unit]) : V(0);
-    gates_at[p] = static_cast<T*>(d.gates) + keep(pair.sequence * d.gates_row + pair.unit);
+    x_at[p] = static_cast<const T*>(d.x) + keep(pair.sequence * d.x_row + pair.unit);
     y_at[p] = static_cast<T*>(d.y) + keep(pair.sequence * d.y_row + pair.unit);
+    if (d.gates) gates_at[p] = static_cast<Four<T>*>(d.gates) + keep(state);
     if (d.before) before_at[p] = static_cast<T*>(d.before) + state;
     if (d.c) c_at[p] = static_cast<V*>(d.c) + keep(state);
   }
@@ -68,7 +70,7 @@ __device__ void run_group(const Forward& a, Team& team) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       if (!pairs[p].owned || pairs[p].sequence >= step.alive) continue;
-      const T* from = gates_at[p] + step.row * d.gates_row;
+      const T* from = x_at[p] + step.row * d.x_row;
 #pragma unroll
       for (int g = 0; g < 4; ++g)
         if (g < gates) read[p][g] = from[int64_t(g) * H];
@@ -81,10 +83,8 @@ __device__ void run_group(const Forward& a, Team& team) {
     for (int p = 0; p < kPairs; ++p) {
       if (!pairs[p].owned || pairs[p].sequence >= step.alive) continue;
       y_at[p][step.row * d.y_row] = to<T>(h[p]);
-      if (!a.train || gates == 1) continue;
-      T* kept = gates_at[p] + step.row * d.gates_row;
-#pragma unroll
-      for (int g = 0; g < 4; ++g) kept[int64_t(g) * H] = to<T>(x[p][g]);
+      if (!d.gates) continue;
+      gates_at[p][step.row * H] = {to<T>(x[p][0]), to<T>(x[p][1]), to<T>(x[p][2]), to<T>(x[p][3])};
       if (cell == Cell::lstm) c_at[p][step.row * H] = c[p];
     }
   };

@@ -15,7 +15,7 @@ template <class A>
 using Kernel = void (*)(A);
 
 template <class Team, class A>
-__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ A a) {
+__global__ void __launch_bounds__(Team::kBlock, 1) kernel(const __grid_constant__ A a) {
   FASTLM_DYNAMIC_SHARED(shared);
   if constexpr (kClusters || !Team::kCluster) {
     Team team(a.task, A::kBackward ? gates_of(a.task.cell) : 1, shared);
@@ -51,9 +51,10 @@ void take_grid(const Plan& plan, Kernels& found) {
   if constexpr (tiles_exist(P::kTensorCore, true, m, n)) found.backward = kernel<Team<P, false>, Backward>;
 }
 
-template <class T, int m>
+template <class T, int m, int warps>
 void take_cluster(const Plan& plan, Kernels& found) {
-  if (plan.m_tiles == m) found = {kernel<Gather<T, m>, Forward>, kernel<Scatter<T, m>, Backward>};
+  if (plan.m_tiles == m && plan.warps == warps)
+    found = {kernel<Gather<T, m, warps>, Forward>, kernel<Scatter<T, m, warps>, Backward>};
 }
 
 template <class T, int m, int n>
@@ -73,8 +74,9 @@ Kernels choose(const Plan& plan) {
   if (plan.exchange == Exchange::grid) choose_grid<Product, T>(plan, found, std::make_integer_sequence<int, 9>());
   if constexpr (sizeof(T) == 2) {
     if (plan.exchange == Exchange::cluster) {
-      take_cluster<T, 16>(plan, found);
-      take_cluster<T, 32>(plan, found);
+      take_cluster<T, 16, kWarps / 2>(plan, found);
+      take_cluster<T, 16, kWarps>(plan, found);
+      take_cluster<T, 32, kWarps>(plan, found);
     }
     if (plan.exchange == Exchange::plane) {
       take_plane<T, kPlaneTiles[0], 1>(plan, found);

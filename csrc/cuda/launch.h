@@ -22,7 +22,7 @@ struct Launch {
   cudaLaunchConfig_t config{};
 
   // `cluster`: blocks of one, or 0. `together`: all blocks of the launch wait for each other.
-  Launch(int cluster, bool together, int blocks, int shared, void* stream = nullptr) {
+  Launch(int cluster, bool together, int blocks, int warps, int shared, void* stream = nullptr) {
     if (cluster) {
       cudaLaunchAttribute& a = attributes[config.numAttrs++];
       a.id = cudaLaunchAttributeClusterDimension;
@@ -35,7 +35,7 @@ struct Launch {
       a.val.cooperative = 1;
     }
     config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(unsigned(32 * warps));
     config.dynamicSmemBytes = size_t(shared);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;

@@ -12,9 +12,9 @@
 // - on a grid, through L2: all blocks of the launch are on the chip together, `teams` teams of each direction, and each
 //   takes group after group;
 // - LSTM and GRU of few units in 16 bits in clusters (cluster.h), whose blocks write into each other's shared memory: a
-//   block owns 32 units and its weights stay in registers, `m_tiles` products of 16 x 16 a warp; backward its depth is
-//   its own gates, and what blocks send each other are sums. A group has its own team, a cluster each, and clusters
-//   that find no place yet wait for their turn;
+//   warp owns 4 units, a block has 8 warps or, for few units and sequences, 4. Weights stay in registers, `m_tiles`
+//   products of 16 x 16 a warp; backward its depth is its own gates, and what blocks send each other are sums. A group
+//   has its own team, a cluster each, and clusters that find no place yet wait for their turn;
 // - large ones of few sequences backward on a plane of clusters (plane.h): sums go through shared memory and what is
 //   published through L2; a block's depth is one part in `ranks` of all.
 #pragma once
@@ -30,7 +30,7 @@ namespace fastlm::cuda {
 
 enum class Number : int { f32, f64, tf32, bf16, fp16 };  // tf32: float32, whose products are rounded to TF32
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kWarps = 8, kThreads = 32 * kWarps;  // of a block, but for some of clusters
 constexpr int kSpan = 32;     // units
 constexpr int kLoad = 16;     // bytes that a thread loads at a time
 constexpr int kChunk = 64;    // bytes of a row's depth, the least that a warp takes
@@ -59,6 +59,7 @@ struct Plan {
   Exchange exchange;     // how a team exchanges
   bool held;             // on a grid: whether a warp's weights stay in registers
   int ranks;             // blocks of a hardware cluster; 0: there are none. Of a plane, less than `slices`
+  int warps;             // of a block
   int m_tiles, n_tiles;  // of a block's product
   int units, slices;     // units of a block; blocks of a team
   int groups, teams;     // of each direction
@@ -118,6 +119,7 @@ constexpr Plan plan_grid(const Layer& l, bool backward, const Chip& chip, int m_
   const int gates = gates_of(l.cell), sequences = 8 * n_tiles, number = size_of(l.number);
   Plan p{};
   p.exchange = Exchange::grid;
+  p.warps = kWarps;
   p.m_tiles = m_tiles;
   p.n_tiles = n_tiles;
   const int owned = pairs_of(backward, m_tiles, n_tiles) * kThreads;
@@ -144,29 +146,31 @@ constexpr Plan plan_grid(const Layer& l, bool backward, const Chip& chip, int m_
 // What a block of cluster.h keeps in shared memory: two barriers and what it is sent of two steps, backward its own
 // gates of two steps besides.
 constexpr int kBarriers = 128;  // bytes, in front
-FASTLM_INLINE constexpr int cluster_slot(bool backward, int m_tiles, int slices) {
-  return backward ? slices * 2 * 32 * kLoad : m_tiles * 256;
+FASTLM_INLINE constexpr int cluster_slot(bool backward, int warps, int m_tiles, int slices) {
+  return backward ? slices * warps * 128 : m_tiles * 256;
 }
-constexpr int kOwnGates = kWarps * 256;  // bytes of a step and 8 sequences
+FASTLM_INLINE constexpr int own_gates(int warps) { return warps * 256; }  // bytes of a step and 8 sequences
 
 // Clocks of a step in clusters, by which the same H200 has them cheaper than a grid where they were faster.
 constexpr double cluster_clocks(const Layer& l, bool backward, const Plan& p) {
-  const double received = std::min(8, l.batch) * (backward ? p.slices * 128 : l.hidden * 2);
-  return (backward ? 1500 : 1250) + received / 7.5 + 25 * p.m_tiles;
+  const double received = std::min(8, l.batch) * (backward ? l.hidden * 4 : l.hidden * 2);
+  return (backward ? 1300 : 1050) + 25 * p.warps + received / 7.5 + 25 * p.m_tiles;
 }
 
-// The plan of clusters; its `blocks` is 0 where it does not fit.
-constexpr Plan plan_cluster(const Layer& l, bool backward, const Chip& chip) {
+// The plan of clusters of blocks of `warps` warps; its `blocks` is 0 where it does not fit.
+constexpr Plan plan_cluster(const Layer& l, bool backward, const Chip& chip, int warps) {
   Plan p{};
   p.exchange = Exchange::cluster;
+  p.warps = warps;
   p.m_tiles = l.hidden <= 256 ? 16 : 32;
   p.n_tiles = 1;
-  p.units = kSpan;
+  p.units = 4 * warps;
   p.slices = p.ranks = divide_up(l.hidden, p.units);
   p.groups = p.teams = divide_up(l.batch, 8);
   p.depth = p.row = 16 * p.m_tiles;
-  const int shared = kBarriers + 2 * cluster_slot(backward, p.m_tiles, p.slices) + (backward ? 2 * kOwnGates : 0);
-  if (gates_of(l.cell) == 1 || size_of(l.number) != 2 || l.hidden > 512 || p.slices > chip.cluster ||
+  const int shared =
+      kBarriers + 2 * cluster_slot(backward, warps, p.m_tiles, p.slices) + (backward ? 2 * own_gates(warps) : 0);
+  if (gates_of(l.cell) == 1 || size_of(l.number) != 2 || l.hidden > 64 * warps || p.slices > chip.cluster ||
       shared > chip.shared)
     return p;
   p.turns = divide_up(l.directions * p.groups, std::max(1, chip.multiprocessors / kTogether) * (kTogether / p.slices));
@@ -191,6 +195,7 @@ constexpr Plan plan_plane(const Layer& l, const Chip& chip, int m_tiles, int n_t
   const int clusters = divide_up(l.hidden, rows);
   Plan p{};
   p.exchange = Exchange::plane;
+  p.warps = kWarps;
   p.m_tiles = m_tiles;
   p.n_tiles = n_tiles;
   p.ranks = kPlane;
@@ -224,7 +229,7 @@ constexpr Plan plan(const Layer& l, bool backward, const Chip& chip) {
     for (const int n_tiles : kTiles)
       if (tiles_exist(by_tensor_core(l.number), backward, m_tiles, n_tiles))
         take(plan_grid(l, backward, chip, m_tiles, n_tiles));
-  take(plan_cluster(l, backward, chip));
+  for (const int warps : {kWarps / 2, kWarps}) take(plan_cluster(l, backward, chip, warps));
   for (const int m_tiles : kPlaneTiles)
     for (const int n_tiles : {1, 2})
       if (backward) take(plan_plane(l, chip, m_tiles, n_tiles));

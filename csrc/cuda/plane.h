@@ -18,6 +18,7 @@ struct Plane {
   using P = P_;
   using T = typename P::Number;
   static constexpr bool kCluster = true;
+  static constexpr int kBlock = kThreads;
   static constexpr int kOwned = P::kRows / kPlane;  // rows of an owner
   static constexpr int kPart = P::kSequences * part_row(P::kRows / 16), kSlot = P::kRows * P::kSequences;
   static constexpr int kGroups = kSlot / 4;  // of four rows of a sequence: what a thread adds up at a time

@@ -37,7 +37,7 @@ bool fits(const char* name, Kernel<A> kernel, const Plan& plan, const Chip& chip
   permit(name, kernel, plan.ranks, chip.shared);
   int found = 0;
   if (plan.ranks) {
-    const Launch launch(plan.ranks, false, plan.blocks, plan.shared);
+    const Launch launch(plan.ranks, false, plan.blocks, plan.warps, plan.shared);
     check(name, cudaOccupancyMaxActiveClusters(&found, kernel, &launch.config));
     return found * plan.ranks >= (plan.exchange == Exchange::cluster ? 1 : plan.blocks);  // or each cluster by itself
   }
@@ -61,7 +61,7 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
     for (int64_t t = 0; t < pass.steps; ++t)
       for (int64_t b = 0; b < pass.batch_sizes[t]; ++b) task.lengths[b] = int(t) + 1;
   }
-  const Launch how(found.ranks, found.exchange != Exchange::cluster, found.blocks, found.shared, stream);
+  const Launch how(found.ranks, found.exchange != Exchange::cluster, found.blocks, found.warps, found.shared, stream);
   if (found.workspace)
     check(name, cudaMemsetAsync(pass.workspace, 0xff, size_t(found.workspace * pass.steps), how.config.stream));
   check(name, cudaLaunchKernelEx(&how.config, kernel, a));
@@ -69,10 +69,9 @@ void launch(const char* name, const RnnPass& pass, bool backward, Kernel<A> Kern
 
 }  // namespace
 
-void rnn_forward(const RnnPass& pass, const RnnForward* directions, bool train, void* stream) {
+void rnn_forward(const RnnPass& pass, const RnnForward* directions, void* stream) {
   Forward a{};
   std::copy_n(directions, pass.layer.directions, a.direction);
-  a.train = train;
   launch("rnn_forward", pass, false, &Kernels::forward, a, stream);
 }
 
@@ -100,7 +99,7 @@ int largest_cluster(int shared) {
   check("largest_cluster", cudaFuncGetAttributes(&built, kernel));
   if (built.ptxVersion < 90) return 0;  // the code that runs here was written for older GPUs
   permit("largest_cluster", kernel, true, shared);
-  const Launch launch(found.ranks, false, found.blocks, found.shared);
+  const Launch launch(found.ranks, false, found.blocks, found.warps, found.shared);
   int blocks = 0;
   check("largest_cluster", cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &launch.config));
   return std::min(blocks, kMost);

@@ -26,11 +26,12 @@ struct RnnPass {
   void* workspace;             // plan(layer, backward, chip).workspace · T bytes, aligned to 16
 };
 
-// Of one direction; the second one reads the sequences from their ends. Rows of `gates` and `y` may lie apart.
+// Of one direction; the second one reads the sequences from their ends. Rows of `x` and `y` may lie apart.
 struct RnnForward {
   const void* w_hh;   // [G·H, H]
   const void* b_hn;   // [H] GRU only; null: zero
-  void* gates;        // [N, S·H] in and out as in ../rnn.h
+  const void* x;      // [N, G·H] W_ih x + b; may be y
+  void* gates;        // [N, H, 4] out, LSTM and GRU in training, else null: those of ../rnn.h, a unit's side by side
   const void* h0;     // [B, H]
   const void* c0;     // [B, H] LSTM only
   void* y;            // [N, H] out
@@ -38,13 +39,13 @@ struct RnnForward {
   void* before;       // [N, H] out: h of the step before; packed sequences in training, else null
   void* hn;           // [B, H] out
   void* cn;           // [B, H] out, LSTM only
-  int64_t gates_row;  // numbers from one row of gates to the next
+  int64_t x_row;      // numbers from one row of x to the next
   int64_t y_row;      // the same of y
 };
 
 struct RnnBackward {
   const void* w_hh;    // [G·H, H]
-  const void* gates;   // [N, 4·H] as the forward pass left them; Elman: null
+  const void* gates;   // [N, H, 4] as the forward pass left them; Elman: null
   const void* y;       // [N, H]
   const void* c;       // [N, H] as the forward pass left it, LSTM only
   const void* h0;      // [B, H]
@@ -61,7 +62,7 @@ struct RnnBackward {
 
 // `directions` are layer.directions structs. Throws std::runtime_error where the plan does not fit the GPU or CUDA
 // refuses the launch.
-void rnn_forward(const RnnPass&, const RnnForward* directions, bool train, void* stream);
+void rnn_forward(const RnnPass&, const RnnForward* directions, void* stream);
 void rnn_backward(const RnnPass&, const RnnBackward* directions, void* stream);
 
 // Whether the current GPU holds the blocks of the pass that wait for each other at a time.

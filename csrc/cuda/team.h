@@ -107,6 +107,7 @@ struct Team {
   using T = typename P::Number;
   using X = Grid<T, sparing>;
   static constexpr bool kCluster = false;
+  static constexpr int kBlock = kThreads;
   template <class A>
   static constexpr int kPairs = pairs_of(A::kBackward, P::kRows / 16, P::kSequences / 8);
   const Task& task;

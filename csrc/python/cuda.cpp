@@ -41,7 +41,7 @@ void define_cuda(py::module_ m) {
           if (!p.blocks) return py::none();
           using py::literals::operator""_a;
           return py::dict("exchange"_a = int(p.exchange), "held"_a = p.held, "ranks"_a = p.ranks,
-                          "m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles, "units"_a = p.units,
+                          "warps"_a = p.warps, "m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles, "units"_a = p.units,
                           "slices"_a = p.slices, "groups"_a = p.groups, "teams"_a = p.teams,
                           "turns"_a = p.turns, "depth"_a = p.depth, "row"_a = p.row,
                           "blocks"_a = p.blocks, "shared"_a = p.shared, "workspace"_a = p.workspace,
@@ -78,19 +78,19 @@ void define_cuda(py::module_ m) {
   };
   m.def("rnn_forward",
         [=](const py::tuple& layer, const py::tuple& chip, int64_t steps, uintptr_t batch_sizes, uintptr_t workspace,
-            const std::vector<std::tuple<py::tuple, int64_t, int64_t>>& directions, bool train, uintptr_t stream) {
+            const std::vector<std::tuple<py::tuple, int64_t, int64_t>>& directions, uintptr_t stream) {
           const cuda::RnnPass pass = pass_of(layer, chip, steps, batch_sizes, workspace);
           if (int(directions.size()) != pass.layer.directions) throw std::invalid_argument("rnn: directions");
           cuda::RnnForward d[2] = {};
           for (size_t i = 0; i < directions.size(); ++i) {
-            const Pack a("rnn_forward", std::get<0>(directions[i]), 10);
-            d[i] = {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], std::get<1>(directions[i]),
-                    std::get<2>(directions[i])};
+            const Pack a("rnn_forward", std::get<0>(directions[i]), 11);
+            d[i] = {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10],
+                    std::get<1>(directions[i]), std::get<2>(directions[i])};
           }
           py::gil_scoped_release release;
-          cuda::rnn_forward(pass, d, train, pointer<void>(stream));
+          cuda::rnn_forward(pass, d, pointer<void>(stream));
         },
-        "Queue RnnForward on a stream; a direction is (addresses, gates_row, y_row), in the order of its fields.");
+        "Queue RnnForward on a stream; a direction is (addresses, x_row, y_row), in the order of its fields.");
   m.def("rnn_backward",
         [=](const py::tuple& layer, const py::tuple& chip, int64_t steps, uintptr_t batch_sizes, uintptr_t workspace,
             const std::vector<std::tuple<py::tuple, int64_t, int64_t>>& directions, uintptr_t stream) {

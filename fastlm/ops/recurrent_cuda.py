@@ -105,24 +105,23 @@ class CudaLayers:
         y = rows.new_empty(rows.shape[0], count * hidden)
         last = [torch.empty_like(s) for s in hx]
         saved = self.saved(y, batch_sizes, hidden, count) if train else {}
-        gates = saved.get("gates")
-        if gates is None:  # an Elman network's turn into y
-            gates = y.view(y.shape[0], count, hidden).transpose(0, 1) if self.gates == 1 else y.new_empty(
-                count, y.shape[0], wide)
+        # W x + b; an Elman network's turns into y.
+        projected = y.view(y.shape[0], count, hidden).transpose(0, 1) if self.gates == 1 else y.new_empty(
+            count, y.shape[0], wide)
         hold, launched = [], []
         for d, (w_ih, w_hh, b_ih, b_hh) in enumerate(weights):
             bias, b_hn = split_biases(self.cell, b_ih, b_hh)
             if bias is None:
-                torch.mm(rows, w_ih.t(), out=gates[d, :, :wide])
+                torch.mm(rows, w_ih.t(), out=projected[d])
             else:
-                torch.addmm(bias, rows, w_ih.t(), out=gates[d, :, :wide])
+                torch.addmm(bias, rows, w_ih.t(), out=projected[d])
             hold += [w_hh.contiguous(), b_hn]
             of = {name: t[d] for name, t in saved.items()}
-            launched.append((addresses(hold[-2], b_hn, gates[d], *pair([s[d] for s in hx]), y[:, d * hidden:],
-                                       of.get("c"), of.get("before"), *pair([s[d] for s in last])),
-                             gates.stride(1), y.stride(0)))
+            launched.append((addresses(hold[-2], b_hn, projected[d], of.get("gates"), *pair([s[d] for s in hx]),
+                                       y[:, d * hidden:], of.get("c"), of.get("before"), *pair([s[d] for s in last])),
+                             projected.stride(1), y.stride(0)))
         if batch:
-            self.launch("rnn_forward", exchange, y, hx[0].shape, x, batch_sizes, launched, train)
+            self.launch("rnn_forward", exchange, y, hx[0].shape, x, batch_sizes, launched)
         return [y.view(*x.shape[:-1], count * hidden), *last, *saved.values()]
 
     def saved(self, y, batch_sizes, hidden, count):
@@ -203,7 +202,7 @@ class CudaLayers:
         hx, params = [s.contiguous() for s in rest[:self.states]], rest[self.states:]
         return x, batch_sizes, hx, [params[i: i + 4] for i in range(0, len(params), 4)]
 
-    def launch(self, name, exchange, y, shape, x, batch_sizes, directions, *options):
+    def launch(self, name, exchange, y, shape, x, batch_sizes, directions):
         """Queue a pass on PyTorch's current stream."""
         count, batch, hidden = shape
         steps, sizes = recurrent.steps_of(self.cell, x, batch_sizes, batch)
@@ -214,7 +213,7 @@ class CudaLayers:
             if plan is None:
                 raise RuntimeError(f"{name}: {hidden} units do not fit this GPU (exchange: {exchange})")
             workspace = y.new_empty(plan["workspace"] * steps, dtype=torch.uint8)
-            getattr(self.native.cuda, name)(layer, chip, steps, sizes, workspace.data_ptr(), directions, *options,
+            getattr(self.native.cuda, name)(layer, chip, steps, sizes, workspace.data_ptr(), directions,
                                             torch.cuda.current_stream().cuda_stream)
 
 
