@@ -37,7 +37,7 @@ CHEAPEST, GRID, CLUSTER, PLANE = range(4)
 CHIPS = {"A100": (108, 163 << 10, 0, 0), "H100 PCIe": (114, 227 << 10, 16, 13), "H100": (132, 227 << 10, 16, 15),
          "B200": (148, 227 << 10, 16, 16), "slice": (16, 227 << 10, 8, 1)}
 KERNELS = 8 + 6  # of a format by tensor cores: forward and backward on a grid
-NARROW = 8 + 2 + 2 + 4  # besides, of one of 16 bits: forward with weights in registers, in clusters, on planes
+NARROW = 2 * 8 + 3 + 3 + 4  # besides, of one of 16 bits: forward with weights in registers, in clusters, on planes
 
 
 def reports(sources, targets, folder):
@@ -198,12 +198,15 @@ def test_emulated_kernels_obey_the_error_rule(emulated, request):
     assert len(found) == 3 * (7 + 2 * (7 + 2) + 3 * (1 + 2) + 2) + 2 + 6 + 3 + 2 * (8 + 2 + 1 + 6 + 1 + 1) + \
         (1 + 2 + 4 if deep else 0)
     assert len(re.findall("^exchanged", printed, re.M)) == 3
-    ran = set(re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d) (\d)$", printed, re.M))
+    kinds = re.findall(r"^tiles rnn_(\w+) (\w+) 3 (\d+) (\d) (\d) (\d)$", printed, re.M)
+    ran = {kind[:4] for kind in kinds}
     assert ran >= {("forward", "grid", m, n) for m in "124" for n in "124" if m + n != "44"}, ran
     assert ran >= {("backward", "grid", m, n) for m, n in ("11", "12", "14", "21", "22", "41")}, ran
     assert ran >= {("backward", "plane", m, n) for m in "46" for n in "12"}, ran
-    ran = set(re.findall(r"^tiles rnn_(\w+) cluster 3 (\d+) 1$", printed, re.M))
-    assert ran == {(way, m) for way in ("forward", "backward") for m in ("16", "32")}
+    ran = {(way, m, warps) for way, exchange, m, _, warps, _ in kinds if exchange == "cluster"}
+    assert ran == {(way, *kind) for way in ("forward", "backward") for kind in (("16", "4"), ("16", "8"), ("32", "8"))}
+    ran = {(m, n) for way, exchange, m, n, _, abreast in kinds if exchange == "grid" and abreast == "2"}
+    assert len(ran) > 3, ran
 
 
 @pytest.mark.parametrize("omitted", ["FASTLM_EMULATED_BARRIERS", "FASTLM_EMULATED_WAITS"])
@@ -256,6 +259,7 @@ def test_plans_on_a_grid(emulated, tmp_path):
         assert 1 <= plan["teams"] <= plan["groups"] <= plan["teams"] * plan["turns"]
         assert plan["depth"] == plan["row"] == -(-hidden // 32) * 32 * (gates if backward else 1)
         assert plan["held"] == (not backward and size == 2 and hidden <= 1024)
+        assert plan["abreast"] == (2 if plan["held"] and plan["teams"] < plan["groups"] else 1)
         weights = 16 * plan["m_tiles"] * (plan["depth"] * size + (0 if tensor_core else 16))
         sums = 8 * sequences * (16 * plan["m_tiles"] + 4) * max(4, size)
         assert plan["shared"] == weights + sums <= chip[1]
@@ -272,13 +276,13 @@ def test_plans_of_clusters(emulated, tmp_path):
         if plan is None:
             assert cell == 2 or SIZES[number] == 4 or hidden > 32 * min(chip[2], 16)
             continue
-        assert plan["exchange"] == CLUSTER and plan["units"] == 32
+        assert plan["exchange"] == CLUSTER and plan["units"] == 4 * plan["warps"]
         assert hidden <= plan["depth"] == 16 * plan["m_tiles"]
-        assert plan["slices"] == plan["ranks"] == -(-hidden // 32) <= min(chip[2], plan["m_tiles"] // 2)
+        assert plan["slices"] == plan["ranks"] == -(-hidden // plan["units"]) <= min(chip[2], 16)
         assert plan["teams"] == plan["groups"] == -(-batch // 8)
         assert plan["blocks"] == directions * plan["teams"] * plan["slices"]
         assert plan["workspace"] == 0
-        received = 1024 * plan["slices"] + 2048 if backward else 256 * plan["m_tiles"]
+        received = plan["warps"] * (128 * plan["slices"] + 256) if backward else 256 * plan["m_tiles"]
         assert 128 + 2 * received <= plan["shared"] <= chip[1] < 2 * plan["shared"]
 
 

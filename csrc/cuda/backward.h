@@ -80,7 +80,7 @@ __device__ void run_group(const Backward& a, Team& team) {
   T* dgates_at[kPairs];
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const Pair& pair = pairs[p] = team.pair(p);
+    const Pair& pair = pairs[p] = team.pair(p, 0);
     if (!pair.owned) continue;
     const int64_t state = int64_t(pair.sequence) * H + pair.unit, in_y = pair.sequence * d.y_row + pair.unit;
     dh[p] = widen(static_cast<const T*>(d.dhn)[state]);
@@ -134,7 +134,7 @@ __device__ void run_group(const Backward& a, Team& team) {
   read_step(now, before, 0);
   for (int i = 0;; ++i) {
     if (i > 0)
-      team.template multiply<8>(i - 1, lane, chunks, [&] {
+      team.template multiply<8>(i - 1, 0, lane, chunks, [&] {
         read_step(now, before, done.alive);
         store_step(done);
       });
@@ -152,7 +152,7 @@ __device__ void run_group(const Backward& a, Team& team) {
 #pragma unroll
       for (int g = 0; g < 4; ++g)
         if (g < team.gates)
-          team.publish(i, p, place[p], g, pair.sequence < now.alive ? kept[p].gates[g] : V(0));
+          team.publish(i, 0, p, place[p], g, pair.sequence < now.alive ? kept[p].gates[g] : V(0));
     }
     team.published_all(i);
     done = now;

@@ -29,7 +29,7 @@ template <class T_, int m_, int warps_>
 struct Cluster {
   using T = T_;
   static constexpr bool kCluster = true;
-  static constexpr int kBlock = 32 * warps_, kUnits = 4 * warps_;
+  static constexpr int kBlock = 32 * warps_, kUnits = 4 * warps_, kAbreast = 1;
   template <class A>
   static constexpr int kPairs = 1;
   const Task& task;
@@ -55,8 +55,8 @@ struct Cluster {
   __device__ int chunks() const { return 0; }
   __device__ int place(int, int, int) const { return 0; }
   __device__ int unit(int local) const { return slice * kUnits + local; }
-  __device__ int first() const { return group * 8; }
-  __device__ int sequences() const { return min(task.batch - first(), 8); }
+  __device__ int first(int = 0) const { return group * 8; }
+  __device__ int sequences(int = 0) const { return min(task.batch - first(), 8); }
   __device__ int steps() const { return task.packed ? task.lengths[first()] : task.steps; }
 
  protected:
@@ -97,10 +97,10 @@ struct Gather : Cluster<T, m, warps> {
     this->begin(bytes);
   }
 
-  __device__ Pair pair(int) const {
+  __device__ Pair pair(int, int) const {
     return {*this, this->warp * 4 + this->row % 4, this->quarter * 2 + this->row / 4};
   }
-  __device__ void publish(int, int, int, int, float value) {
+  __device__ void publish(int, int, int, int, int, float value) {
     const T x = to<T>(value);
     mine = x.bits;
   }
@@ -125,10 +125,10 @@ struct Gather : Cluster<T, m, warps> {
   }
 
   template <int, class Meanwhile>
-  __device__ void multiply(int s, int, int, const Meanwhile& meanwhile) {
+  __device__ void multiply(int s, int, int, int, const Meanwhile& meanwhile) {
     meanwhile();
     this->receive(s, bytes);
-    constexpr int kChains = kWide ? 4 : 2;  // products that do not wait for each other
+    constexpr int kChains = kWide ? 8 : 2;  // products that do not wait for each other
     float c[kChains][4] = {};
     const char* from = this->shared + kBarriers + s % 2 * kSlot + operand_place(this->quarter, this->row);
 #pragma unroll
@@ -168,11 +168,11 @@ struct Scatter : Cluster<T, m, warps> {
     this->begin(bytes);
   }
 
-  __device__ Pair pair(int) const {
+  __device__ Pair pair(int, int) const {
     const int lane = this->lane_;
     return {*this, this->warp * 4 + lane / 16 * 2 + lane % 4 / 2, lane / 4 % 4 * 2 + lane % 2};
   }
-  __device__ void publish(int, int, int, int gate, float value) {
+  __device__ void publish(int, int, int, int, int gate, float value) {
     const uint32_t bits = to<T>(value).bits;
     uint32_t& two = mine[gate / 2];
     two = gate % 2 ? two | bits << 16 : bits;
@@ -185,7 +185,7 @@ struct Scatter : Cluster<T, m, warps> {
   }
 
   template <int, class Meanwhile>
-  __device__ void multiply(int s, int, int, const Meanwhile& meanwhile) {
+  __device__ void multiply(int s, int, int, int, const Meanwhile& meanwhile) {
     float c[kTargets][4] = {};
     const char* from = own(s) + operand_place(this->quarter, this->row);
 #pragma unroll

@@ -66,6 +66,18 @@ FASTLM_MMA(Fp16, "m16n8k16", "f16")
 FASTLM_MMA(float, "m16n8k8", "tf32")
 #undef FASTLM_MMA
 
+// 2^x and 1/x with an error of two units in the last place; what is below the normal numbers is zero.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline void sync_warp() { __syncwarp(); }
 // What the lane whose number differs in the bits of `other` holds.
 __device__ inline uint32_t swap_lanes(uint32_t x, int other) { return __shfl_xor_sync(0xffffffff, x, other); }

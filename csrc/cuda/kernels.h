@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(Team::kBlock, 1) kernel(const __grid_constant_
   if constexpr (kClusters || !Team::kCluster) {
     Team team(a.task, A::kBackward ? gates_of(a.task.cell) : 1, shared);
     load_weights(a, team);
-    for (int group = team.team; group < a.task.plan.groups; group += a.task.plan.teams) {
+    for (int group = team.team; group < a.task.plan.groups;
+         group += a.task.plan.teams * Team::kAbreast) {
       team.take(group);
       run_group(a, team);
     }
@@ -46,7 +47,8 @@ void take_grid(const Plan& plan, Kernels& found) {
   if constexpr (tiles_exist(P::kTensorCore, false, m, n)) {
     found.forward = kernel<Team<P, false>, Forward>;
     if constexpr (sizeof(T) == 2)
-      if (plan.held) found.forward = kernel<Team<HeldProduct<T, m, n, kHeld>, true>, Forward>;
+      if (plan.held) found.forward = plan.abreast == 2 ? kernel<Team<HeldProduct<T, m, n, kHeld>, true, 2>, Forward>
+                                                       : kernel<Team<HeldProduct<T, m, n, kHeld>, true>, Forward>;
   }
   if constexpr (tiles_exist(P::kTensorCore, true, m, n)) found.backward = kernel<Team<P, false>, Backward>;
 }

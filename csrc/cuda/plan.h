@@ -58,6 +58,7 @@ struct Chip {
 struct Plan {
   Exchange exchange;     // how a team exchanges
   bool held;             // on a grid: whether a warp's weights stay in registers
+  int abreast;           // on a grid: groups that a team takes step by step in turn, else 1
   int ranks;             // blocks of a hardware cluster; 0: there are none. Of a plane, less than `slices`
   int warps;             // of a block
   int m_tiles, n_tiles;  // of a block's product
@@ -136,10 +137,11 @@ constexpr Plan plan_grid(const Layer& l, bool backward, const Chip& chip, int m_
   if (together == 0 || shared > chip.shared) return p;
   p.teams = std::min(p.groups, together);
   p.turns = divide_up(p.groups, p.teams);
+  p.abreast = p.held && p.turns > 1 ? 2 : 1;
   p.blocks = l.directions * p.teams * p.slices;
   p.shared = int(shared);
   p.workspace = l.directions * p.groups * slot_bytes(l, p);
-  p.cost = grid_clocks(l, backward, p) * p.turns;
+  p.cost = grid_clocks(l, backward, p) * p.turns * (p.abreast == 2 ? 0.6 : 1);
   return p;
 }
 
@@ -161,6 +163,7 @@ constexpr double cluster_clocks(const Layer& l, bool backward, const Plan& p) {
 constexpr Plan plan_cluster(const Layer& l, bool backward, const Chip& chip, int warps) {
   Plan p{};
   p.exchange = Exchange::cluster;
+  p.abreast = 1;
   p.warps = warps;
   p.m_tiles = l.hidden <= 256 ? 16 : 32;
   p.n_tiles = 1;
@@ -195,6 +198,7 @@ constexpr Plan plan_plane(const Layer& l, const Chip& chip, int m_tiles, int n_t
   const int clusters = divide_up(l.hidden, rows);
   Plan p{};
   p.exchange = Exchange::plane;
+  p.abreast = 1;
   p.warps = kWarps;
   p.m_tiles = m_tiles;
   p.n_tiles = n_tiles;

@@ -18,7 +18,7 @@ struct Plane {
   using P = P_;
   using T = typename P::Number;
   static constexpr bool kCluster = true;
-  static constexpr int kBlock = kThreads;
+  static constexpr int kBlock = kThreads, kAbreast = 1;
   static constexpr int kOwned = P::kRows / kPlane;  // rows of an owner
   static constexpr int kPart = P::kSequences * part_row(P::kRows / 16), kSlot = P::kRows * P::kSequences;
   static constexpr int kGroups = kSlot / 4;  // of four rows of a sequence: what a thread adds up at a time
@@ -43,7 +43,7 @@ struct Plane {
         part(reinterpret_cast<float*>(weights + P::place(P::kRows - 1, task.plan.depth - 1, task.plan.depth) + 1)),
         slots(part + kWarps * kPart),
         barriers(reinterpret_cast<uint64_t*>(shared)),
-        exchange(kPlane * P::kSequences * task.plan.row) {
+        exchange(task, kPlane * P::kSequences * task.plan.row) {
     if (threadIdx.x == 0)
       for (int s = 0; s < 2; ++s) {
         start_barrier(barriers + s);
@@ -63,7 +63,7 @@ struct Plane {
   __device__ int first_chunk() const { return int(threadIdx.x) / 32 * divide_up(all_chunks(), kWarps); }
   __device__ int chunks() const { return min(all_chunks() - first_chunk(), divide_up(all_chunks(), kWarps)); }
   __device__ typename P::Lane lane() const {
-    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), chunks(), sequences()};
+    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), chunks()};
   }
   // Of this block, and of the block of a rank of this cluster, or of a cluster and this block's rank.
   __device__ int unit(int local) const { return slice * task.plan.units + local; }
@@ -71,10 +71,10 @@ struct Plane {
   __device__ int unit_of_column(int place) const {
     return (place / task.plan.units * kPlane + rank) * task.plan.units + place % task.plan.units;
   }
-  __device__ int first() const { return group * P::kSequences; }
-  __device__ int sequences() const { return min(task.batch - first(), P::kSequences); }
+  __device__ int first(int = 0) const { return group * P::kSequences; }
+  __device__ int sequences(int = 0) const { return min(task.batch - first(), P::kSequences); }
   __device__ int steps() const { return task.packed ? task.lengths[first()] : task.steps; }
-  __device__ Pair pair(int p) const {
+  __device__ Pair pair(int p, int) const {
     const int index = int(threadIdx.x) + p * kThreads;
     return {*this, index % task.plan.units, index / task.plan.units};
   }
@@ -83,16 +83,16 @@ struct Plane {
   __device__ int place(int sequence, int unit, int gate) const {
     return column_place(sequence, slice / kPlane * task.plan.units + unit % task.plan.units, gate);
   }
-  __device__ void publish(int s, int, int place, int gate, float value) const {
+  __device__ void publish(int s, int, int, int place, int gate, float value) const {
     exchange.put(s, place + gate * kSpan, to<T>(value));
   }
   __device__ void published_all(int) const {}
   __device__ void finish() const {}
 
   template <int kChunks, class Meanwhile>
-  __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
+  __device__ void multiply(int s, int, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
     P::template multiply<Grid<T, true>, kChunks>(
-        lane, exchange.at(s) + rank * P::kSequences * task.plan.row + lane.published, chunks, meanwhile);
+        lane, exchange.at(s) + rank * P::kSequences * task.plan.row + lane.published, sequences(), chunks, meanwhile);
     __syncthreads();
     const int slot = slot_of(s) * kSlot;
 #pragma unroll
@@ -146,7 +146,7 @@ struct Plane {
     if (count == 0) return;
     for (int s = slice / kPlane; s < steps(); s += clusters)
       for (int i = int(threadIdx.x); i < sequences() * gates * count; i += kThreads)
-        publish(s, 0, column_place(i / count / gates, units + i % count, i / count % gates), 0, 0);
+        publish(s, 0, 0, column_place(i / count / gates, units + i % count, i / count % gates), 0, 0);
   }
 };
 

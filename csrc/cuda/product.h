@@ -89,23 +89,23 @@ struct TensorProduct {
     const uint4* weights;
     int64_t published;  // numbers from the first sequence's first
     int step;           // from one sequence to the eighth after it, in groups of kLoad bytes
-    int sequences;      // from the lane's first on
+    int row;            // the lane's first sequence
     float* part;
 
-    __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int, int sequences)
-        : Lane(weights, part, plan, first, sequences) {}
-    __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int sequences) {
-      const int lane = int(threadIdx.x) % 32, row = lane / 4, quarter = lane % 4;
+    __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int) : Lane(weights, part, plan, first) {}
+    __device__ Lane(const T* weights, float* part, const Plan& plan, int first) {
+      const int lane = int(threadIdx.x) % 32, quarter = lane % 4;
+      row = lane / 4;
       this->weights = reinterpret_cast<const uint4*>(weights) + first * m * 64 + lane;
       published = row * plan.row + (first * kChunk + quarter * kLoad) / int(sizeof(T));
       step = 8 * plan.row / (kLoad / int(sizeof(T)));
-      this->sequences = sequences - row;
       this->part = part + quarter * 2 * part_row(m) + row;
     }
   };
 
   template <class X, int kChunks, class Meanwhile>
-  __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
+  __device__ static void multiply(const Lane& lane, const T* published, int sequences, int chunks,
+                                  const Meanwhile& meanwhile) {
     // Chunks that are loaded at a time, as far as registers go and code stays in its cache.
     constexpr int kSteps = kChunks * n <= 16 ? kChunks : 16 / n;
     const uint4* a = lane.weights;
@@ -122,7 +122,7 @@ struct TensorProduct {
     if (kAhead && chunks > 0) load_weights(0);
     for (int chunk = 0; chunk < max(chunks, 1); chunk += kSteps) {
       uint4 x[kSteps][n];
-      load<X>(x, b + chunk * 4, lane.step, 4, chunks - chunk, [&](int j) { return 8 * j < lane.sequences; },
+      load<X>(x, b + chunk * 4, lane.step, 4, chunks - chunk, [&](int j) { return 8 * j + lane.row < sequences; },
               [&] { if (chunk == 0) meanwhile(); });
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
@@ -168,8 +168,8 @@ struct HeldProduct : TensorProduct<T, m, n> {
     uint4 w[held][m][2];
 
     // The weights are in shared memory by now.
-    __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int chunks, int sequences)
-        : Base::Lane(weights, part, plan, first, sequences) {
+    __device__ Lane(const T* weights, float* part, const Plan& plan, int first, int chunks)
+        : Base::Lane(weights, part, plan, first) {
 #pragma unroll
       for (int s = 0; s < held; ++s)
 #pragma unroll
@@ -181,10 +181,11 @@ struct HeldProduct : TensorProduct<T, m, n> {
   };
 
   template <class X, int, class Meanwhile>
-  __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
+  __device__ static void multiply(const Lane& lane, const T* published, int sequences, int chunks,
+                                  const Meanwhile& meanwhile) {
     uint4 x[held][n];
     load<X>(x, reinterpret_cast<const uint4*>(published), lane.step, 4, chunks,
-            [&](int j) { return 8 * j < lane.sequences; }, meanwhile);
+            [&](int j) { return 8 * j + lane.row < sequences; }, meanwhile);
     float sums[m][n][4] = {};
 #pragma unroll
     for (int s = 0; s < held; ++s) {
@@ -218,22 +219,23 @@ struct ScalarProduct {
     int width;          // from one row of weights to the next, in groups of kLoad bytes
     int64_t published;  // numbers from the first sequence's first
     int step;           // from one sequence to the fourth after it, in groups of kLoad bytes
-    int sequences;      // from the lane's first on
+    int column;         // the lane's first sequence
     T* part;
 
-    __device__ Lane(const T* weights, T* part, const Plan& plan, int first, int, int sequences) {
-      const int lane = int(threadIdx.x) % 32, row = lane / 4, column = lane % 4, k = first * kChunk / int(sizeof(T));
+    __device__ Lane(const T* weights, T* part, const Plan& plan, int first, int) {
+      const int lane = int(threadIdx.x) % 32, row = lane / 4, k = first * kChunk / int(sizeof(T));
+      column = lane % 4;
       width = plan.depth / kEach + 1;
       this->weights = reinterpret_cast<const uint4*>(weights + place(row, k, plan.depth));
       published = column * plan.row + k;
       step = 4 * plan.row / kEach;
-      this->sequences = sequences - column;
       this->part = part + column * part_row(m) + row;
     }
   };
 
   template <class X, int kChunks, class Meanwhile>
-  __device__ static void multiply(const Lane& lane, const T* published, int chunks, const Meanwhile& meanwhile) {
+  __device__ static void multiply(const Lane& lane, const T* published, int sequences, int chunks,
+                                  const Meanwhile& meanwhile) {
     constexpr int kSteps = kChunk / kLoad;
     const uint4* a = lane.weights;
     const uint4* b = reinterpret_cast<const uint4*>(published);
@@ -241,7 +243,7 @@ struct ScalarProduct {
     for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
       uint4 found[kSteps][2 * n];
       load<X>(found, b + chunk * kSteps, lane.step, 1, chunks > 0 ? kSteps : 0,
-              [&](int j) { return 4 * j < lane.sequences; }, [&] { if (chunk == 0) meanwhile(); });
+              [&](int j) { return 4 * j + lane.column < sequences; }, [&] { if (chunk == 0) meanwhile(); });
       if (chunks <= 0) break;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s)

@@ -69,13 +69,14 @@ struct Grid {
   static constexpr bool kSparing = sparing;
   T* published = nullptr;
   int slot;
+  int64_t next;  // from a group's numbers to those of the group that the team takes after it
 
-  __device__ explicit Grid(int slot) : slot(slot) {}
+  __device__ Grid(const Task& task, int slot) : slot(slot), next(int64_t(task.plan.teams) * task.steps * slot) {}
   __device__ void take(const Task& task, int group) {  // counted through all directions
     published = static_cast<T*>(task.published) + keep(int64_t(group) * task.steps * slot);
   }
-  __device__ T* at(int s) const { return published + int64_t(s) * slot; }
-  __device__ void put(int s, int place, T value) const { publish(at(s) + place, value); }
+  __device__ T* at(int s, int turn = 0) const { return published + turn * next + int64_t(s) * slot; }
+  __device__ void put(int s, int place, T value, int turn = 0) const { publish(at(s, turn) + place, value); }
   // The sums are read before the next step's are written. Not under a condition, even one that all threads share: ptxas
   // 13.0 joined it with the same one around `put`, let the threads of a warp meet again only behind both, and so they
   // came to the barrier apart: blocks waited for ever on an H200.
@@ -92,24 +93,25 @@ struct Pair {
 
   Pair() = default;
   template <class Team>
-  __device__ Pair(const Team& team, int local, int column)
+  __device__ Pair(const Team& team, int local, int column, int turn = 0)
       : local(local),
         column(column),
         unit(team.unit(local)),
-        sequence(team.first() + column),
-        owned(column < team.sequences() && unit < team.task.hidden) {}
+        sequence(team.first(turn) + column),
+        owned(column < team.sequences(turn) && unit < team.task.hidden) {}
 };
 
-// A block in its team on a grid, on one group of sequences.
-template <class P_, bool sparing>
+// A block in its team on a grid, on one group of sequences or, `abreast`, two: at each step one takes its turn after
+// the other, and what it publishes is on its way meanwhile.
+template <class P_, bool sparing, int abreast = 1>
 struct Team {
   using P = P_;
   using T = typename P::Number;
   using X = Grid<T, sparing>;
   static constexpr bool kCluster = false;
-  static constexpr int kBlock = kThreads;
+  static constexpr int kBlock = kThreads, kAbreast = abreast;
   template <class A>
-  static constexpr int kPairs = pairs_of(A::kBackward, P::kRows / 16, P::kSequences / 8);
+  static constexpr int kPairs = pairs_of(A::kBackward, P::kRows / 16, P::kSequences / 8);  // of a turn
   const Task& task;
   int gates;  // in a span of the depth
   int direction, team, slice, group = 0;
@@ -125,35 +127,36 @@ struct Team {
         slice(int(blockIdx.x) % task.plan.slices),
         weights(reinterpret_cast<T*>(shared)),
         part(reinterpret_cast<Wide<T>*>(weights + P::place(P::kRows - 1, task.plan.depth - 1, task.plan.depth) + 1)),
-        exchange(P::kSequences * task.plan.row) {}
+        exchange(task, P::kSequences * task.plan.row) {}
 
   __device__ void take(int next) {
     group = next;
     exchange.take(task, direction * task.plan.groups + next);
-    if (task.hidden % kSpan) publish_padding();
+    if (task.hidden % kSpan)
+      for (int turn = 0; turn < abreast; ++turn) publish_padding(turn);
     __syncthreads();  // the weights are there
   }
   // The warp's chunks of the depth, and where this thread begins.
   __device__ int first_chunk() const { return int(threadIdx.x) / 32 * divide_up(all_chunks(), kWarps); }
   __device__ int chunks() const { return min(all_chunks() - first_chunk(), divide_up(all_chunks(), kWarps)); }
   __device__ typename P::Lane lane() const {
-    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), chunks(), sequences()};
+    return {weights, part + int(threadIdx.x) / 32 * kPart, task.plan, first_chunk(), chunks()};
   }
   __device__ int unit(int local) const { return slice * task.plan.units + local; }
-  __device__ int first() const { return group * P::kSequences; }
-  __device__ int sequences() const { return min(task.batch - first(), P::kSequences); }
+  __device__ int first(int turn = 0) const { return (group + turn * task.plan.teams) * P::kSequences; }
+  __device__ int sequences(int turn = 0) const { return min(task.batch - first(turn), P::kSequences); }
   __device__ int steps() const { return task.packed ? task.lengths[first()] : task.steps; }  // of the longest
 
   // Where a number lies in what is published.
   __device__ int place(int sequence, int unit, int gate) const {
     return sequence * task.plan.row + (unit / kSpan * gates + gate) * kSpan + unit % kSpan;
   }
-  __device__ Pair pair(int p) const {
+  __device__ Pair pair(int p, int turn) const {
     const int index = int(threadIdx.x) + p * kThreads;
-    return {*this, index % task.plan.units, index / task.plan.units};
+    return {*this, index % task.plan.units, index / task.plan.units, turn};
   }
-  __device__ void publish(int s, int, int place, int gate, Wide<T> value) const {
-    exchange.put(s, place + gate * kSpan, P::operand(to<T>(value)));
+  __device__ void publish(int s, int turn, int, int place, int gate, Wide<T> value) const {
+    exchange.put(s, place + gate * kSpan, P::operand(to<T>(value)), turn);
   }
   __device__ void published_all(int) const { exchange.put_all(); }
   __device__ void finish() const {}
@@ -161,8 +164,9 @@ struct Team {
   // Multiplies with what was published s-th, up to kChunks chunks at a time; then sum() of a pair and gate is what came
   // out. Runs `meanwhile` where the block would only wait.
   template <int kChunks, class Meanwhile>
-  __device__ void multiply(int s, const typename P::Lane& lane, int chunks, const Meanwhile& meanwhile) const {
-    P::template multiply<X, kChunks>(lane, exchange.at(s) + lane.published, chunks, meanwhile);
+  __device__ void multiply(int s, int turn, const typename P::Lane& lane, int chunks,
+                           const Meanwhile& meanwhile) const {
+    P::template multiply<X, kChunks>(lane, exchange.at(s, turn) + lane.published, sequences(turn), chunks, meanwhile);
     __syncthreads();
   }
   __device__ Wide<T> sum(int, const Pair& pair, int gate) const {
@@ -179,11 +183,11 @@ struct Team {
   __device__ int all_chunks() const { return task.plan.depth * int(sizeof(T)) / kChunk; }
 
   // The depth from the last unit on is zero at all steps, of which the blocks of the team take some each.
-  __device__ void publish_padding() const {
+  __device__ void publish_padding(int turn) const {
     const int count = kSpan - task.hidden % kSpan;
     for (int s = slice; s < steps(); s += task.plan.slices)
-      for (int i = int(threadIdx.x); i < sequences() * gates * count; i += kThreads)
-        publish(s, 0, place(i / count / gates, task.hidden + i % count, i / count % gates), 0, 0);
+      for (int i = int(threadIdx.x); i < sequences(turn) * gates * count; i += kThreads)
+        publish(s, turn, 0, place(i / count / gates, task.hidden + i % count, i / count % gates), 0, 0);
   }
 };
 
@@ -196,8 +200,9 @@ struct Accurate {
 
 // Absolute errors below 1e-6: for gates that are rounded to 16 bits.
 struct Fast {
-  __device__ static float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
-  __device__ static float tanh(float x) { return 1 - __fdividef(2, 1 + __expf(2 * x)); }
+  static constexpr float kLog2E = 1.44269504f;
+  __device__ static float sigmoid(float x) { return reciprocal_fast(1 + exp2_fast(-kLog2E * x)); }
+  __device__ static float tanh(float x) { return 1 - 2 * reciprocal_fast(1 + exp2_fast(2 * kLog2E * x)); }
 };
 
 template <class T>

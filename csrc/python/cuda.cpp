@@ -40,7 +40,7 @@ void define_cuda(py::module_ m) {
           const cuda::Plan p = cuda::plan(l, backward, chip_of(chip));
           if (!p.blocks) return py::none();
           using py::literals::operator""_a;
-          return py::dict("exchange"_a = int(p.exchange), "held"_a = p.held, "ranks"_a = p.ranks,
+          return py::dict("exchange"_a = int(p.exchange), "held"_a = p.held, "abreast"_a = p.abreast, "ranks"_a = p.ranks,
                           "warps"_a = p.warps, "m_tiles"_a = p.m_tiles, "n_tiles"_a = p.n_tiles, "units"_a = p.units,
                           "slices"_a = p.slices, "groups"_a = p.groups, "teams"_a = p.teams,
                           "turns"_a = p.turns, "depth"_a = p.depth, "row"_a = p.row,

@@ -11,8 +11,8 @@
 
 #define FASTLM_DYNAMIC_SHARED(name) uint4* const name = emulation::dynamic_shared()
 
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float x, float y) { return x / y; }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 inline int min(int a, int b) { return std::min(a, b); }
 inline int max(int a, int b) { return std::max(a, b); }
 

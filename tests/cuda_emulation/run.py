@@ -3,7 +3,7 @@
 Usage: python run.py EXTENSION [SAMPLE], in a process of its own: the extension takes the place of `fastlm._native`.
 Samples that take tens of seconds are left out unless FASTLM_DEEP is set.
 Prints a line `op exchange format sample: ok` or `op exchange format sample: ERROR` for each call, then the tiles that
-ran, each as `tiles pass exchange format rows sequences`.
+ran, each as `tiles pass exchange format rows sequences warps abreast`.
 """
 
 import contextlib
@@ -82,6 +82,7 @@ NOT_NUMBERS = {"NaN of all bits": dict(steps=3, batch=9),
                "NaN of all bits, packed": dict(lengths=(3, 3, 2, 2, 2, 1), bidirectional=True)}
 
 WAYS = {number: name for name, number in recurrent_cuda.EXCHANGES.items()}
+KINDS = ("m_tiles", "n_tiles", "warps", "abreast")
 chip, launched, tiles = None, [], set()
 
 
@@ -91,7 +92,7 @@ def counted(name):
     def run(layer, chip, *rest):
         plan = native.cuda.rnn_plan(layer, name == "rnn_backward", chip)
         launched.append(name)
-        tiles.add((name, WAYS[plan["exchange"]], layer[1], plan["m_tiles"], plan["n_tiles"]))
+        tiles.add((name, WAYS[plan["exchange"]], layer[1], *(plan[key] for key in KINDS)))
         kernel(layer, chip, *rest)
     return run
 
