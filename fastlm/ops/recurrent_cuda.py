@@ -169,17 +169,21 @@ class CudaLayers:
         # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side.
         turn, dx, found = hidden if self.cell == "gru" else 0, None, []
         need_x, _, *need_params = (needs[0], None, *needs[2 + self.states:])
+
+        def unturned(gradient):
+            return gradient.roll(-turn, 0) if turn else gradient
+
         for d, (w_ih, *_) in enumerate(weights):
             need_w, need_u, need_b, need_bu = need_params[4 * d: 4 * d + 4]
             d_in, d_hidden = dgates[d, :, :wide], dgates[d, :, turn: turn + wide]
             if need_x:
                 w_in = w_ih.roll(turn, 0) if turn else w_ih
                 dx = d_in @ w_in if dx is None else dx.addmm_(d_in, w_in)
-            dw = (d_in.t() @ rows).roll(-turn, 0) if need_w else None
+            dw = unturned(d_in.t() @ rows) if need_w else None
             du = self.recurrent_gradient(d_hidden, y[:, d * hidden: (d + 1) * hidden], hx[0][d],
                                          None if before is None else before[d], d == 1) if need_u else None
             total = dgates[d, :, :columns].sum(0) if need_b or need_bu else None
-            found += [dw, du, total[:wide].roll(-turn) if need_b else None,
+            found += [dw, du, unturned(total[:wide]) if need_b else None,
                       total[turn: turn + wide].clone() if need_bu else None]
         return [dx.view(x.shape) if need_x else None, None, *d_hx, *found]
 
