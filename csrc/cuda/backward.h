@@ -134,8 +134,9 @@ __device__ void run_group(const Backward& a, Team& team) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) read[p] = ahead[p];
   };
-  Step now(task, against < 0 ? steps - 1 : 0), next = now, later = now, done = now;
+  Step now(task, against < 0 ? steps - 1 : 0), done = now, next = now;
   next.move(now.t + against);
+  Step later = next;
   later.move(next.t + against);
   read_ahead(now, next, 0);
   take_ahead();
