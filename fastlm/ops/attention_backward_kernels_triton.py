@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fastlm.ops.attention_score_kernels_triton import (
     LOG2_E,
+    add_rows,
     afresh,
     align,
     dot,
@@ -72,11 +73,11 @@ def find_delta(out, dout, lse, dlse, row, inside, share, M: tl.constexpr, EXACT:
 
 
 @triton.jit
-def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, sums, delta, walk, M: tl.constexpr,
-                  CUT: tl.constexpr, DK: tl.constexpr):
+def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, sums, delta, dq, walk,
+                  M: tl.constexpr, CUT: tl.constexpr, DK: tl.constexpr):
     """Add what the queries of a walk give to the gradients of a tile of keys and values; scores are `[N, M]`.
 
-    The heads that share the keys are walked one after the other, for a tile of one head is loaded as vectors.
+    Unless `dq` is None, what the tile gives to the gradient of the queries is added there. The heads that share the keys are walked one after the other, for a tile of one head is loaded as vectors.
     """
     first, last = part(walk, CUT)
     tiles = tl.cdiv(tl.maximum(last - first, 0), M)
@@ -114,14 +115,20 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
                 ds = p * (dp - row_delta[None, :])
             else:  # one number says what a weight is and whether it is kept
                 ds = tl.maximum(p, 0.0) * dp - tl.abs(p) * row_delta[None, :]
-            dkey = dot(ds.to(query.dtype), query, dkey, scoring.EXACT)
+            ds = ds.to(query.dtype)
+            dkey = dot(ds, query, dkey, scoring.EXACT)
+            if dq is not None:
+                add_rows(dq, queries, begin, head, band, dot(ds.T, key, None, scoring.EXACT), size, M, not CUT)
     return dkey, dvalue
 
 
 @triton.jit
-def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dk, dv,
+def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dq, dk, dv,
                   M: tl.constexpr, N: tl.constexpr):
-    """Compute the gradients of a tile of keys and values, whose rows are `first_col` + j·col_s in dk and dv."""
+    """Compute the gradients of a tile of keys and values, whose rows are `first_col` + j·col_s in dk and dv.
+
+    Unless `dq` is None, the gradient of the queries, over the scale, is added up there in float32, in no fixed order.
+    """
     j = tile * N + tl.arange(0, N)
     key, value = load_keys(keys, j, band, size, False)
     start, end, low, high = queries_seeing(tile * N, tile * N + N, band, ranges)
@@ -130,9 +137,9 @@ def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ra
     dvalue = tl.zeros((N, size.BLOCK_DV), tl.float32)
     DK: tl.constexpr = dk is not None
     dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, sums, delta,
-                                 walk, M, False, DK)
+                                 dq, walk, M, False, DK)
     dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, sums, delta,
-                                 walk, M, True, DK)
+                                 dq, walk, M, True, DK)
     j = afresh(tile) * N + tl.arange(0, N)
     at = first_col + j.to(tl.int64) * col_s
     scale = scoring.scale
@@ -143,6 +150,28 @@ def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ra
         store_rows(dk, at * size.D, j < band.keys, dkey * scale, size.D, size.BLOCK_D)
     if dv is not None:
         store_rows(dv, at * size.DV, j < band.keys, dvalue, size.DV, size.BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def scaled_kernel(numbers, found, scale, size, BLOCK: tl.constexpr):
+    """Write numbers times scale, in another type."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(found + at, (tl.load(numbers + at, at < size) * scale).to(found.dtype.element_ty), at < size)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def unfold_kernel(total, dq, scale, D: tl.constexpr, M: tl.constexpr):
+    """Write M rows of dq, times scale, from two blocks of attention_hopper_backward_kernels_triton.py."""
+    C: tl.constexpr = 64
+    at = tl.program_id(0).to(tl.int64) * (M * D)
+    block = tl.load(total + at + tl.arange(0, M * D)).reshape(2, C // 8, 4, 8, 4, 2, 2)
+    # half, 8 columns, warp, row, 2 columns, 8 rows, column
+    if M == 64:
+        tile = block.permute(2, 5, 3, 0, 1, 4, 6).reshape(M, D)
+    else:
+        tile = block.permute(0, 2, 5, 3, 1, 4, 6).reshape(M, D)
+    row, column = tl.arange(0, M), tl.arange(0, D)
+    tl.store(dq + at + row[:, None] * D + column[None, :], (tile * scale).to(dq.dtype.element_ty))
 
 
 @triton.jit

@@ -59,6 +59,44 @@ def wins(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
             and query.size(0) * query.size(1) * query.size(2) >= 1 << 18)
 
 
+# Head size -> queries in a tile, stages of the rings, tiles that dq is behind.
+BACKWARD_TILES = {64: (128, 2, 1), 128: (64, 2, 1)}
+
+
+def takes_backward(call, dout: Tensor) -> bool:
+    """Tell whether the kernel of the backward pass can take a call, the upstream gradient being `dout`."""
+    rows = BACKWARD_TILES[call.query.size(3)][0] if call.query.size(3) in BACKWARD_TILES else 0
+    return (takes(call) and reachable(dout) and dout.data_ptr() % 16 == 0 and call.query.size(2) % rows == 0
+            and call.group == 1 and call.options.left < 0)
+
+
+def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor, dk: Tensor, dv: Tensor) -> tuple:
+    """Plan the gradients of keys and values, and of queries, over the scale, added to `total` as blocks of `[64, C]`."""
+    from fastlm.ops.attention_hopper_backward_kernels_triton import hopper_backward_kernel
+
+    batch, heads, queries, dim = call.query.shape
+    keys, (rows, stages, lag) = call.key.size(2), BACKWARD_TILES[dim]
+    _, upper = band(call.options, queries, keys)
+    blocks = triton.cdiv(keys, COLUMNS)
+    arguments = dict(
+        q_desc=describe(call.query, rows), do_desc=describe(dout, rows), sums_desc=describe_numbers(sums, rows),
+        delta_desc=describe_numbers(delta, rows), k_desc=describe(call.key, ROWS), v_desc=describe(call.value, ROWS),
+        dk_desc=describe(dk, ROWS), dv_desc=describe(dv, ROWS), total=total, **features(call, total),
+        scale=call.options.scale * LOG2_E, dk_scale=call.options.scale / share(call.options.dropout_p), blocks=blocks,
+        heads=heads, queries=queries, keys=keys, right=upper or 0, wide=1 if upper is None else 8, D=dim, M=rows,
+        STAGES=stages, LAG=lag, RIGHT=upper is not None, REGISTERS=240, num_warps=4)
+    return hopper_backward_kernel, (blocks * heads * batch,), arguments
+
+
+def plan_unfold(total: Tensor, dq: Tensor, scale: float) -> tuple:
+    """Plan dq `[B, H, S, D]`, contiguous, from the blocks of `plan_backward`."""
+    from fastlm.ops.attention_backward_kernels_triton import unfold_kernel
+
+    dim, rows = dq.size(3), BACKWARD_TILES[dq.size(3)][0]
+    arguments = dict(total=total, dq=dq, scale=scale, D=dim, M=rows, num_warps=4)
+    return unfold_kernel, (dq.numel() // dim // rows,), arguments
+
+
 def plan(call, out: Tensor, lse: Tensor) -> tuple:
     """Plan the output `[B, H, Sq, D]` and log-sum-exp `[B, H, Sq]` of a call, both contiguous."""
     from fastlm.ops.attention_hopper_kernels_triton import hopper_kernel
@@ -75,6 +113,15 @@ def plan(call, out: Tensor, lse: Tensor) -> tuple:
         wide=together(blocks, upper is not None and lower is None), D=dim, N=COLUMNS, GROUPS=groups, STAGES=stages,
         RIGHT=upper is not None, LEFT=lower is not None, REGISTERS=registers, num_warps=4)
     return hopper_kernel, (min(tiles, multiprocessors(call.query.device)),), arguments
+
+
+def describe_numbers(x: Tensor, count: int):
+    """Return the descriptor of float32 numbers for copies of so many."""
+    import triton.experimental.gluon.language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, [x.numel()], [1], [count],
+                            gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1))
 
 
 def features(call, other: Tensor) -> dict:

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlm.ops import attention_hopper_launch_triton as hopper
-from fastlm.ops.attention_backward_kernels_triton import delta_kernel
+from fastlm.ops.attention_backward_kernels_triton import delta_kernel, scaled_kernel
 from fastlm.ops.attention_common import Options
 from fastlm.ops.attention_forward_kernels_triton import combine_kernel
 from fastlm.ops.attention_kernels_triton import attention_kernel
@@ -146,6 +147,28 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
     return found
 
 
+def backward_at_once(call: Call, rows: tuple[Tensor, ...], dq: Tensor, dk: Tensor, dv: Tensor, places: Tensor | None,
+                     add: str = "atomic") -> None:
+    """Write the gradients of queries, keys and values from one walk: five products in place of seven.
+
+    The gradient of the queries is summed in no fixed order, so that calls differ by rounding.
+    """
+    out, lse, dlse, sums, delta, dout = rows
+    launch(plan_delta, *rows, call.options.dropout_p)
+    total = torch.zeros(lse.numel(), dq.size(3), device=dq.device)
+    launch(plan_keys, call, sums, delta, dout, dk, dv, _ranges_of_keys(call), places, total, add)
+    launch(plan_scaled, total, dq, call.options.scale / hopper.share(call.options.dropout_p))
+
+
+def backward_on_hopper(call: Call, rows: tuple[Tensor, ...], dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Write the same by the kernel for Hopper, where `hopper.takes_backward`."""
+    out, lse, dlse, sums, delta, dout = rows
+    launch(plan_delta, *rows, call.options.dropout_p)
+    total = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
+    launch(hopper.plan_backward, call, sums, delta, dout, total, dk, dv)
+    launch(hopper.plan_unfold, total, dq, call.options.scale / hopper.share(call.options.dropout_p))
+
+
 def draws(query: Tensor) -> Tensor:
     """Draw from torch's generator the bits that decide what dropout drops of each row of queries, `[B, H, Sq]`."""
     return torch.randint(-(2**63), 2**63 - 1, query.shape[:3], device=query.device).bitwise_or_(1 << 32)
@@ -204,13 +227,25 @@ def plan_queries(call, out, lse, dlse, sums, delta, dout, dq, ranges=None):
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
 
-def plan_keys(call, sums, delta, dout, dk, dv, ranges=None, places=None):
-    """Plan the gradients of keys and values; with ALiBi `places` may be the numbers of the queries as floats."""
+def plan_keys(call, sums, delta, dout, dk, dv, ranges=None, places=None, dq=None, add="atomic"):
+    """Plan the gradients of keys and values; with ALiBi `places` may be the numbers of the queries as floats.
+
+    To `dq`, if there is one, float32 and laid out like the queries' rows, the gradient of the queries is added, over
+    the scale.
+    """
     tiles = _tiles("keys", call)
     blocks = -(-call.longest[1] // tiles["N"])
-    arguments = _arguments(call, "keys", tiles, blocks, ranges, sums, sums=sums, delta=delta, do=dout, dk=dk,
-                           dv=dv, places=places)
+    if dq is not None and add == "descriptor":
+        dq = TensorDescriptor(dq, list(dq.shape), [dq.size(1), 1], [tiles["M"], dq.size(1)])
+    arguments = _arguments(call, "keys", tiles, blocks, ranges, sums, sums=sums, delta=delta, do=dout, dq=dq,
+                           dk=dk, dv=dv, places=places, ADD=add)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
+
+
+def plan_scaled(numbers, found, scale):
+    """Plan float32 numbers times scale, in the type of `found`."""
+    arguments = dict(numbers=numbers, found=found, scale=scale, size=numbers.numel(), BLOCK=4096, num_warps=8)
+    return scaled_kernel, (triton.cdiv(numbers.numel(), 4096),), arguments
 
 
 def parts_of_mask(call):
@@ -275,7 +310,7 @@ def _ranges(ids, others, blocks, group, rows):
 OFF = dict.fromkeys(("places", "o", "lse", "do", "dlse", "sums", "delta", "dq", "dk", "dv", "dmask", "splits",
                      "mask_heads", "shared_heads", "shared", "column_blocks", "page_size", "pages", "table_b",
                      "slopes_b", "threshold", "share"))
-OFF |= dict(MASK_ROWS=True, MASK_COLS=True)
+OFF |= dict(ADD="", MASK_ROWS=True, MASK_COLS=True)
 STRIDES = [*(f"{name}_{axis}" for name in ("q", "k", "v", "mask", "do") for axis in "bhsd"), "row_b", "row_h", "row_s",
            "col_b", "col_h", "col_s"]
 
