@@ -33,13 +33,15 @@ from fastlm.ops.attention_hopper_kernels_triton import LOG2_E, MINUS_INFINITY, M
 
 
 class Inputs(NamedTuple):
-    """Descriptors of queries, upstream gradients and their numbers, keys and values, or their places in shared memory.
+    """Descriptors of queries, upstream gradients, their numbers and random bits, keys and values, or places of these in
+    shared memory.
     """
 
     q: gl.tensor
     do: gl.tensor
     sums: gl.tensor
     delta: gl.tensor
+    draws: gl.tensor
     k: gl.tensor
     v: gl.tensor
 
@@ -79,7 +81,6 @@ class Features(NamedTuple):
 
     slopes: gl.tensor
     slopes_b: gl.tensor
-    draws: gl.tensor
     threshold: gl.tensor
     share: gl.tensor
 
@@ -115,7 +116,17 @@ def span(key, sizes, M: gl.constexpr, RIGHT: gl.constexpr):
 
 
 @gluon.jit
-def produce(descriptors, memory, barriers, sizes, M: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr):
+def turned(i, key, first, last, M: gl.constexpr, TURN: gl.constexpr):
+    """Return the tile that is walked in place of tile i: with TURN, blocks of keys of a head are at different ones."""
+    if TURN:
+        i += key // 128 * (128 // M) % (last - first)
+        i = gl.where(i >= last, i - (last - first), i)
+    return i
+
+
+@gluon.jit
+def produce(descriptors, memory, barriers, sizes, M: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr,
+            DROPOUT: gl.constexpr, TURN: gl.constexpr):
     key, batch, head = block_of(sizes)
     mbarrier.expect(barriers.kv_full.index(0), 4 * descriptors.k.block_type.nbytes)
     for w in gl.static_range(2):
@@ -127,10 +138,15 @@ def produce(descriptors, memory, barriers, sizes, M: gl.constexpr, STAGES: gl.co
     slot = 0
     phase = 0
     for i in range(first, last):
-        row = i * M
+        row = turned(i, key, first, last, M, TURN) * M
         at = (batch * sizes.heads + head) * sizes.queries + row
         mbarrier.wait(barriers.empty.index(slot), phase ^ 1)
-        mbarrier.expect(barriers.q_full.index(slot), descriptors.q.block_type.nbytes + M * 4)
+        if DROPOUT:
+            mbarrier.expect(barriers.q_full.index(slot), descriptors.q.block_type.nbytes + M * 12)
+            tma.async_copy_global_to_shared(descriptors.draws, [at], barriers.q_full.index(slot),
+                                            memory.draws.index(slot))
+        else:
+            mbarrier.expect(barriers.q_full.index(slot), descriptors.q.block_type.nbytes + M * 4)
         tma.async_copy_global_to_shared(descriptors.q, [batch, head, row, 0], barriers.q_full.index(slot),
                                         memory.q.index(slot))
         tma.async_copy_global_to_shared(descriptors.sums, [at], barriers.q_full.index(slot), memory.sums.index(slot))
@@ -220,12 +236,14 @@ def multiply_slopes(number, W: gl.constexpr, scratch, Q: gl.constexpr, M: gl.con
 
 
 @gluon.jit
-def walk(count, tile, state, total, memory, scratch, barriers, sizes, features, slope, scale, key, number_of_head,
-         MASKED: gl.constexpr, W: gl.constexpr, M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-         LAG: gl.constexpr, RIGHT: gl.constexpr, DROPOUT: gl.constexpr):
-    """Take `count` tiles of queries from `tile` on."""
-    dk, dv, slot, phase, number = state
+def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first, last,
+         number_of_head, MASKED: gl.constexpr, W: gl.constexpr, M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+         LAG: gl.constexpr, RIGHT: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr):
+    """Take the tiles of queries from `begin` to `end`, of those from `first` to `last`."""
+    dk, dv, slot, phase, number, before = state
+    key = block + W * 64
     dtype: gl.constexpr = memory.q.dtype
+    EARLY: gl.constexpr = M == 64  # else registers do not suffice for dp beside p
     C: gl.constexpr = D // 2 if M == 64 else D
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -233,32 +251,37 @@ def walk(count, tile, state, total, memory, scratch, barriers, sizes, features, 
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
     k = memory.k.index(W).reshape([64, D])
     v = memory.v.index(W).reshape([64, D])
-    for i in range(count):
-        row = (tile + i) * M
+    for i in range(begin, end):
+        tile = turned(i, block, first, last, M, TURN)
+        row = tile * M
         q = memory.q.index(slot).reshape([M, D])
         do = memory.do.index(slot).reshape([M, D])
         mbarrier.wait(barriers.q_full.index(slot), phase)
         s = warpgroup_mma(k, q.permute((1, 0)), gl.zeros([64, M], gl.float32, S), use_acc=False, is_async=True)
         mbarrier.wait(barriers.do_full.index(slot), phase)
-        dp = warpgroup_mma(v, do.permute((1, 0)), gl.zeros([64, M], gl.float32, S), use_acc=False, is_async=True)
-        if DROPOUT:
-            bits = gl.load(features.draws + (number_of_head.to(gl.int64) * sizes.queries + row)
-                           + gl.arange(0, M, gl.SliceLayout(0, S)))
+        if EARLY:
+            dp = warpgroup_mma(v, do.permute((1, 0)), gl.zeros([64, M], gl.float32, S), use_acc=False, is_async=True)
         sums = memory.sums.index(slot).load(gl.SliceLayout(0, S))
-        s = warpgroup_mma_wait(1, deps=(s,))
+        s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
         s = biased(s, slope, key, row, sizes, M)
         if MASKED:
             s = masked(s, key, row, sizes, M, RIGHT)
         p = gl.exp2(s * scale - sums[None, :])
         if DROPOUT:
-            p = signed(p, key, bits, features)
+            p = signed(p, key, memory.draws.index(slot).load(gl.SliceLayout(0, S)), features)
             weights = positive(p, dtype)
         else:
             weights = p.to(dtype)
         weights = gl.convert_layout(weights, P, assert_trivial=True)
+        if not EARLY:
+            dp = warpgroup_mma(v, do.permute((1, 0)), gl.zeros([64, M], gl.float32, S), use_acc=False, is_async=True)
         new_dv = warpgroup_mma(weights, do, dv, is_async=True)
-        delta = memory.delta.index(slot).load(gl.SliceLayout(0, S))
-        dp = warpgroup_mma_wait(1, deps=(dp,))
+        if EARLY:
+            delta = memory.delta.index(slot).load(gl.SliceLayout(0, S))
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+        else:
+            dp, dv, weights = warpgroup_mma_wait(0, deps=(dp, new_dv, weights))
+            delta = memory.delta.index(slot).load(gl.SliceLayout(0, S))
         if DROPOUT:  # one number says what a weight is and whether it is kept
             ds = (gl.maximum(p, 0.0) * dp - gl.abs(p) * delta[None, :]).to(dtype)
         else:
@@ -267,35 +290,37 @@ def walk(count, tile, state, total, memory, scratch, barriers, sizes, features, 
         scratch.ds.index(number % 2 * 2 + W).store(ds)
         fence_async_shared()
         mbarrier.arrive(barriers.ds_full.index(number % 2), count=1)
-        last = number - LAG
-        mbarrier.wait(barriers.ds_full.index(last % 2), last // 2 & 1)
-        dq = multiply_slopes(last, W, scratch, Q, M, D, C)
+        ready = number - LAG
+        mbarrier.wait(barriers.ds_full.index(ready % 2), ready // 2 & 1)
+        dq = multiply_slopes(ready, W, scratch, Q, M, D, C)
         ds = gl.convert_layout(ds, P, assert_trivial=True)
         new_dk = warpgroup_mma(ds, q, dk, is_async=True)
-        dq, dv, weights = warpgroup_mma_wait(1, deps=(dq, new_dv, weights))
-        mbarrier.arrive(barriers.ds_empty.index(last % 2), count=1)
-        before = tile + i
-        if LAG == 1:
-            before = gl.maximum(before - 1, 0)
+        if EARLY:
+            dq, dv, weights = warpgroup_mma_wait(1, deps=(dq, new_dv, weights))
+        else:
+            dq = warpgroup_mma_wait(1, deps=(dq,))
+        mbarrier.arrive(barriers.ds_empty.index(ready % 2), count=1)
+        if LAG == 0:
+            before = tile
         add_block(total, (number_of_head * (sizes.queries // M) + before) * 2 + W, dq)
         dk, ds = warpgroup_mma_wait(0, deps=(new_dk, ds))
         mbarrier.arrive(barriers.empty.index(slot), count=1)
         number += 1
+        before = tile
         slot, phase = advance(slot, phase, STAGES)
-    return dk, dv, slot, phase, number
+    return dk, dv, slot, phase, number, before
 
 
 @gluon.jit
 def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale,
             D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, RIGHT: gl.constexpr,
-            ALIBI: gl.constexpr, DROPOUT: gl.constexpr):
+            ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr):
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     C: gl.constexpr = D // 2 if M == 64 else D
     Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
-    key, batch, head = block_of(sizes)
-    first, inner, last = span(key, sizes, M, RIGHT)
-    key += W * 64
+    block, batch, head = block_of(sizes)
+    first, inner, last = span(block, sizes, M, RIGHT)
     number_of_head = batch * sizes.heads + head
     slope = None
     if ALIBI:
@@ -305,40 +330,41 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
         fence_async_shared()
         mbarrier.arrive(barriers.ds_full.index(0), count=1)
     mbarrier.wait(barriers.kv_full.index(0), 0)
-    state = (gl.zeros([64, D], gl.float32, O), gl.zeros([64, D], gl.float32, O), 0, 0, LAG)
-    state = walk(inner - first, first, state, total, memory, scratch, barriers, sizes, features, slope, scale, key,
-                 number_of_head, True, W, M, D, STAGES, LAG, RIGHT, DROPOUT)
-    state = walk(last - inner, inner, state, total, memory, scratch, barriers, sizes, features, slope, scale, key,
-                 number_of_head, False, W, M, D, STAGES, LAG, RIGHT, DROPOUT)
-    dk, dv, slot, phase, number = state
+    state = (gl.zeros([64, D], gl.float32, O), gl.zeros([64, D], gl.float32, O), 0, 0, LAG, 0)
+    state = walk(first, inner, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first,
+                 last, number_of_head, True, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN)
+    state = walk(inner, last, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first,
+                 last, number_of_head, False, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN)
+    dk, dv, slot, phase, number, before = state
     if LAG == 1:
         number -= 1
         mbarrier.wait(barriers.ds_full.index(number % 2), number // 2 & 1)
         dq = multiply_slopes(number, W, scratch, Q, M, D, C)
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        add_block(total, (number_of_head * (sizes.queries // M) + last - 1) * 2 + W, dq)
+        add_block(total, (number_of_head * (sizes.queries // M) + before) * 2 + W, dq)
     if DROPOUT:
         dv = dv * (1 / features.share)
     stage = memory.v.index(W)
     stage.reshape([64, D]).store(dv.to(memory.q.dtype))
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(dv_desc, [batch, head, key, 0], stage)
+    tma.async_copy_shared_to_global(dv_desc, [batch, head, block + W * 64, 0], stage)
     tma.store_wait(0)
     gl.thread_barrier()
     stage.reshape([64, D]).store((dk * dk_scale).to(memory.q.dtype))
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(dk_desc, [batch, head, key, 0], stage)
+    tma.async_copy_shared_to_global(dk_desc, [batch, head, block + W * 64, 0], stage)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["slopes_b", "threshold", "share", "scale", "dk_scale", "blocks", "heads", "queries",
                               "keys", "right", "wide"])
-def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc, total, slopes,
-                           slopes_b, draws, threshold, share, scale, dk_scale, blocks, heads, queries, keys, right,
+def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k_desc, v_desc, dk_desc, dv_desc, total,
+                           slopes, slopes_b, threshold, share, scale, dk_scale, blocks, heads, queries, keys, right,
                            wide, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
-                           RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, REGISTERS: gl.constexpr):
+                           RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr,
+                           REGISTERS: gl.constexpr):
     """Compute dk and dv, and add dq over the scale to blocks of float32; query i sees key j where j - i ≤ right if
     RIGHT.
 
@@ -349,6 +375,9 @@ def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, k_desc, v_des
     do_mem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, M, D], do_desc.layout)
     sums_mem = gl.allocate_shared_memory(gl.float32, [STAGES, M], sums_desc.layout)
     delta_mem = gl.allocate_shared_memory(gl.float32, [STAGES, M], delta_desc.layout)
+    draws_mem = sums_mem
+    if DROPOUT:
+        draws_mem = gl.allocate_shared_memory(gl.int64, [STAGES, M], draws_desc.layout)
     k_mem = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(v_desc.dtype, [2, 1, 1, 64, D], v_desc.layout)
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -368,17 +397,17 @@ def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, k_desc, v_des
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=2)
     fence_async_shared()
-    descriptors = Inputs(q_desc, do_desc, sums_desc, delta_desc, k_desc, v_desc)
-    memory = Inputs(q_mem, do_mem, sums_mem, delta_mem, k_mem, v_mem)
+    descriptors = Inputs(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k_desc, v_desc)
+    memory = Inputs(q_mem, do_mem, sums_mem, delta_mem, draws_mem, k_mem, v_mem)
     scratch = Scratch(ds_mem, ds_mem._reinterpret(q_desc.dtype, [4 * M // 64, 64, 64], FLAT),
                       k_mem._reinterpret(q_desc.dtype, [2 * D // 64, 64, 64], FLAT))
     barriers = Barriers(kv_full, q_full, do_full, empty, ds_full, ds_empty)
     sizes = Sizes(blocks, heads, queries, keys, right, wide)
-    features = Features(slopes, slopes_b, draws, threshold, share)
+    features = Features(slopes, slopes_b, threshold, share)
     gl.warp_specialize([
         (consume, (0, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale, D, M,
-                   STAGES, LAG, RIGHT, ALIBI, DROPOUT)),
+                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, TURN)),
         (consume, (1, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale, D, M,
-                   STAGES, LAG, RIGHT, ALIBI, DROPOUT)),
-        (produce, (descriptors, memory, barriers, sizes, M, STAGES, RIGHT)),
+                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, TURN)),
+        (produce, (descriptors, memory, barriers, sizes, M, STAGES, RIGHT, DROPOUT, TURN)),
     ], [4, 1], [REGISTERS, 24])

@@ -59,8 +59,8 @@ def wins(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
             and query.size(0) * query.size(1) * query.size(2) >= 1 << 18)
 
 
-# Head size -> queries in a tile, stages of the rings, tiles that dq is behind.
-BACKWARD_TILES = {64: (128, 2, 1), 128: (64, 2, 1)}
+# Head size -> queries in a tile, stages of the rings, tiles that dq is behind, whether blocks start at different tiles.
+BACKWARD_TILES = {64: (128, 2, 1, False), 128: (64, 2, 1, False)}
 
 
 def takes_backward(call, dout: Tensor) -> bool:
@@ -75,16 +75,17 @@ def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor
     from fastlm.ops.attention_hopper_backward_kernels_triton import hopper_backward_kernel
 
     batch, heads, queries, dim = call.query.shape
-    keys, (rows, stages, lag) = call.key.size(2), BACKWARD_TILES[dim]
+    keys, (rows, stages, lag, turn) = call.key.size(2), BACKWARD_TILES[dim]
     _, upper = band(call.options, queries, keys)
     blocks = triton.cdiv(keys, COLUMNS)
+    numbers = features(call, sums)
+    draws = numbers.pop("draws")
     arguments = dict(
         q_desc=describe(call.query, rows), do_desc=describe(dout, rows), sums_desc=describe_numbers(sums, rows),
-        delta_desc=describe_numbers(delta, rows), k_desc=describe(call.key, ROWS), v_desc=describe(call.value, ROWS),
-        dk_desc=describe(dk, ROWS), dv_desc=describe(dv, ROWS), total=total, **features(call, total),
-        scale=call.options.scale * LOG2_E, dk_scale=call.options.scale / share(call.options.dropout_p), blocks=blocks,
+        delta_desc=describe_numbers(delta, rows), draws_desc=describe_numbers(draws, rows), k_desc=describe(call.key, ROWS), v_desc=describe(call.value, ROWS),
+        dk_desc=describe(dk, ROWS), dv_desc=describe(dv, ROWS), total=total, **numbers, scale=call.options.scale * LOG2_E, dk_scale=call.options.scale / share(call.options.dropout_p), blocks=blocks,
         heads=heads, queries=queries, keys=keys, right=upper or 0, wide=1 if upper is None else 8, D=dim, M=rows,
-        STAGES=stages, LAG=lag, RIGHT=upper is not None, REGISTERS=240, num_warps=4)
+        STAGES=stages, LAG=lag, RIGHT=upper is not None, TURN=turn and upper is None, REGISTERS=240, num_warps=4)
     return hopper_backward_kernel, (blocks * heads * batch,), arguments
 
 
@@ -116,12 +117,12 @@ def plan(call, out: Tensor, lse: Tensor) -> tuple:
 
 
 def describe_numbers(x: Tensor, count: int):
-    """Return the descriptor of float32 numbers for copies of so many."""
+    """Return the descriptor of contiguous numbers for copies of so many."""
     import triton.experimental.gluon.language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     return TensorDescriptor(x, [x.numel()], [1], [count],
-                            gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1))
+                            gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * x.element_size(), rank=1))
 
 
 def features(call, other: Tensor) -> dict:
