@@ -236,11 +236,19 @@ def multiply_slopes(number, W: gl.constexpr, scratch, Q: gl.constexpr, M: gl.con
 
 
 @gluon.jit
+def multiply_queries(k, slot, phase, there, memory, barriers, S: gl.constexpr, M: gl.constexpr, D: gl.constexpr):
+    """Start the product of the keys with the tile of queries in a slot, for which it waits if it is to be `there`."""
+    mbarrier.wait(barriers.q_full.index(slot), phase, pred=there)
+    return warpgroup_mma(k, memory.q.index(slot).reshape([M, D]).permute((1, 0)), gl.zeros([64, M], gl.float32, S),
+                         use_acc=False, is_async=True)
+
+
+@gluon.jit
 def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first, last,
          number_of_head, MASKED: gl.constexpr, W: gl.constexpr, M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-         LAG: gl.constexpr, RIGHT: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr):
+         LAG: gl.constexpr, RIGHT: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr, AHEAD: gl.constexpr):
     """Take the tiles of queries from `begin` to `end`, of those from `first` to `last`."""
-    dk, dv, slot, phase, number, before = state
+    dk, dv, next_s, slot, phase, number, before = state
     key = block + W * 64
     dtype: gl.constexpr = memory.q.dtype
     EARLY: gl.constexpr = M == 64  # else registers do not suffice for dp beside p
@@ -256,8 +264,10 @@ def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, s
         row = tile * M
         q = memory.q.index(slot).reshape([M, D])
         do = memory.do.index(slot).reshape([M, D])
-        mbarrier.wait(barriers.q_full.index(slot), phase)
-        s = warpgroup_mma(k, q.permute((1, 0)), gl.zeros([64, M], gl.float32, S), use_acc=False, is_async=True)
+        if AHEAD:
+            s = next_s
+        else:
+            s = multiply_queries(k, slot, phase, True, memory, barriers, S, M, D)
         mbarrier.wait(barriers.do_full.index(slot), phase)
         if EARLY:
             dp = warpgroup_mma(v, do.permute((1, 0)), gl.zeros([64, M], gl.float32, S), use_acc=False, is_async=True)
@@ -303,18 +313,22 @@ def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, s
         if LAG == 0:
             before = tile
         add_block(total, (number_of_head * (sizes.queries // M) + before) * 2 + W, dq)
-        dk, ds = warpgroup_mma_wait(0, deps=(new_dk, ds))
+        next_slot, next_phase = advance(slot, phase, STAGES)
+        if AHEAD:
+            next_s = multiply_queries(k, next_slot, next_phase, i + 1 < last, memory, barriers, S, M, D)
+        dk, ds = warpgroup_mma_wait(1 if AHEAD else 0, deps=(new_dk, ds))
         mbarrier.arrive(barriers.empty.index(slot), count=1)
         number += 1
         before = tile
-        slot, phase = advance(slot, phase, STAGES)
-    return dk, dv, slot, phase, number, before
+        slot = next_slot
+        phase = next_phase
+    return dk, dv, next_s, slot, phase, number, before
 
 
 @gluon.jit
 def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale,
             D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, RIGHT: gl.constexpr,
-            ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr):
+            ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr, AHEAD: gl.constexpr):
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     C: gl.constexpr = D // 2 if M == 64 else D
@@ -330,12 +344,17 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
         fence_async_shared()
         mbarrier.arrive(barriers.ds_full.index(0), count=1)
     mbarrier.wait(barriers.kv_full.index(0), 0)
-    state = (gl.zeros([64, D], gl.float32, O), gl.zeros([64, D], gl.float32, O), 0, 0, LAG, 0)
+    s = 0
+    if AHEAD:
+        s = multiply_queries(memory.k.index(W).reshape([64, D]), 0, 0, first < last, memory, barriers, S, M, D)
+    state = (gl.zeros([64, D], gl.float32, O), gl.zeros([64, D], gl.float32, O), s, 0, 0, LAG, 0)
     state = walk(first, inner, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first,
-                 last, number_of_head, True, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN)
+                 last, number_of_head, True, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN, AHEAD)
     state = walk(inner, last, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first,
-                 last, number_of_head, False, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN)
-    dk, dv, slot, phase, number, before = state
+                 last, number_of_head, False, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN, AHEAD)
+    dk, dv, s, slot, phase, number, before = state
+    if AHEAD:
+        s = warpgroup_mma_wait(0, deps=(s,))
     if LAG == 1:
         number -= 1
         mbarrier.wait(barriers.ds_full.index(number % 2), number // 2 & 1)
@@ -363,7 +382,7 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
 def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k_desc, v_desc, dk_desc, dv_desc, total,
                            slopes, slopes_b, threshold, share, scale, dk_scale, blocks, heads, queries, keys, right,
                            wide, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
-                           RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr,
+                           RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr, AHEAD: gl.constexpr,
                            REGISTERS: gl.constexpr):
     """Compute dk and dv, and add dq over the scale to blocks of float32; query i sees key j where j - i ≤ right if
     RIGHT.
@@ -406,8 +425,8 @@ def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k
     features = Features(slopes, slopes_b, threshold, share)
     gl.warp_specialize([
         (consume, (0, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale, D, M,
-                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, TURN)),
+                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, TURN, AHEAD)),
         (consume, (1, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale, D, M,
-                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, TURN)),
+                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, TURN, AHEAD)),
         (produce, (descriptors, memory, barriers, sizes, M, STAGES, RIGHT, DROPOUT, TURN)),
     ], [4, 1], [REGISTERS, 24])

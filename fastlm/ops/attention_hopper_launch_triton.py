@@ -60,7 +60,7 @@ def wins(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
 
 
 # Head size -> queries in a tile, stages of the rings, tiles that dq is behind, whether blocks start at different tiles.
-BACKWARD_TILES = {64: (128, 2, 1, False), 128: (64, 2, 1, False)}
+BACKWARD_TILES = {64: (128, 2, 1, False, False), 128: (64, 2, 1, False, False)}
 
 
 def takes_backward(call, dout: Tensor) -> bool:
@@ -75,7 +75,7 @@ def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor
     from fastlm.ops.attention_hopper_backward_kernels_triton import hopper_backward_kernel
 
     batch, heads, queries, dim = call.query.shape
-    keys, (rows, stages, lag, turn) = call.key.size(2), BACKWARD_TILES[dim]
+    keys, (rows, stages, lag, turn, ahead) = call.key.size(2), BACKWARD_TILES[dim]
     _, upper = band(call.options, queries, keys)
     blocks = triton.cdiv(keys, COLUMNS)
     numbers = features(call, sums)
@@ -85,7 +85,7 @@ def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor
         delta_desc=describe_numbers(delta, rows), draws_desc=describe_numbers(draws, rows), k_desc=describe(call.key, ROWS), v_desc=describe(call.value, ROWS),
         dk_desc=describe(dk, ROWS), dv_desc=describe(dv, ROWS), total=total, **numbers, scale=call.options.scale * LOG2_E, dk_scale=call.options.scale / share(call.options.dropout_p), blocks=blocks,
         heads=heads, queries=queries, keys=keys, right=upper or 0, wide=1 if upper is None else 8, D=dim, M=rows,
-        STAGES=stages, LAG=lag, RIGHT=upper is not None, TURN=turn and upper is None, REGISTERS=240, num_warps=4)
+        STAGES=stages, LAG=lag, RIGHT=upper is not None, TURN=turn and upper is None, AHEAD=ahead, REGISTERS=240, num_warps=4)
     return hopper_backward_kernel, (blocks * heads * batch,), arguments
 
 
