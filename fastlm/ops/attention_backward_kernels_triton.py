@@ -77,7 +77,8 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
                   M: tl.constexpr, CUT: tl.constexpr, DK: tl.constexpr):
     """Add what the queries of a walk give to the gradients of a tile of keys and values; scores are `[N, M]`.
 
-    Unless `dq` is None, what the tile gives to the gradient of the queries is added there. The heads that share the keys are walked one after the other, for a tile of one head is loaded as vectors.
+    Unless `dq` is None, what the tile gives to the gradient of the queries is added there. The heads that share the
+    keys are walked one after the other, for a tile of one head is loaded as vectors.
     """
     first, last = part(walk, CUT)
     tiles = tl.cdiv(tl.maximum(last - first, 0), M)

@@ -9,7 +9,7 @@ fixed order, as blocks of `[64, C]` in the order of the accumulator's registers,
 ring     slot of tile number n = n % STAGES for queries with their log-sum-exp (q_full) and upstream gradients with
          delta (do_full): armed by the producer with the bytes of the copies. empty[slot]: 2 arrivals, one from each
          group, when its products with tile n are complete. The producer waits for the end of phase (n // STAGES) - 1.
-ds       number m is that of the tile n + LAG; LAG is 1: number 0 is zeros, which somebody may add anywhere. Buffer m % 2.
+ds       number m is that of tile m - LAG; where LAG is 1, number 0 is zeros, which may be added anywhere. Buffer m % 2.
          ds_full[m % 2]: 2 arrivals, one from each group, when it has stored its part. ds_empty[m % 2]: 2 arrivals, when
          its product with number m is complete. A group stores number m after both have multiplied number m - 2, and
          multiplies number m - LAG after it has stored number m.
@@ -382,8 +382,8 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
 def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k_desc, v_desc, dk_desc, dv_desc, total,
                            slopes, slopes_b, threshold, share, scale, dk_scale, blocks, heads, queries, keys, right,
                            wide, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
-                           RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr, AHEAD: gl.constexpr,
-                           REGISTERS: gl.constexpr):
+                           RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr,
+                           AHEAD: gl.constexpr, REGISTERS: gl.constexpr):
     """Compute dk and dv, and add dq over the scale to blocks of float32; query i sees key j where j - i ≤ right if
     RIGHT.
 

@@ -59,7 +59,8 @@ def wins(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
             and query.size(0) * query.size(1) * query.size(2) >= 1 << 18)
 
 
-# Head size -> queries in a tile, stages of the rings, tiles that dq is behind, whether blocks start at different tiles.
+# Head size -> queries in a tile, stages of the rings, tiles that dq is behind, whether blocks start at different tiles,
+# and whether scores are ahead.
 BACKWARD_TILES = {64: (128, 2, 1, False, False), 128: (64, 2, 1, False, False)}
 
 
@@ -71,7 +72,10 @@ def takes_backward(call, dout: Tensor) -> bool:
 
 
 def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor, dk: Tensor, dv: Tensor) -> tuple:
-    """Plan the gradients of keys and values, and of queries, over the scale, added to `total` as blocks of `[64, C]`."""
+    """Plan the gradients of keys and values, and that of queries, over the scale, added to `total` as blocks.
+
+    These are `[64, C]`, in the order of attention_hopper_backward_kernels_triton.py.
+    """
     from fastlm.ops.attention_hopper_backward_kernels_triton import hopper_backward_kernel
 
     batch, heads, queries, dim = call.query.shape
@@ -82,10 +86,13 @@ def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor
     draws = numbers.pop("draws")
     arguments = dict(
         q_desc=describe(call.query, rows), do_desc=describe(dout, rows), sums_desc=describe_numbers(sums, rows),
-        delta_desc=describe_numbers(delta, rows), draws_desc=describe_numbers(draws, rows), k_desc=describe(call.key, ROWS), v_desc=describe(call.value, ROWS),
-        dk_desc=describe(dk, ROWS), dv_desc=describe(dv, ROWS), total=total, **numbers, scale=call.options.scale * LOG2_E, dk_scale=call.options.scale / share(call.options.dropout_p), blocks=blocks,
+        delta_desc=describe_numbers(delta, rows), draws_desc=describe_numbers(draws, rows),
+        k_desc=describe(call.key, ROWS), v_desc=describe(call.value, ROWS), dk_desc=describe(dk, ROWS),
+        dv_desc=describe(dv, ROWS), total=total, **numbers, scale=call.options.scale * LOG2_E,
+        dk_scale=call.options.scale / share(call.options.dropout_p), blocks=blocks,
         heads=heads, queries=queries, keys=keys, right=upper or 0, wide=1 if upper is None else 8, D=dim, M=rows,
-        STAGES=stages, LAG=lag, RIGHT=upper is not None, TURN=turn and upper is None, AHEAD=ahead, REGISTERS=240, num_warps=4)
+        STAGES=stages, LAG=lag, RIGHT=upper is not None, TURN=turn and upper is None, AHEAD=ahead, REGISTERS=240,
+        num_warps=4)
     return hopper_backward_kernel, (blocks * heads * batch,), arguments
 
 

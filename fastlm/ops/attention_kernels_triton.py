@@ -23,8 +23,8 @@ def _tile(tile, tile_j, tile_mask, split, splits, rows_in_all, first_col, col_s,
         found = mask_slope(tile, tile_j, tile_mask, band, queries, keys, scoring, size, sums, delta, CUT)
     elif KIND == "keys":
         if tile * N < band.keys:
-            backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dq, dk, dv, M,
-                          N)
+            backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dq, dk, dv,
+                          M, N)
     elif tile * M < band.queries * queries.group:
         if KIND == "forward":
             forward_tile(tile, split, splits, rows_in_all, band, queries, keys, scoring, size, sinks, ranges, o, lse,
