@@ -134,7 +134,7 @@ def produce(descriptors, memory, barriers, sizes, M: gl.constexpr, STAGES: gl.co
                                         memory.k.index(w))
         tma.async_copy_global_to_shared(descriptors.v, [batch, head, key + w * 64, 0], barriers.kv_full.index(0),
                                         memory.v.index(w))
-    first, inner, last = span(key, sizes, M, RIGHT)
+    first, _, last = span(key, sizes, M, RIGHT)
     slot = 0
     phase = 0
     for i in range(first, last):
@@ -352,7 +352,7 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
                  last, number_of_head, True, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN, AHEAD)
     state = walk(inner, last, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first,
                  last, number_of_head, False, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN, AHEAD)
-    dk, dv, s, slot, phase, number, before = state
+    dk, dv, s, _, _, number, before = state
     if AHEAD:
         s = warpgroup_mma_wait(0, deps=(s,))
     if LAG == 1:

@@ -153,7 +153,7 @@ def backward_at_once(call: Call, rows: tuple[Tensor, ...], dq: Tensor, dk: Tenso
 
     The gradient of the queries is summed in no fixed order, so that calls differ by rounding.
     """
-    out, lse, dlse, sums, delta, dout = rows
+    *_, sums, delta, dout = rows
     launch(plan_delta, *rows, call.options.dropout_p)
     total = torch.zeros(lse.numel(), dq.size(3), device=dq.device)
     launch(plan_keys, call, sums, delta, dout, dk, dv, _ranges_of_keys(call), places, total, add)
@@ -162,7 +162,7 @@ def backward_at_once(call: Call, rows: tuple[Tensor, ...], dq: Tensor, dk: Tenso
 
 def backward_on_hopper(call: Call, rows: tuple[Tensor, ...], dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Write the same by the kernel for Hopper, where `hopper.takes_backward`."""
-    out, lse, dlse, sums, delta, dout = rows
+    *_, sums, delta, dout = rows
     launch(plan_delta, *rows, call.options.dropout_p)
     total = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
     launch(hopper.plan_backward, call, sums, delta, dout, total, dk, dv)
