@@ -155,7 +155,7 @@ def backward_at_once(call: Call, rows: tuple[Tensor, ...], dq: Tensor, dk: Tenso
     """
     *_, sums, delta, dout = rows
     launch(plan_delta, *rows, call.options.dropout_p)
-    total = torch.zeros(lse.numel(), dq.size(3), device=dq.device)
+    total = torch.zeros(sums.numel(), dq.size(3), device=dq.device)
     launch(plan_keys, call, sums, delta, dout, dk, dv, _ranges_of_keys(call), places, total, add)
     launch(plan_scaled, total, dq, call.options.scale / hopper.share(call.options.dropout_p))
 
