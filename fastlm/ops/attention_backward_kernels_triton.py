@@ -1,5 +1,7 @@
 """Attention's backward in Triton, without atomics: gradients of keys and values, of queries, and of the mask.
 
+And what attention_hopper_backward_kernels_triton.py needs before and after.
+
 One pass for dq walks the keys, one for dk and dv the queries. The gradient ds is that of the scores after scale, cap,
 mask and bias: p ⊙ (dp - delta), delta = Σ o·do - dlse. Dropout keeps a share of p and divides o by the share: there ds
 is (kept p ⊙ dp - p ⊙ share·delta) / share, and the division is left to the end.
@@ -10,7 +12,6 @@ import triton.language as tl
 
 from fastlm.ops.attention_score_kernels_triton import (
     LOG2_E,
-    add_rows,
     afresh,
     align,
     dot,
@@ -53,6 +54,52 @@ def delta_kernel(o, do, lse, dlse, sums, delta, rows_in_all, share, Y, Z, do_x, 
     tl.store(delta + row, row_delta, inside)
 
 
+@triton.jit(do_not_specialize=["queries", "tiles", "heads", "do_b", "do_h", "slopes_b"])
+def prepare_kernel(o, do, lse, dlse, sums, delta, total, slopes, share, queries, tiles, heads, do_b, do_h, do_s,
+                   slopes_b, D: tl.constexpr, M: tl.constexpr):
+    """Write what `find_delta` returns of M rows, which a head has in `tiles`, of the last as if they saw nothing.
+
+    And fill their part of `total` with zeros. With ALiBi, two further planes of `sums` have the bias of each row to the
+    first row of its tile, where keys are before it and where they are after it.
+    """
+    r = tl.arange(0, M)
+    tile = tl.program_id(0)
+    number, i = tile // tiles, tile % tiles * M + r
+    head = number % heads
+    row = number.to(tl.int64) * queries + i
+    inside = i < queries
+    out = load_rows(o, row * D, inside, 1, D, D)
+    upstream = do + (number // heads).to(tl.int64) * do_b + head.to(tl.int64) * do_h
+    dout = load_rows(upstream, i.to(tl.int64) * do_s, inside, 1, D, D)
+    found, row_delta = find_delta(out, dout, lse, dlse, row, inside, share, M, False)
+    at = tile.to(tl.int64) * M
+    tl.store(sums + at + r, found)
+    tl.store(delta + at + r, row_delta)
+    tl.store(total + at * D + tl.arange(0, M * D), tl.zeros((M * D,), tl.float32))
+    if slopes is not None:
+        bias = tl.load(slopes + number // heads * slopes_b + head) * LOG2_E * r.to(tl.float32)
+        rows = tl.num_programs(0).to(tl.int64) * M
+        tl.store(sums + rows + at + r, found + bias)
+        tl.store(sums + 2 * rows + at + r, found - bias)
+
+
+@triton.jit(do_not_specialize=["scale", "queries"])
+def unfold_kernel(total, dq, scale, queries, D: tl.constexpr, M: tl.constexpr):
+    """Write M rows of dq, times scale, from two blocks of attention_hopper_backward_kernels_triton.py."""
+    tiles = tl.cdiv(queries, M)
+    tile = tl.program_id(0)
+    block = tl.load(total + tile.to(tl.int64) * (M * D) + tl.arange(0, M * D)).reshape(2, 8, 4, 8, 4, 2, 2)
+    # half, 8 columns, warp, row, 2 columns, 8 rows, column
+    if M == 64:
+        rows = block.permute(2, 5, 3, 0, 1, 4, 6).reshape(M, D)
+    else:
+        rows = block.permute(0, 2, 5, 3, 1, 4, 6).reshape(M, D)
+    i = tile % tiles * M + tl.arange(0, M)
+    at = (tile // tiles).to(tl.int64) * queries + i
+    tl.store(dq + at[:, None] * D + tl.arange(0, D)[None, :], (rows * scale).to(dq.dtype.element_ty),
+             (i < queries)[:, None])
+
+
 @triton.jit
 def find_delta(out, dout, lse, dlse, row, inside, share, M: tl.constexpr, EXACT: tl.constexpr):
     """Return, of M rows, the log-sum-exp for `weights_of`, and delta, times dropout's share.
@@ -73,12 +120,11 @@ def find_delta(out, dout, lse, dlse, row, inside, share, M: tl.constexpr, EXACT:
 
 
 @triton.jit
-def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, sums, delta, dq, walk,
-                  M: tl.constexpr, CUT: tl.constexpr, DK: tl.constexpr):
+def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, size, sums, delta, walk, M: tl.constexpr,
+                  CUT: tl.constexpr, DK: tl.constexpr):
     """Add what the queries of a walk give to the gradients of a tile of keys and values; scores are `[N, M]`.
 
-    Unless `dq` is None, what the tile gives to the gradient of the queries is added there. The heads that share the
-    keys are walked one after the other, for a tile of one head is loaded as vectors.
+    The heads that share the keys are walked one after the other, for a tile of one head is loaded as vectors.
     """
     first, last = part(walk, CUT)
     tiles = tl.cdiv(tl.maximum(last - first, 0), M)
@@ -116,20 +162,14 @@ def _walk_queries(dkey, dvalue, key, value, j, queries, keys, band, scoring, siz
                 ds = p * (dp - row_delta[None, :])
             else:  # one number says what a weight is and whether it is kept
                 ds = tl.maximum(p, 0.0) * dp - tl.abs(p) * row_delta[None, :]
-            ds = ds.to(query.dtype)
-            dkey = dot(ds, query, dkey, scoring.EXACT)
-            if dq is not None:
-                add_rows(dq, queries, begin, head, band, dot(ds.T, key, None, scoring.EXACT), size, M, not CUT)
+            dkey = dot(ds.to(query.dtype), query, dkey, scoring.EXACT)
     return dkey, dvalue
 
 
 @triton.jit
-def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dq, dk, dv,
+def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dk, dv,
                   M: tl.constexpr, N: tl.constexpr):
-    """Compute the gradients of a tile of keys and values, whose rows are `first_col` + j·col_s in dk and dv.
-
-    Unless `dq` is None, the gradient of the queries, over the scale, is added up there in float32, in no fixed order.
-    """
+    """Compute the gradients of a tile of keys and values, whose rows are `first_col` + j·col_s in dk and dv."""
     j = tile * N + tl.arange(0, N)
     key, value = load_keys(keys, j, band, size, False)
     start, end, low, high = queries_seeing(tile * N, tile * N + N, band, ranges)
@@ -138,9 +178,9 @@ def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ra
     dvalue = tl.zeros((N, size.BLOCK_DV), tl.float32)
     DK: tl.constexpr = dk is not None
     dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, sums, delta,
-                                 dq, walk, M, False, DK)
+                                 walk, M, False, DK)
     dkey, dvalue = _walk_queries(dkey, dvalue, key, value, j[:, None], queries, keys, band, scoring, size, sums, delta,
-                                 dq, walk, M, True, DK)
+                                 walk, M, True, DK)
     j = afresh(tile) * N + tl.arange(0, N)
     at = first_col + j.to(tl.int64) * col_s
     scale = scoring.scale
@@ -151,28 +191,6 @@ def backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ra
         store_rows(dk, at * size.D, j < band.keys, dkey * scale, size.D, size.BLOCK_D)
     if dv is not None:
         store_rows(dv, at * size.DV, j < band.keys, dvalue, size.DV, size.BLOCK_DV)
-
-
-@triton.jit(do_not_specialize=["scale"])
-def scaled_kernel(numbers, found, scale, size, BLOCK: tl.constexpr):
-    """Write numbers times scale, in another type."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(found + at, (tl.load(numbers + at, at < size) * scale).to(found.dtype.element_ty), at < size)
-
-
-@triton.jit(do_not_specialize=["scale"])
-def unfold_kernel(total, dq, scale, D: tl.constexpr, M: tl.constexpr):
-    """Write M rows of dq, times scale, from two blocks of attention_hopper_backward_kernels_triton.py."""
-    C: tl.constexpr = 64
-    at = tl.program_id(0).to(tl.int64) * (M * D)
-    block = tl.load(total + at + tl.arange(0, M * D)).reshape(2, C // 8, 4, 8, 4, 2, 2)
-    # half, 8 columns, warp, row, 2 columns, 8 rows, column
-    if M == 64:
-        tile = block.permute(2, 5, 3, 0, 1, 4, 6).reshape(M, D)
-    else:
-        tile = block.permute(0, 2, 5, 3, 1, 4, 6).reshape(M, D)
-    row, column = tl.arange(0, M), tl.arange(0, D)
-    tl.store(dq + at + row[:, None] * D + column[None, :], (tile * scale).to(dq.dtype.element_ty))
 
 
 @triton.jit

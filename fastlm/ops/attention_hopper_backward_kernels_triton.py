@@ -1,7 +1,7 @@
 """Attention's backward pass for Hopper in Gluon: five products; a warp copies (TMA), 2 warp groups compute (wgmma).
 
-A block has 128 keys, 64 for each warp group, which makes dk and dv in registers; tiles of M queries go by. The scores
-are made transposed, `[64 keys, M queries]`, so that p and ds are operands in registers of dv += p·do and dk += ds·q.
+A block has 128 keys, 64 for each warp group, which makes dk and dv in registers; tiles of M queries go by, of all heads
+that share the keys. Queries are made up to whole tiles by ones that see nothing. The scores are made transposed, `[64 keys, M queries]`, so that p and ds are operands in registers of dv += p·do and dk += ds·q.
 For dq both groups put ds into shared memory, and each multiplies all of it by the keys for its half of the tile of dq:
 half of the columns where M is 64, half of the rows where it is 128. It is added up in float32 in global memory, in no
 fixed order, as blocks of `[64, C]` in the order of the accumulator's registers, so that a warp adds to adjacent words.
@@ -33,8 +33,8 @@ from fastlm.ops.attention_hopper_kernels_triton import LOG2_E, MINUS_INFINITY, M
 
 
 class Inputs(NamedTuple):
-    """Descriptors of queries, upstream gradients, their numbers and random bits, keys and values, or places of these in
-    shared memory.
+    """Descriptors of queries, upstream gradients, their numbers and random bits, an additive mask, keys and values, or
+    places of these in shared memory.
     """
 
     q: gl.tensor
@@ -42,6 +42,7 @@ class Inputs(NamedTuple):
     sums: gl.tensor
     delta: gl.tensor
     draws: gl.tensor
+    mask: gl.tensor
     k: gl.tensor
     v: gl.tensor
 
@@ -70,10 +71,24 @@ class Sizes(NamedTuple):
 
     blocks: gl.tensor
     heads: gl.tensor
+    group: gl.tensor
     queries: gl.tensor
     keys: gl.tensor
     right: gl.tensor
     wide: gl.tensor
+    mask_b: gl.tensor
+    mask_h: gl.tensor
+
+
+class Span(NamedTuple):
+    """The tiles of queries [first, last) that see some of the keys; those beyond [begin, end) need no mask, and all their
+    keys are on one side of the diagonal. Those from begin to end are walked first, the others then.
+    """
+
+    first: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+    last: gl.tensor
 
 
 class Features(NamedTuple):
@@ -89,73 +104,107 @@ class Features(NamedTuple):
 
 
 @gluon.jit
-def block_of(sizes):
-    """Return (first key, row of the batch, head) of a program: groups of `wide` heads, in them the first keys first."""
+def block_of(sizes, MASK: gl.constexpr):
+    """Return (first key, row of the batch, head of keys) of a program: groups of `wide` heads, in them the first keys
+    first. Rows of a batch that may share a mask are together.
+    """
     number = gl.program_id(0)
     part = number // (sizes.blocks * sizes.wide)
-    width = gl.minimum(sizes.wide, gl.num_programs(0) // sizes.blocks - part * sizes.wide)
+    all_heads = gl.num_programs(0) // sizes.blocks
+    width = gl.minimum(sizes.wide, all_heads - part * sizes.wide)
     number -= part * sizes.blocks * sizes.wide
     head = part * sizes.wide + number % width
-    return number // width * 128, head // sizes.heads, head % sizes.heads
+    key = number // width * 128
+    if MASK:
+        rows = all_heads // sizes.heads
+        return key, head % rows, head // rows
+    return key, head // sizes.heads, head % sizes.heads
 
 
 @gluon.jit
-def span(key, sizes, M: gl.constexpr, RIGHT: gl.constexpr):
-    """Return the tiles of queries [first, last) that see some of the keys; from `inner` on they need no mask."""
-    last = sizes.queries // M
+def span_of(key, sizes, M: gl.constexpr, RIGHT: gl.constexpr, ALIBI: gl.constexpr):
+    last = (sizes.queries + M - 1) // M
     first = 0
-    inner = 0
+    begin = 0
+    end = 0
     if RIGHT:
         first = gl.minimum(gl.maximum(key - sizes.right, 0) // M, last)
-        inner = (gl.maximum(key + 127 - sizes.right, 0) + M - 1) // M
-    inner = gl.minimum(gl.where(key + 128 > sizes.keys, last, inner), last)
-    return first, gl.maximum(inner, first), last
+        begin = first
+        end = (gl.maximum(key + 127 - sizes.right, 0) + M - 1) // M
+    if ALIBI:
+        same = key - (sizes.keys - sizes.queries)
+        if not RIGHT:
+            begin = gl.minimum(gl.maximum(same, 0) // M, last)
+        end = gl.maximum(end, gl.maximum(same + 127 + M, 0) // M)
+    partial = key + 128 > sizes.keys
+    begin = gl.where(partial, first, begin)
+    end = gl.minimum(gl.where(partial, last, end), last)
+    return Span(first, begin, gl.maximum(end, begin), last)
+
+
+@gluon.jit
+def tile_at(n, span, key, M: gl.constexpr, ALIBI: gl.constexpr, TURN: gl.constexpr):
+    """Return the n-th tile of a walk; with TURN, blocks of keys of a head are at different ones."""
+    i = span.first + n
+    if ALIBI:  # else begin is first, or all are walked at once
+        cut = span.end - span.begin
+        i = gl.where(n < cut, span.begin + n, gl.where(i - cut < span.begin, i - cut, i))
+    if TURN:
+        count = span.last - span.first
+        i += key // 128 * (128 // M) % count
+        i = gl.where(i >= span.last, i - count, i)
+    return i
 
 
 # --- the warp that copies --------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def turned(i, key, first, last, M: gl.constexpr, TURN: gl.constexpr):
-    """Return the tile that is walked in place of tile i: with TURN, blocks of keys of a head are at different ones."""
-    if TURN:
-        i += key // 128 * (128 // M) % (last - first)
-        i = gl.where(i >= last, i - (last - first), i)
-    return i
-
-
-@gluon.jit
 def produce(descriptors, memory, barriers, sizes, M: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr,
-            DROPOUT: gl.constexpr, TURN: gl.constexpr):
-    key, batch, head = block_of(sizes)
+            ALIBI: gl.constexpr, DROPOUT: gl.constexpr, MASK: gl.constexpr, TURN: gl.constexpr):
+    key, batch, kv_head = block_of(sizes, MASK)
     mbarrier.expect(barriers.kv_full.index(0), 4 * descriptors.k.block_type.nbytes)
     for w in gl.static_range(2):
-        tma.async_copy_global_to_shared(descriptors.k, [batch, head, key + w * 64, 0], barriers.kv_full.index(0),
+        tma.async_copy_global_to_shared(descriptors.k, [batch, kv_head, key + w * 64, 0], barriers.kv_full.index(0),
                                         memory.k.index(w))
-        tma.async_copy_global_to_shared(descriptors.v, [batch, head, key + w * 64, 0], barriers.kv_full.index(0),
+        tma.async_copy_global_to_shared(descriptors.v, [batch, kv_head, key + w * 64, 0], barriers.kv_full.index(0),
                                         memory.v.index(w))
-    first, _, last = span(key, sizes, M, RIGHT)
+    span = span_of(key, sizes, M, RIGHT, ALIBI)
+    tiles = (sizes.queries + M - 1) // M
+    rows = gl.num_programs(0) // sizes.blocks * sizes.group * tiles * M
+    BYTES: gl.constexpr = descriptors.q.block_type.nbytes + M * (4 + 8 * DROPOUT + 256 * MASK)
     slot = 0
     phase = 0
-    for i in range(first, last):
-        row = turned(i, key, first, last, M, TURN) * M
-        at = (batch * sizes.heads + head) * sizes.queries + row
-        mbarrier.wait(barriers.empty.index(slot), phase ^ 1)
-        if DROPOUT:
-            mbarrier.expect(barriers.q_full.index(slot), descriptors.q.block_type.nbytes + M * 12)
-            tma.async_copy_global_to_shared(descriptors.draws, [at], barriers.q_full.index(slot),
-                                            memory.draws.index(slot))
-        else:
-            mbarrier.expect(barriers.q_full.index(slot), descriptors.q.block_type.nbytes + M * 4)
-        tma.async_copy_global_to_shared(descriptors.q, [batch, head, row, 0], barriers.q_full.index(slot),
-                                        memory.q.index(slot))
-        tma.async_copy_global_to_shared(descriptors.sums, [at], barriers.q_full.index(slot), memory.sums.index(slot))
-        mbarrier.expect(barriers.do_full.index(slot), descriptors.do.block_type.nbytes + M * 4)
-        tma.async_copy_global_to_shared(descriptors.do, [batch, head, row, 0], barriers.do_full.index(slot),
-                                        memory.do.index(slot))
-        tma.async_copy_global_to_shared(descriptors.delta, [at], barriers.do_full.index(slot),
-                                        memory.delta.index(slot))
-        slot, phase = advance(slot, phase, STAGES)
+    for g in range(sizes.group):
+        head = kv_head * sizes.group + g
+        number = batch * sizes.heads * sizes.group + head
+        for n in range(span.last - span.first):
+            tile = tile_at(n, span, key, M, ALIBI, TURN)
+            at = (number * tiles + tile) * M
+            sums = at
+            if ALIBI:  # with what the side of the diagonal adds
+                below = tile * M >= key - (sizes.keys - sizes.queries)
+                sums += gl.where(n < span.end - span.begin, 0, gl.where(below, rows, 2 * rows))
+            mbarrier.wait(barriers.empty.index(slot), phase ^ 1)
+            mbarrier.expect(barriers.q_full.index(slot), BYTES)
+            tma.async_copy_global_to_shared(descriptors.q, [batch, head, tile * M, 0], barriers.q_full.index(slot),
+                                            memory.q.index(slot))
+            tma.async_copy_global_to_shared(descriptors.sums, [sums], barriers.q_full.index(slot),
+                                            memory.sums.index(slot))
+            if DROPOUT:
+                tma.async_copy_global_to_shared(descriptors.draws, [number * sizes.queries + tile * M],
+                                                barriers.q_full.index(slot), memory.draws.index(slot))
+            if MASK:
+                for w in gl.static_range(2):
+                    tma.async_copy_global_to_shared(
+                        descriptors.mask, [batch * sizes.mask_b, head * sizes.mask_h, tile * M, key + w * 64],
+                        barriers.q_full.index(slot), memory.mask.index(slot * 2 + w))
+            mbarrier.expect(barriers.do_full.index(slot), descriptors.do.block_type.nbytes + M * 4)
+            tma.async_copy_global_to_shared(descriptors.do, [batch, head, tile * M, 0], barriers.do_full.index(slot),
+                                            memory.do.index(slot))
+            tma.async_copy_global_to_shared(descriptors.delta, [at], barriers.do_full.index(slot),
+                                            memory.delta.index(slot))
+            slot, phase = advance(slot, phase, STAGES)
 
 
 # --- the warp groups that compute ------------------------------------------------------------------------------
@@ -173,12 +222,21 @@ def masked(s, key, row, sizes, M: gl.constexpr, RIGHT: gl.constexpr):
 
 @gluon.jit
 def biased(s, slope, key, row, sizes, M: gl.constexpr):
-    """Return scores with ALiBi's bias, if there is one."""
-    if slope is not None:
-        j = position(key - (sizes.keys - sizes.queries) + gl.arange(0, 64, gl.SliceLayout(1, s.type.layout)))
-        i = position(row + gl.arange(0, M, gl.SliceLayout(0, s.type.layout)))
-        s = s - slope * gl.abs(i[None, :] - j[:, None])
-    return s
+    """Return scores in base 2 with ALiBi's bias."""
+    j = position(key - (sizes.keys - sizes.queries) + gl.arange(0, 64, gl.SliceLayout(1, s.type.layout)))
+    i = position(row + gl.arange(0, M, gl.SliceLayout(0, s.type.layout)))
+    return s - slope * gl.abs(i[None, :] - j[:, None])
+
+
+@gluon.jit
+def apart(s, slope, key, row, sizes):
+    """Return scores in base 2, less the log-sum-exp, with what ALiBi's bias has of the keys: see `prepare_kernel`.
+
+    Keys are all before the queries, or all after them. So the bias is slope · (j - i), or the negative of it.
+    """
+    start = key - (sizes.keys - sizes.queries) - row
+    j = start + gl.arange(0, 64, gl.SliceLayout(1, s.type.layout))
+    return s + (gl.where(start > 0, -slope, slope) * j.to(gl.float32))[:, None]
 
 
 @gluon.jit
@@ -244,14 +302,18 @@ def multiply_queries(k, slot, phase, there, memory, barriers, S: gl.constexpr, M
 
 
 @gluon.jit
-def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first, last,
-         number_of_head, MASKED: gl.constexpr, W: gl.constexpr, M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-         LAG: gl.constexpr, RIGHT: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr, AHEAD: gl.constexpr):
-    """Take the tiles of queries from `begin` to `end`, of those from `first` to `last`."""
+def walk(state, total, memory, scratch, barriers, sizes, features, slope, scale, block, span, head, CUT: gl.constexpr,
+         W: gl.constexpr, M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+         RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, MASK: gl.constexpr, TURN: gl.constexpr):
+    """Take the tiles of queries of a head from `span.begin` to `span.end` if CUT, else the others."""
     dk, dv, next_s, slot, phase, number, before = state
+    cut = span.end - span.begin
+    count = span.last - span.first
+    tiles = (sizes.queries + M - 1) // M
     key = block + W * 64
     dtype: gl.constexpr = memory.q.dtype
     EARLY: gl.constexpr = M == 64  # else registers do not suffice for dp beside p
+    AHEAD: gl.constexpr = not EARLY  # but for the next tile's scores
     C: gl.constexpr = D // 2 if M == 64 else D
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -259,8 +321,8 @@ def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, s
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
     k = memory.k.index(W).reshape([64, D])
     v = memory.v.index(W).reshape([64, D])
-    for i in range(begin, end):
-        tile = turned(i, block, first, last, M, TURN)
+    for n in range(0 if CUT else cut, cut if CUT else count):
+        tile = tile_at(n, span, block, M, ALIBI, TURN)
         row = tile * M
         q = memory.q.index(slot).reshape([M, D])
         do = memory.do.index(slot).reshape([M, D])
@@ -273,10 +335,18 @@ def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, s
             dp = warpgroup_mma(v, do.permute((1, 0)), gl.zeros([64, M], gl.float32, S), use_acc=False, is_async=True)
         sums = memory.sums.index(slot).load(gl.SliceLayout(0, S))
         s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
-        s = biased(s, slope, key, row, sizes, M)
-        if MASKED:
+        s = s * scale
+        if MASK:
+            mask = memory.mask.index(slot * 2 + W).reshape([M, 64]).permute((1, 0)).load(S)
+            s = s + mask.to(gl.float32) * LOG2_E
+        if ALIBI and CUT:
+            s = biased(s, slope, key, row, sizes, M)
+        if CUT:
             s = masked(s, key, row, sizes, M, RIGHT)
-        p = gl.exp2(s * scale - sums[None, :])
+        s = s - sums[None, :]
+        if ALIBI and not CUT:
+            s = apart(s, slope, key, row, sizes)
+        p = gl.exp2(s)
         if DROPOUT:
             p = signed(p, key, memory.draws.index(slot).load(gl.SliceLayout(0, S)), features)
             weights = positive(p, dtype)
@@ -311,15 +381,16 @@ def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, s
             dq = warpgroup_mma_wait(1, deps=(dq,))
         mbarrier.arrive(barriers.ds_empty.index(ready % 2), count=1)
         if LAG == 0:
-            before = tile
-        add_block(total, (number_of_head * (sizes.queries // M) + before) * 2 + W, dq)
+            before = head * tiles + tile
+        add_block(total, before * 2 + W, dq)
         next_slot, next_phase = advance(slot, phase, STAGES)
         if AHEAD:
-            next_s = multiply_queries(k, next_slot, next_phase, i + 1 < last, memory, barriers, S, M, D)
+            next_s = multiply_queries(k, next_slot, next_phase, number < count * sizes.group, memory, barriers, S, M,
+                                      D)
         dk, ds = warpgroup_mma_wait(1 if AHEAD else 0, deps=(new_dk, ds))
         mbarrier.arrive(barriers.empty.index(slot), count=1)
         number += 1
-        before = tile
+        before = head * tiles + tile
         slot = next_slot
         phase = next_phase
     return dk, dv, next_s, slot, phase, number, before
@@ -328,17 +399,14 @@ def walk(begin, end, state, total, memory, scratch, barriers, sizes, features, s
 @gluon.jit
 def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale,
             D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, RIGHT: gl.constexpr,
-            ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr, AHEAD: gl.constexpr):
+            ALIBI: gl.constexpr, DROPOUT: gl.constexpr, MASK: gl.constexpr, TURN: gl.constexpr):
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     C: gl.constexpr = D // 2 if M == 64 else D
     Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
-    block, batch, head = block_of(sizes)
-    first, inner, last = span(block, sizes, M, RIGHT)
-    number_of_head = batch * sizes.heads + head
-    slope = None
-    if ALIBI:
-        slope = gl.load(features.slopes + (batch * features.slopes_b + head)) * (LOG2_E / scale)
+    AHEAD: gl.constexpr = M == 128
+    block, batch, kv_head = block_of(sizes, MASK)
+    span = span_of(block, sizes, M, RIGHT, ALIBI)
     if LAG == 1:
         scratch.ds.index(W).store(gl.zeros([64, M], memory.q.dtype, S))
         fence_async_shared()
@@ -346,12 +414,18 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
     mbarrier.wait(barriers.kv_full.index(0), 0)
     s = 0
     if AHEAD:
-        s = multiply_queries(memory.k.index(W).reshape([64, D]), 0, 0, first < last, memory, barriers, S, M, D)
+        s = multiply_queries(memory.k.index(W).reshape([64, D]), 0, 0, span.first < span.last, memory, barriers, S, M,
+                             D)
     state = (gl.zeros([64, D], gl.float32, O), gl.zeros([64, D], gl.float32, O), s, 0, 0, LAG, 0)
-    state = walk(first, inner, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first,
-                 last, number_of_head, True, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN, AHEAD)
-    state = walk(inner, last, state, total, memory, scratch, barriers, sizes, features, slope, scale, block, first,
-                 last, number_of_head, False, W, M, D, STAGES, LAG, RIGHT, DROPOUT, TURN, AHEAD)
+    for g in range(sizes.group):
+        head = kv_head * sizes.group + g
+        slope = 0.0
+        if ALIBI:
+            slope = gl.load(features.slopes + (batch * features.slopes_b + head)) * LOG2_E
+        head += batch * sizes.heads * sizes.group
+        for cut in gl.static_range(2):
+            state = walk(state, total, memory, scratch, barriers, sizes, features, slope, scale, block, span, head,
+                         cut == 0, W, M, D, STAGES, LAG, RIGHT, ALIBI, DROPOUT, MASK, TURN)
     dk, dv, s, _, _, number, before = state
     if AHEAD:
         s = warpgroup_mma_wait(0, deps=(s,))
@@ -360,35 +434,35 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
         mbarrier.wait(barriers.ds_full.index(number % 2), number // 2 & 1)
         dq = multiply_slopes(number, W, scratch, Q, M, D, C)
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        add_block(total, (number_of_head * (sizes.queries // M) + before) * 2 + W, dq)
+        add_block(total, before * 2 + W, dq)
     if DROPOUT:
         dv = dv * (1 / features.share)
     stage = memory.v.index(W)
     stage.reshape([64, D]).store(dv.to(memory.q.dtype))
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(dv_desc, [batch, head, block + W * 64, 0], stage)
+    tma.async_copy_shared_to_global(dv_desc, [batch, kv_head, block + W * 64, 0], stage)
     tma.store_wait(0)
     gl.thread_barrier()
     stage.reshape([64, D]).store((dk * dk_scale).to(memory.q.dtype))
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(dk_desc, [batch, head, block + W * 64, 0], stage)
+    tma.async_copy_shared_to_global(dk_desc, [batch, kv_head, block + W * 64, 0], stage)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["slopes_b", "threshold", "share", "scale", "dk_scale", "blocks", "heads", "queries",
-                              "keys", "right", "wide"])
-def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k_desc, v_desc, dk_desc, dv_desc, total,
-                           slopes, slopes_b, threshold, share, scale, dk_scale, blocks, heads, queries, keys, right,
-                           wide, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
-                           RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, TURN: gl.constexpr,
-                           AHEAD: gl.constexpr, REGISTERS: gl.constexpr):
+@gluon.jit(do_not_specialize=["slopes_b", "threshold", "share", "scale", "dk_scale", "blocks", "heads", "group",
+                              "queries", "keys", "right", "wide", "mask_b", "mask_h"])
+def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, mask_desc, k_desc, v_desc, dk_desc,
+                           dv_desc, total, slopes, slopes_b, threshold, share, scale, dk_scale, blocks, heads, group,
+                           queries, keys, right, wide, mask_b, mask_h, D: gl.constexpr, M: gl.constexpr,
+                           STAGES: gl.constexpr, LAG: gl.constexpr, RIGHT: gl.constexpr, ALIBI: gl.constexpr,
+                           DROPOUT: gl.constexpr, MASK: gl.constexpr, TURN: gl.constexpr):
     """Compute dk and dv, and add dq over the scale to blocks of float32; query i sees key j where j - i ≤ right if
     RIGHT.
 
-    Descriptors are of [B, H, S, D], in blocks of M rows of queries and 64 of keys, and of [B·H·Sq]. `scale` has the
-    factor log2(e).
+    Descriptors are of [B, H, S, D], in blocks of M rows of queries and 64 of keys, of [B·H·Sq] for the random bits, and
+    of what `prepare_kernel` makes. `heads` are those of keys. `scale` has the factor log2(e).
     """
     q_mem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, M, D], q_desc.layout)
     do_mem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, M, D], do_desc.layout)
@@ -397,6 +471,9 @@ def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k
     draws_mem = sums_mem
     if DROPOUT:
         draws_mem = gl.allocate_shared_memory(gl.int64, [STAGES, M], draws_desc.layout)
+    mask_mem = sums_mem
+    if MASK:
+        mask_mem = gl.allocate_shared_memory(mask_desc.dtype, [2 * STAGES, 1, 1, M, 64], mask_desc.layout)
     k_mem = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(v_desc.dtype, [2, 1, 1, 64, D], v_desc.layout)
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -416,17 +493,17 @@ def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=2)
     fence_async_shared()
-    descriptors = Inputs(q_desc, do_desc, sums_desc, delta_desc, draws_desc, k_desc, v_desc)
-    memory = Inputs(q_mem, do_mem, sums_mem, delta_mem, draws_mem, k_mem, v_mem)
+    descriptors = Inputs(q_desc, do_desc, sums_desc, delta_desc, draws_desc, mask_desc, k_desc, v_desc)
+    memory = Inputs(q_mem, do_mem, sums_mem, delta_mem, draws_mem, mask_mem, k_mem, v_mem)
     scratch = Scratch(ds_mem, ds_mem._reinterpret(q_desc.dtype, [4 * M // 64, 64, 64], FLAT),
                       k_mem._reinterpret(q_desc.dtype, [2 * D // 64, 64, 64], FLAT))
     barriers = Barriers(kv_full, q_full, do_full, empty, ds_full, ds_empty)
-    sizes = Sizes(blocks, heads, queries, keys, right, wide)
+    sizes = Sizes(blocks, heads, group, queries, keys, right, wide, mask_b, mask_h)
     features = Features(slopes, slopes_b, threshold, share)
     gl.warp_specialize([
         (consume, (0, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale, D, M,
-                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, TURN, AHEAD)),
+                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, MASK, TURN)),
         (consume, (1, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale, D, M,
-                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, TURN, AHEAD)),
-        (produce, (descriptors, memory, barriers, sizes, M, STAGES, RIGHT, DROPOUT, TURN)),
-    ], [4, 1], [REGISTERS, 24])
+                   STAGES, LAG, RIGHT, ALIBI, DROPOUT, MASK, TURN)),
+        (produce, (descriptors, memory, barriers, sizes, M, STAGES, RIGHT, ALIBI, DROPOUT, MASK, TURN)),
+    ], [4, 1], [240, 24])

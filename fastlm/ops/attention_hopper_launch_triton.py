@@ -3,6 +3,7 @@
 Gluon is experimental, so it is imported only for a launch, and only of the Triton that it was run with.
 """
 
+import torch
 import triton
 from torch import Tensor
 
@@ -59,40 +60,70 @@ def wins(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
             and query.size(0) * query.size(1) * query.size(2) >= 1 << 18)
 
 
-# Head size -> queries in a tile, stages of the rings, tiles that dq is behind, whether blocks start at different tiles,
-# and whether scores are ahead.
-BACKWARD_TILES = {64: (128, 2, 1, False, False), 128: (64, 2, 1, False, False)}
+BACKWARD_ROWS = {64: 128, 128: 64}  # head size -> queries in a tile
 
 
 def takes_backward(call, dout: Tensor) -> bool:
-    """Tell whether the kernel of the backward pass can take a call, the upstream gradient being `dout`."""
-    rows = BACKWARD_TILES[call.query.size(3)][0] if call.query.size(3) in BACKWARD_TILES else 0
-    return (takes(call) and reachable(dout) and dout.data_ptr() % 16 == 0 and call.query.size(2) % rows == 0
-            and call.group == 1 and call.options.left < 0)
+    """Tell whether the kernel of the backward pass can take a call, the upstream gradient being `dout`.
+
+    It adds the gradient of the queries in no fixed order. Of a mask it takes one of 16 bits for each query and key.
+    """
+    mask, (batch, heads, queries, dim), keys = call.mask, call.query.shape, call.key.size(2)
+    masked = mask is None or (
+        mask.is_floating_point() and mask.element_size() == 2 and mask.size(2) == queries and mask.size(3) == keys
+        and reachable(mask) and mask.data_ptr() % 16 == 0)
+    return (takes(call._replace(mask=None)) and masked and reachable(dout) and dout.data_ptr() % 16 == 0
+            and call.options.left < 0 and not torch.are_deterministic_algorithms_enabled()
+            and batch * heads * (queries + LEAST) < 1 << 31)
+
+
+def padded(call) -> tuple[int, int, int]:
+    """Return [B, H, Sq] with whole tiles of queries."""
+    batch, heads, queries, dim = call.query.shape
+    return batch, heads, triton.cdiv(queries, BACKWARD_ROWS[dim]) * BACKWARD_ROWS[dim]
+
+
+def plan_prepare(call, out: Tensor, lse: Tensor, dlse: Tensor, dout: Tensor, sums: Tensor, delta: Tensor,
+                 total: Tensor) -> tuple:
+    """Plan what `plan_backward` reads of each query: `sums` in 3 planes with ALiBi, and `delta`; and zeros in `total`."""
+    from fastlm.ops.attention_backward_kernels_triton import prepare_kernel
+
+    batch, heads, queries, dim = call.query.shape
+    slopes, p, rows = call.slopes, call.options.dropout_p, BACKWARD_ROWS[dim]
+    tiles = triton.cdiv(queries, rows)
+    do_b, do_h, do_s, _ = dout.stride()
+    arguments = dict(
+        o=out, do=dout, lse=lse, dlse=dlse, sums=sums, delta=delta, total=total, slopes=slopes,
+        share=share(p) if p else None, queries=queries, tiles=tiles, heads=heads, do_b=do_b, do_h=do_h, do_s=do_s,
+        slopes_b=0 if slopes is None or slopes.size(0) == 1 else slopes.stride(0), D=dim, M=rows, num_warps=rows // 16)
+    return prepare_kernel, (batch * heads * tiles,), arguments
 
 
 def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor, dk: Tensor, dv: Tensor) -> tuple:
     """Plan the gradients of keys and values, and that of queries, over the scale, added to `total` as blocks.
 
-    These are `[64, C]`, in the order of attention_hopper_backward_kernels_triton.py.
+    These are `[64, 64]`, in the order of attention_hopper_backward_kernels_triton.py.
     """
     from fastlm.ops.attention_hopper_backward_kernels_triton import hopper_backward_kernel
 
-    batch, heads, queries, dim = call.query.shape
-    keys, (rows, stages, lag, turn, ahead) = call.key.size(2), BACKWARD_TILES[dim]
+    batch, _, queries, dim = call.query.shape
+    heads, keys, rows, mask = call.key.size(1), call.key.size(2), BACKWARD_ROWS[dim], call.mask
     _, upper = band(call.options, queries, keys)
     blocks = triton.cdiv(keys, COLUMNS)
     numbers = features(call, sums)
-    draws = numbers.pop("draws")
+    plain = mask is None and not numbers["ALIBI"] and not numbers["DROPOUT"]
+    sums_desc = describe_numbers(sums, rows)
     arguments = dict(
-        q_desc=describe(call.query, rows), do_desc=describe(dout, rows), sums_desc=describe_numbers(sums, rows),
-        delta_desc=describe_numbers(delta, rows), draws_desc=describe_numbers(draws, rows),
-        k_desc=describe(call.key, ROWS), v_desc=describe(call.value, ROWS), dk_desc=describe(dk, ROWS),
-        dv_desc=describe(dv, ROWS), total=total, **numbers, scale=call.options.scale * LOG2_E,
-        dk_scale=call.options.scale / share(call.options.dropout_p), blocks=blocks,
-        heads=heads, queries=queries, keys=keys, right=upper or 0, wide=1 if upper is None else 8, D=dim, M=rows,
-        STAGES=stages, LAG=lag, RIGHT=upper is not None, TURN=turn and upper is None, AHEAD=ahead, REGISTERS=240,
-        num_warps=4)
+        q_desc=describe(call.query, rows), do_desc=describe(dout, rows), sums_desc=sums_desc,
+        delta_desc=describe_numbers(delta, rows), draws_desc=describe_numbers(numbers.pop("draws"), rows),
+        mask_desc=sums_desc if mask is None else describe(mask, rows, 64), k_desc=describe(call.key, ROWS),
+        v_desc=describe(call.value, ROWS), dk_desc=describe(dk, ROWS), dv_desc=describe(dv, ROWS), total=total,
+        **numbers, scale=call.options.scale * LOG2_E, dk_scale=call.options.scale / share(call.options.dropout_p),
+        blocks=blocks, heads=heads, group=call.group, queries=queries, keys=keys, right=upper or 0,
+        wide=batch if mask is not None else 1 if upper is None else 8,
+        mask_b=int(mask is not None and mask.size(0) > 1), mask_h=int(mask is not None and mask.size(1) > 1),
+        D=dim, M=rows, STAGES=2, LAG=int(dim == 64 or not plain), RIGHT=upper is not None, MASK=mask is not None,
+        TURN=plain and dim == 64 and upper is None, num_warps=4)
     return hopper_backward_kernel, (blocks * heads * batch,), arguments
 
 
@@ -100,9 +131,10 @@ def plan_unfold(total: Tensor, dq: Tensor, scale: float) -> tuple:
     """Plan dq `[B, H, S, D]`, contiguous, from the blocks of `plan_backward`."""
     from fastlm.ops.attention_backward_kernels_triton import unfold_kernel
 
-    dim, rows = dq.size(3), BACKWARD_TILES[dq.size(3)][0]
-    arguments = dict(total=total, dq=dq, scale=scale, D=dim, M=rows, num_warps=4)
-    return unfold_kernel, (dq.numel() // dim // rows,), arguments
+    dim = dq.size(3)
+    rows = BACKWARD_ROWS[dim]
+    arguments = dict(total=total, dq=dq, scale=scale, queries=dq.size(2), D=dim, M=rows, num_warps=4)
+    return unfold_kernel, (total.numel() // dim // rows,), arguments
 
 
 def plan(call, out: Tensor, lse: Tensor) -> tuple:
@@ -172,12 +204,12 @@ def together(blocks: int, uneven: bool) -> int:
     return 32 // blocks if blocks <= 16 else 64
 
 
-def describe(x: Tensor, rows: int):
-    """Return the descriptor of `[B, H, S, D]` for copies of so many rows."""
+def describe(x: Tensor, rows: int, columns: int | None = None):
+    """Return the descriptor of `[B, H, S, D]` for copies of so many rows, and of columns, else of all."""
     import triton.experimental.gluon.language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     # The engine wants a legal stride also of what there is one of.
     strides = [x.size(3) if x.size(d) == 1 else x.stride(d) for d in range(3)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.size(3)],
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns or x.size(3)],
                             gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))

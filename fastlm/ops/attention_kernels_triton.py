@@ -23,8 +23,7 @@ def _tile(tile, tile_j, tile_mask, split, splits, rows_in_all, first_col, col_s,
         found = mask_slope(tile, tile_j, tile_mask, band, queries, keys, scoring, size, sums, delta, CUT)
     elif KIND == "keys":
         if tile * N < band.keys:
-            backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dq, dk, dv,
-                          M, N)
+            backward_keys(tile, first_col, col_s, band, queries, keys, scoring, size, ranges, sums, delta, dk, dv, M, N)
     elif tile * M < band.queries * queries.group:
         if KIND == "forward":
             forward_tile(tile, split, splits, rows_in_all, band, queries, keys, scoring, size, sinks, ranges, o, lse,
@@ -42,7 +41,7 @@ def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, m
              do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D: tl.constexpr, DV: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
              SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, NEAR: tl.constexpr, KIND: tl.constexpr,
-             EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr, ADD: tl.constexpr, CUT: tl.constexpr):
+             EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr, CUT: tl.constexpr):
     """Compute a tile of row b of the batch for `group` heads from `head` on; return the mask's gradient if asked for.
 
     Offsets and lengths out of range are clamped: their values are not checked on a GPU.
@@ -82,7 +81,7 @@ def _compute(tile, tile_j, tile_mask, b, head, kv_head, group, split, q, k, v, m
                 GROUPED),
         Keys(k + kv_head * k_h, v + kv_head * v_h, k_b, k_s, k_d, v_b, v_s, v_d, table, page_size, pages, key_ids),
         Scoring(factor, scale, cap, threshold, share, SCALED, EXACT, COARSE, NEAR),
-        Size(D, DV, BLOCK_D, BLOCK_DV, CUT_STAGES, ADD), sinks, ranges, o, lse, dlse, sums, delta, dq, dk, dv, M, N,
+        Size(D, DV, BLOCK_D, BLOCK_DV, CUT_STAGES), sinks, ranges, o, lse, dlse, sums, delta, dq, dk, dv, M, N,
         KIND, CUT)
 
 
@@ -102,7 +101,7 @@ def attention_kernel(q, k, v, mask, sinks, slopes, places, lengths, query_ids, k
                      BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
                      SCALED: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr, NEAR: tl.constexpr,
                      KIND: tl.constexpr, EVEN: tl.constexpr, GROUPED: tl.constexpr, CUT_STAGES: tl.constexpr,
-                     ADD: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
+                     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
     """Compute one tile of what KIND says.
 
     That is the output ("forward"), the gradients of keys and values ("keys"), of queries ("queries"), or of a tile of a
@@ -145,7 +144,7 @@ def attention_kernel(q, k, v, mask, sinks, slopes, places, lengths, query_ids, k
                 splits, rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
                 q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h,
                 do_s, do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N,
-                CAUSAL, SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, ADD, CUT)
+                CAUSAL, SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, CUT)
         if draws is not None:
             total = total / share
         if not MASK_ROWS:
@@ -174,4 +173,4 @@ def attention_kernel(q, k, v, mask, sinks, slopes, places, lengths, query_ids, k
             splits, rows_in_all, factor, scale, cap, left, right, threshold, share, page_size, pages, q_b, q_h, q_s,
             q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, mask_b, mask_h, mask_s, mask_d, mask_keys, do_b, do_h, do_s,
             do_d, slopes_b, table_b, row_b, row_h, row_s, col_b, col_h, col_s, D, DV, BLOCK_D, BLOCK_DV, M, N, CAUSAL,
-            SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, ADD, False)
+            SCALED, EXACT, COARSE, NEAR, KIND, EVEN, GROUPED, CUT_STAGES, False)

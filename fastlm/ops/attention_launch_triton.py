@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlm.ops import attention_hopper_launch_triton as hopper
-from fastlm.ops.attention_backward_kernels_triton import delta_kernel, scaled_kernel
+from fastlm.ops.attention_backward_kernels_triton import delta_kernel
 from fastlm.ops.attention_common import Options
 from fastlm.ops.attention_forward_kernels_triton import combine_kernel
 from fastlm.ops.attention_kernels_triton import attention_kernel
@@ -103,6 +102,9 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
              like: tuple[Tensor, ...]) -> list[Tensor | None]:
     """Return the gradients of query, key, value, mask and sinks, those that `needs` asks for.
 
+    All are summed in a fixed order, but that of the query where `hopper.takes_backward`, so not with
+    `torch.use_deterministic_algorithms(True)`.
+
     Args:
         call: the inputs.
         out: the output.
@@ -123,6 +125,11 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         return found
     if constant:
         dq = dk = dmask = None
+    if all(t is not None for t in (dq, dk, dv)) and hopper.takes_backward(call, dout):
+        sums, delta = _backward_on_hopper(call, out, lse, dout, dlse, dq, dk, dv)
+        if dmask is not None:
+            found[3] = _mask_gradient(call, sums, delta, dout, dmask)
+        return found
     # Of queries of no sequence nobody writes delta, which is multiplied by 0 for the sinks.
     sums, delta = torch.empty_like(lse), (torch.zeros_like if call.cu_q is not None else torch.empty_like)(lse)
     rows, upstream = (out, lse, dlse, sums, delta, dout), (sums, delta, dout)
@@ -138,35 +145,28 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
             places = torch.arange(call.query.size(2), device=lse.device, dtype=torch.float32)
         launch(plan_keys, call, *upstream, dk, dv, _ranges_of_keys(call), places)
     if dmask is not None and dmask.numel():
-        parts = parts_of_mask(call)
-        launch(plan_mask, call, *upstream, parts)
-        found[3] = parts.sum_to_size(dmask.shape).to(dmask.dtype)
+        found[3] = _mask_gradient(call, *upstream, dmask)
     if dsinks is not None:
         shares = torch.where(lse == -torch.inf, 0, (call.sinks[:, None] - lse).exp())
         found[4] = -(shares * delta).sum((0, 2)).div(hopper.share(call.options.dropout_p)).to(dsinks.dtype)
     return found
 
 
-def backward_at_once(call: Call, rows: tuple[Tensor, ...], dq: Tensor, dk: Tensor, dv: Tensor, places: Tensor | None,
-                     add: str = "atomic") -> None:
-    """Write the gradients of queries, keys and values from one walk: five products in place of seven.
-
-    The gradient of the queries is summed in no fixed order, so that calls differ by rounding.
-    """
-    *_, sums, delta, dout = rows
-    launch(plan_delta, *rows, call.options.dropout_p)
-    total = torch.zeros(sums.numel(), dq.size(3), device=dq.device)
-    launch(plan_keys, call, sums, delta, dout, dk, dv, _ranges_of_keys(call), places, total, add)
-    launch(plan_scaled, total, dq, call.options.scale / hopper.share(call.options.dropout_p))
-
-
-def backward_on_hopper(call: Call, rows: tuple[Tensor, ...], dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Write the same by the kernel for Hopper, where `hopper.takes_backward`."""
-    *_, sums, delta, dout = rows
-    launch(plan_delta, *rows, call.options.dropout_p)
-    total = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
+def _backward_on_hopper(call, out, lse, dout, dlse, dq, dk, dv):
+    """Write these gradients by the kernel for Hopper; return `sums` and `delta` as plan_mask reads them."""
+    shape, dim = hopper.padded(call), dq.size(3)
+    sums = lse.new_empty(1 if call.slopes is None else 3, *shape)
+    delta, total = lse.new_empty(shape), lse.new_empty(*shape, dim)
+    launch(hopper.plan_prepare, call, out, lse, dlse, dout, sums, delta, total)
     launch(hopper.plan_backward, call, sums, delta, dout, total, dk, dv)
     launch(hopper.plan_unfold, total, dq, call.options.scale / hopper.share(call.options.dropout_p))
+    return sums[0, :, :, :dq.size(2)], delta[:, :, :dq.size(2)]
+
+
+def _mask_gradient(call, sums, delta, dout, dmask):
+    parts = parts_of_mask(call)
+    launch(plan_mask, call, sums, delta, dout, parts)
+    return parts.sum_to_size(dmask.shape).to(dmask.dtype)
 
 
 def draws(query: Tensor) -> Tensor:
@@ -227,25 +227,13 @@ def plan_queries(call, out, lse, dlse, sums, delta, dout, dq, ranges=None):
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
 
 
-def plan_keys(call, sums, delta, dout, dk, dv, ranges=None, places=None, dq=None, add="atomic"):
-    """Plan the gradients of keys and values; with ALiBi `places` may be the numbers of the queries as floats.
-
-    To `dq`, if there is one, float32 and laid out like the queries' rows, the gradient of the queries is added, over
-    the scale.
-    """
+def plan_keys(call, sums, delta, dout, dk, dv, ranges=None, places=None):
+    """Plan the gradients of keys and values; with ALiBi `places` may be the numbers of the queries as floats."""
     tiles = _tiles("keys", call)
     blocks = -(-call.longest[1] // tiles["N"])
-    if dq is not None and add == "descriptor":
-        dq = TensorDescriptor(dq, list(dq.shape), [dq.size(1), 1], [tiles["M"], dq.size(1)])
-    arguments = _arguments(call, "keys", tiles, blocks, ranges, sums, sums=sums, delta=delta, do=dout, dq=dq,
-                           dk=dk, dv=dv, places=places, ADD=add)
+    arguments = _arguments(call, "keys", tiles, blocks, ranges, sums, sums=sums, delta=delta, do=dout, dk=dk,
+                           dv=dv, places=places)
     return attention_kernel, (blocks * call.key.size(1) * call.rows,), arguments
-
-
-def plan_scaled(numbers, found, scale):
-    """Plan float32 numbers times scale, in the type of `found`."""
-    arguments = dict(numbers=numbers, found=found, scale=scale, size=numbers.numel(), BLOCK=4096, num_warps=8)
-    return scaled_kernel, (triton.cdiv(numbers.numel(), 4096),), arguments
 
 
 def parts_of_mask(call):
@@ -310,7 +298,7 @@ def _ranges(ids, others, blocks, group, rows):
 OFF = dict.fromkeys(("places", "o", "lse", "do", "dlse", "sums", "delta", "dq", "dk", "dv", "dmask", "splits",
                      "mask_heads", "shared_heads", "shared", "column_blocks", "page_size", "pages", "table_b",
                      "slopes_b", "threshold", "share"))
-OFF |= dict(ADD="", MASK_ROWS=True, MASK_COLS=True)
+OFF |= dict(MASK_ROWS=True, MASK_COLS=True)
 STRIDES = [*(f"{name}_{axis}" for name in ("q", "k", "v", "mask", "do") for axis in "bhsd"), "row_b", "row_h", "row_s",
            "col_b", "col_h", "col_s"]
 

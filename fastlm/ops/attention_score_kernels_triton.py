@@ -114,7 +114,6 @@ class Size(NamedTuple):
     BLOCK_D: tl.constexpr
     BLOCK_DV: tl.constexpr
     CUT_STAGES: tl.constexpr
-    ADD: tl.constexpr
 
 
 # --- tiles in memory -------------------------------------------------------------------------------------------
@@ -142,24 +141,6 @@ def store_rows(base, offset, inside, tile, D: tl.constexpr, BLOCK: tl.constexpr)
     column = tl.arange(0, BLOCK)
     tl.store(base + offset[:, None] + column[None, :], tile.to(base.dtype.element_ty),
              inside[:, None] & (column < D)[None, :])
-
-
-@triton.jit
-def add_rows(numbers, source, begin, head, band, tile, size, M: tl.constexpr, WHOLE: tl.constexpr):
-    """Add a tile of M rows from query `begin` on to float32 numbers, to which other programs add at the same time."""
-    if size.ADD == "descriptor":  # rows beyond a head's last one are 0
-        numbers.atomic_add([row_numbers(source, begin, head).to(tl.int32), 0], tile)
-    else:
-        i = begin + tl.arange(0, M)
-        column = tl.arange(0, size.BLOCK_D)
-        at = numbers + row_numbers(source, i, head)[:, None] * size.D + column[None, :]
-        if WHOLE and size.ADD == "pairs":
-            tl.inline_asm_elementwise("mov.b32 $0, 0; mov.b32 $1, 0; red.global.add.v2.f32 [$2], {$4, $5};",
-                                      "=r,=r,l,l,f,f", [at.to(tl.int64), tile], tl.int32, False, 2)
-        elif WHOLE and size.D == size.BLOCK_D:
-            tl.atomic_add(at, tile, sem="relaxed")
-        else:
-            tl.atomic_add(at, tile, (i < band.queries)[:, None] & (column < size.D)[None, :], sem="relaxed")
 
 
 @triton.jit

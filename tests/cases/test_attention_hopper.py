@@ -51,9 +51,17 @@ LARGE = {
 }
 
 
+# What the backward kernel takes: of these those without a window, and masks.
+MASKED = {
+    "mask": ((2, 4, 2, 300, 264), dict(mask=(1, 4))),
+    "mask of all heads, causal": ((2, 2, 2, 200, 200), dict(mask=(2, 1), is_causal=True)),
+}
+BACKWARD = [*[name for name, (_, options) in SHAPES.items() if "left" not in options], *MASKED]
+
+
 def arguments(name, dim, dtype, layout, device="cpu"):
     """Return the canonical arguments of the op."""
-    (batch, heads, kv_heads, queries, keys), options = (SHAPES | LARGE)[name]
+    (batch, heads, kv_heads, queries, keys), options = (SHAPES | LARGE | MASKED)[name]
     tensors = []
     for h, s in ((heads, queries), (kv_heads, keys), (kv_heads, keys)):
         shape = (batch, h, s, dim) if layout == "heads first" else (batch, s, h, dim)
@@ -61,7 +69,8 @@ def arguments(name, dim, dtype, layout, device="cpu"):
         tensors.append(x if layout == "heads first" else x.transpose(1, 2))
     options = dict(options)
     slopes = torch.rand(batch, heads, device=device) / 8 if options.pop("alibi", False) else None
-    return (*tensors, None, None, slopes, *[None] * 3, Options(scale=dim**-0.5, return_lse=True, **options))
+    mask = torch.randn(*options.pop("mask"), queries, keys, device=device).to(dtype) if "mask" in options else None
+    return (*tensors, mask, None, slopes, *[None] * 3, Options(scale=dim**-0.5, return_lse=True, **options))
 
 
 def call_of(args):
@@ -79,7 +88,7 @@ def keep(found, args):
 
 def kind(name):
     """Return a dtype and a layout for a shape, each with half of them."""
-    index = [*SHAPES, *LARGE].index(name)
+    index = [*SHAPES, *LARGE, *MASKED].index(name)
     return (torch.bfloat16, torch.float16)[index % 2], ("heads first", "lengths first")[index // 2 % 2]
 
 
@@ -131,6 +140,46 @@ def test_emulated(name, dim, monkeypatch):
     """Three programs, so that each takes several tiles, and not all as many."""
     args = arguments(name, dim, *kind(name))
     keep(gluon_emulation.forward(call_of(args), 3, monkeypatch), args)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_emulated(name, dim, monkeypatch):
+    args = arguments(name, dim, *kind(name))
+    call = call_of(args)
+    batch, heads, queries, _ = call.query.shape
+    dropped = launch.dropped(call) if call.draws is not None else None
+    leaves = [x.double().requires_grad_() for x in args[:3]]
+    out, lse = reference(*leaves, *measure.cast(args[3:], torch.float64), dropped)
+    dout = torch.randn_like(args[0])
+    dlse = torch.randn(lse.shape)
+    want = torch.autograd.grad((out, lse), leaves, (dout.double(), dlse.double()))
+    stock = [x.detach().requires_grad_() for x in args[:3]]
+    stock_out, stock_lse = reference(*stock, *args[3:], dropped)
+    stock = torch.autograd.grad((stock_out, stock_lse), stock, (dout, dlse.to(stock_lse.dtype)))
+
+    share = hopper.share(call.options.dropout_p)
+    shape = hopper.padded(call)
+    delta = torch.zeros(shape)
+    delta[:, :, :queries] = ((out.detach() * dout.double()).sum(-1) - dlse) * share
+    sums = torch.full((3, *shape), torch.inf)
+    sums[:, :, :, :queries] = lse.detach().where(lse != -torch.inf, torch.inf) * hopper.LOG2_E
+    if call.slopes is not None:
+        bias = call.slopes[..., None] * hopper.LOG2_E * (torch.arange(shape[2]) % hopper.BACKWARD_ROWS[dim])
+        sums[1] += bias
+        sums[2] -= bias
+    total = torch.zeros(*shape, dim)
+    dk, dv = gluon_emulation.backward(call, sums, delta, dout, total, monkeypatch)
+    dq = (unfold(total)[:, :, :queries] * (call.options.scale / share)).to(dk.dtype)
+    errors = measure.compare(("query", "key", "value"), (dq, dk, dv), stock, want)
+    assert all(e.ok for e in errors), errors
+
+
+def unfold(total):
+    """Return the gradient of the queries from the blocks of the backward kernel."""
+    blocks = total.view(-1, 2, 8, 4, 8, 4, 2, 2)  # half, 8 columns, warp, row, 2 columns, 8 rows, column
+    order = (0, 3, 6, 4, 1, 2, 5, 7) if total.size(3) == 128 else (0, 1, 3, 6, 4, 2, 5, 7)
+    return blocks.permute(order).reshape(total.shape)
 
 
 @pytest.fixture
