@@ -1,7 +1,5 @@
 """Attention's backward in Triton, without atomics: gradients of keys and values, of queries, and of the mask.
 
-And what attention_hopper_backward_kernels_triton.py needs before and after.
-
 One pass for dq walks the keys, one for dk and dv the queries. The gradient ds is that of the scores after scale, cap,
 mask and bias: p ⊙ (dp - delta), delta = Σ o·do - dlse. Dropout keeps a share of p and divides o by the share: there ds
 is (kept p ⊙ dp - p ⊙ share·delta) / share, and the division is left to the end.
@@ -52,52 +50,6 @@ def delta_kernel(o, do, lse, dlse, sums, delta, rows_in_all, share, Y, Z, do_x, 
     found, row_delta = find_delta(out, dout, lse, dlse, row, inside, share, M, EXACT)
     tl.store(sums + row, found, inside)
     tl.store(delta + row, row_delta, inside)
-
-
-@triton.jit(do_not_specialize=["queries", "tiles", "heads", "do_b", "do_h", "slopes_b"])
-def prepare_kernel(o, do, lse, dlse, sums, delta, total, slopes, share, queries, tiles, heads, do_b, do_h, do_s,
-                   slopes_b, D: tl.constexpr, M: tl.constexpr):
-    """Write what `find_delta` returns of M rows, which a head has in `tiles`, of the last as if they saw nothing.
-
-    And fill their part of `total` with zeros. With ALiBi, two further planes of `sums` have the bias of each row to the
-    first row of its tile, where keys are before it and where they are after it.
-    """
-    r = tl.arange(0, M)
-    tile = tl.program_id(0)
-    number, i = tile // tiles, tile % tiles * M + r
-    head = number % heads
-    row = number.to(tl.int64) * queries + i
-    inside = i < queries
-    out = load_rows(o, row * D, inside, 1, D, D)
-    upstream = do + (number // heads).to(tl.int64) * do_b + head.to(tl.int64) * do_h
-    dout = load_rows(upstream, i.to(tl.int64) * do_s, inside, 1, D, D)
-    found, row_delta = find_delta(out, dout, lse, dlse, row, inside, share, M, False)
-    at = tile.to(tl.int64) * M
-    tl.store(sums + at + r, found)
-    tl.store(delta + at + r, row_delta)
-    tl.store(total + at * D + tl.arange(0, M * D), tl.zeros((M * D,), tl.float32))
-    if slopes is not None:
-        bias = tl.load(slopes + number // heads * slopes_b + head) * LOG2_E * r.to(tl.float32)
-        rows = tl.num_programs(0).to(tl.int64) * M
-        tl.store(sums + rows + at + r, found + bias)
-        tl.store(sums + 2 * rows + at + r, found - bias)
-
-
-@triton.jit(do_not_specialize=["scale", "queries"])
-def unfold_kernel(total, dq, scale, queries, D: tl.constexpr, M: tl.constexpr):
-    """Write M rows of dq, times scale, from two blocks of attention_hopper_backward_kernels_triton.py."""
-    tiles = tl.cdiv(queries, M)
-    tile = tl.program_id(0)
-    block = tl.load(total + tile.to(tl.int64) * (M * D) + tl.arange(0, M * D)).reshape(2, 8, 4, 8, 4, 2, 2)
-    # half, 8 columns, warp, row, 2 columns, 8 rows, column
-    if M == 64:
-        rows = block.permute(2, 5, 3, 0, 1, 4, 6).reshape(M, D)
-    else:
-        rows = block.permute(0, 2, 5, 3, 1, 4, 6).reshape(M, D)
-    i = tile % tiles * M + tl.arange(0, M)
-    at = (tile // tiles).to(tl.int64) * queries + i
-    tl.store(dq + at[:, None] * D + tl.arange(0, D)[None, :], (rows * scale).to(dq.dtype.element_ty),
-             (i < queries)[:, None])
 
 
 @triton.jit
@@ -266,3 +218,52 @@ def mask_slope(r, j, mask, band, queries, keys, scoring, size, sums, delta, CUT:
     row_sums = load_number(sums, queries, r, queries.head, band, float("inf"), False)
     row_delta = load_number(delta, queries, r, queries.head, band, 0.0, False)
     return _slopes(query, dout, row_sums, row_delta, mask, r, queries, keys, j, band, scoring, size, CUT, False)[0]
+
+
+# --- before and after the kernel of attention_hopper_backward_kernels_triton.py --------------------------------
+
+
+@triton.jit(do_not_specialize=["queries", "tiles", "heads", "do_b", "do_h", "slopes_b"])
+def prepare_kernel(o, do, lse, dlse, sums, delta, total, slopes, share, queries, tiles, heads, do_b, do_h, do_s,
+                   slopes_b, D: tl.constexpr, M: tl.constexpr):
+    """Write what `find_delta` returns of M rows, which a head has in `tiles`, of the last as if they saw nothing.
+
+    And fill their part of `total` with zeros. With ALiBi, two further planes of `sums` have the bias of each row to the
+    first row of its tile, where keys are before it and where they are after it.
+    """
+    r = tl.arange(0, M)
+    tile = tl.program_id(0)
+    number, i = tile // tiles, tile % tiles * M + r
+    head = number % heads
+    row = number.to(tl.int64) * queries + i
+    inside = i < queries
+    out = load_rows(o, row * D, inside, 1, D, D)
+    upstream = do + (number // heads).to(tl.int64) * do_b + head.to(tl.int64) * do_h
+    dout = load_rows(upstream, i.to(tl.int64) * do_s, inside, 1, D, D)
+    found, row_delta = find_delta(out, dout, lse, dlse, row, inside, share, M, False)
+    at = tile.to(tl.int64) * M
+    tl.store(sums + at + r, found)
+    tl.store(delta + at + r, row_delta)
+    tl.store(total + at * D + tl.arange(0, M * D), tl.zeros((M * D,), tl.float32))
+    if slopes is not None:
+        bias = tl.load(slopes + number // heads * slopes_b + head) * LOG2_E * r.to(tl.float32)
+        rows = tl.num_programs(0).to(tl.int64) * M
+        tl.store(sums + rows + at + r, found + bias)
+        tl.store(sums + 2 * rows + at + r, found - bias)
+
+
+@triton.jit(do_not_specialize=["scale", "queries"])
+def unfold_kernel(total, dq, scale, queries, D: tl.constexpr, M: tl.constexpr):
+    """Write M rows of dq, times scale, from two blocks of attention_hopper_backward_kernels_triton.py."""
+    tiles = tl.cdiv(queries, M)
+    tile = tl.program_id(0)
+    block = tl.load(total + tile.to(tl.int64) * (M * D) + tl.arange(0, M * D)).reshape(2, 8, 4, 8, 4, 2, 2)
+    # half, 8 columns, warp, row, 2 columns, 8 rows, column
+    if M == 64:
+        rows = block.permute(2, 5, 3, 0, 1, 4, 6).reshape(M, D)
+    else:
+        rows = block.permute(0, 2, 5, 3, 1, 4, 6).reshape(M, D)
+    i = tile % tiles * M + tl.arange(0, M)
+    at = (tile // tiles).to(tl.int64) * queries + i
+    tl.store(dq + at[:, None] * D + tl.arange(0, D)[None, :], (rows * scale).to(dq.dtype.element_ty),
+             (i < queries)[:, None])

@@ -1,10 +1,11 @@
 """Attention's backward pass for Hopper in Gluon: five products; a warp copies (TMA), 2 warp groups compute (wgmma).
 
 A block has 128 keys, 64 for each warp group, which makes dk and dv in registers; tiles of M queries go by, of all heads
-that share the keys. Queries are made up to whole tiles by ones that see nothing. The scores are made transposed, `[64 keys, M queries]`, so that p and ds are operands in registers of dv += p·do and dk += ds·q.
-For dq both groups put ds into shared memory, and each multiplies all of it by the keys for its half of the tile of dq:
-half of the columns where M is 64, half of the rows where it is 128. It is added up in float32 in global memory, in no
-fixed order, as blocks of `[64, C]` in the order of the accumulator's registers, so that a warp adds to adjacent words.
+that share the keys, made up to whole tiles by queries that see nothing. The scores are made transposed, `[64 keys, M
+queries]`, so that p and ds are operands in registers of dv += p·do and dk += ds·q. For dq both groups put ds into
+shared memory, and each multiplies all of it by the keys for its half of the tile of dq: half of the columns where M is
+64, half of the rows where it is 128. It is added up in float32 in global memory, in no fixed order, as blocks of
+`[64, 64]` in the order of the accumulator's registers, so that a warp adds to adjacent words.
 
 ring     slot of tile number n = n % STAGES for queries with their log-sum-exp (q_full) and upstream gradients with
          delta (do_full): armed by the producer with the bytes of the copies. empty[slot]: 2 arrivals, one from each
@@ -81,8 +82,9 @@ class Sizes(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The tiles of queries [first, last) that see some of the keys; those beyond [begin, end) need no mask, and all their
-    keys are on one side of the diagonal. Those from begin to end are walked first, the others then.
+    """The tiles of queries [first, last) that see some of the keys.
+
+    Those from begin to end, which are walked first, may need a mask, or with ALiBi be on both sides of the diagonal.
     """
 
     first: gl.tensor

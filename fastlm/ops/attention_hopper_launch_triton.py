@@ -1,4 +1,4 @@
-"""Which calls attention_hopper_kernels_triton.py takes, and how they are launched.
+"""Which calls the Gluon kernels of attention take, forward and backward, and how they are launched.
 
 Gluon is experimental, so it is imported only for a launch, and only of the Triton that it was run with.
 """
@@ -66,15 +66,24 @@ BACKWARD_ROWS = {64: 128, 128: 64}  # head size -> queries in a tile
 def takes_backward(call, dout: Tensor) -> bool:
     """Tell whether the kernel of the backward pass can take a call, the upstream gradient being `dout`.
 
-    It adds the gradient of the queries in no fixed order. Of a mask it takes one of 16 bits for each query and key.
+    It adds the gradient of the queries in no fixed order. Of masks it takes those of 16 bits for each query and key,
+    but not beside dropout, for whose bits shared memory does not suffice.
     """
-    mask, (batch, heads, queries, dim), keys = call.mask, call.query.shape, call.key.size(2)
+    mask, (batch, heads, queries, _) = call.mask, call.query.shape
     masked = mask is None or (
-        mask.is_floating_point() and mask.element_size() == 2 and mask.size(2) == queries and mask.size(3) == keys
-        and reachable(mask) and mask.data_ptr() % 16 == 0)
+        call.draws is None and mask.is_floating_point() and mask.element_size() == 2
+        and mask.shape[2:] == (queries, call.key.size(2)) and reachable(mask) and mask.data_ptr() % 16 == 0)
     return (takes(call._replace(mask=None)) and masked and reachable(dout) and dout.data_ptr() % 16 == 0
             and call.options.left < 0 and not torch.are_deterministic_algorithms_enabled()
-            and batch * heads * (queries + LEAST) < 1 << 31)
+            and batch * heads * (queries + LEAST) < 1 << 29)
+
+
+def pays(call) -> bool:
+    """Tell whether the kernel of the backward pass has enough to do: half the multiprocessors, as many as a call has
+    blocks of keys. Two kernels have four times the blocks.
+    """
+    blocks = triton.cdiv(call.key.size(2), COLUMNS) * call.key.size(1) * call.key.size(0)
+    return 2 * blocks >= multiprocessors(call.query.device)
 
 
 def padded(call) -> tuple[int, int, int]:
@@ -85,7 +94,7 @@ def padded(call) -> tuple[int, int, int]:
 
 def plan_prepare(call, out: Tensor, lse: Tensor, dlse: Tensor, dout: Tensor, sums: Tensor, delta: Tensor,
                  total: Tensor) -> tuple:
-    """Plan what `plan_backward` reads of each query: `sums` in 3 planes with ALiBi, and `delta`; and zeros in `total`."""
+    """Plan what `plan_backward` reads of each query, `sums`, in 3 planes with ALiBi, and `delta`; zeros in `total`."""
     from fastlm.ops.attention_backward_kernels_triton import prepare_kernel
 
     batch, heads, queries, dim = call.query.shape

@@ -102,7 +102,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
              like: tuple[Tensor, ...]) -> list[Tensor | None]:
     """Return the gradients of query, key, value, mask and sinks, those that `needs` asks for.
 
-    All are summed in a fixed order, but that of the query where `hopper.takes_backward`, so not with
+    All are summed in a fixed order, except that of the query where the kernel for Hopper runs, which it does not with
     `torch.use_deterministic_algorithms(True)`.
 
     Args:
@@ -125,7 +125,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         return found
     if constant:
         dq = dk = dmask = None
-    if all(t is not None for t in (dq, dk, dv)) and hopper.takes_backward(call, dout):
+    if all([t is not None for t in (dq, dk, dv)]) and hopper.takes_backward(call, dout) and hopper.pays(call):
         sums, delta = _backward_on_hopper(call, out, lse, dout, dlse, dq, dk, dv)
         if dmask is not None:
             found[3] = _mask_gradient(call, sums, delta, dout, dmask)

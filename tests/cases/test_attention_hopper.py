@@ -94,14 +94,16 @@ def kind(name):
 
 @pytest.fixture
 def drawn(device, poisoned, monkeypatch):
-    """Draw arguments that the kernel for Hopper takes, or skip."""
+    """Draw arguments that the kernels for Hopper take, or skip."""
     monkeypatch.setattr(launch, "_splits", lambda call: 1)  # the plain kernel would have more of so few queries
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # which `poisoned` enables
+    monkeypatch.setattr(hopper, "pays", lambda call: True)
     monkeypatch.setattr(hopper, "narrow", lambda *args: False)
 
     def draw(name, dim, seed=0):
         torch.manual_seed(seed)
         args = arguments(name, dim, *kind(name), device)
-        if device != "cuda" or not hopper.takes(call_of(args)):
+        if device != "cuda" or not hopper.takes(call_of(args)._replace(mask=None)):
             pytest.skip("needs a Hopper GPU")
         return args
     return draw
@@ -118,9 +120,9 @@ def test_results(name, dim, drawn):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("name", ["causal", "queries that see nothing", "window", "grouped"])
+@pytest.mark.parametrize("name", [*BACKWARD, "window"])
 def test_gradients(name, dim, drawn):
-    """The backward kernels read its output and log-sum-exp."""
+    """With a window the two plain kernels read the output and log-sum-exp of the forward pass."""
     keep_error_rule(lambda i: measure.errors(op, "triton", drawn(name, dim, i)))
 
 
@@ -132,6 +134,24 @@ def test_results_are_the_same_each_time(dim, drawn):
         for _ in range(5):
             for a, b in zip(first, op(*args), strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gradients_are_the_same_each_time_where_it_is_asked_for(deterministic, drawn, monkeypatch):
+    """Else those of keys and values are, and the others nearly."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    args = drawn("many turns, causal", 128)
+    leaves = [x.requires_grad_() for x in args[:3]]
+
+    def gradients():
+        with fastlm.backend("triton"):
+            out, lse = op(*leaves, *args[3:])
+        return torch.autograd.grad(out.float().square().sum() + lse.sum(), leaves)
+
+    first = gradients()
+    for _ in range(3):
+        for i, (a, b) in enumerate(zip(first, gradients(), strict=True)):
+            assert torch.equal(a, b) or (i == 0 and not deterministic and (a - b).abs().max() < a.abs().max() / 100)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -147,7 +167,7 @@ def test_emulated(name, dim, monkeypatch):
 def test_backward_emulated(name, dim, monkeypatch):
     args = arguments(name, dim, *kind(name))
     call = call_of(args)
-    batch, heads, queries, _ = call.query.shape
+    queries = call.query.size(2)
     dropped = launch.dropped(call) if call.draws is not None else None
     leaves = [x.double().requires_grad_() for x in args[:3]]
     out, lse = reference(*leaves, *measure.cast(args[3:], torch.float64), dropped)
@@ -207,6 +227,41 @@ def test_what_it_takes(on_hopper, monkeypatch):
     assert not hopper.takes(call._replace(value=call.value[..., :64]))
     monkeypatch.setattr(hopper, "capability", lambda device: (10, 0))
     assert not hopper.takes(call)
+
+
+def test_what_backward_takes(on_hopper, monkeypatch):
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+    call = call_of(meta())
+    dout, lengths_first = call.query, torch.empty(16, 1024, 16, 128, dtype=torch.bfloat16, device="meta")
+    assert hopper.takes_backward(call, dout) and hopper.takes_backward(call, lengths_first.transpose(1, 2))
+    assert not hopper.takes_backward(call, dout.sum().expand(dout.shape))
+    assert not hopper.takes_backward(call_of(meta(left=300, right=0)), dout)
+    mask = torch.empty(1, 16, 1024, 1024, dtype=torch.float16, device="meta")
+    assert hopper.takes_backward(call._replace(mask=mask), dout)
+    for other in (mask.float(), mask > 0, mask[:, :, :1], mask[..., :1], mask[:, :, :1].expand(mask.shape), mask.mT):
+        assert not hopper.takes_backward(call._replace(mask=other), dout)
+    dropout = call_of(meta(dropout_p=0.1))
+    assert hopper.takes_backward(dropout, dout) and not hopper.takes_backward(dropout._replace(mask=mask), dout)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not hopper.takes_backward(call, dout)
+    assert hopper.pays(call) and not hopper.pays(call_of(meta(1, 8, 512)))
+
+
+def test_backward_hands_over_what_it_takes(on_hopper, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "launch", lambda plan, *args: seen.append(plan.__name__))
+    monkeypatch.setattr(launch, "generation", lambda device: 90)
+    args = meta()
+    q, lse = args[0], torch.empty(args[0].shape[:3], device="meta")
+    gluon = ["plan_prepare", "plan_backward", "plan_unfold"]
+    for mask, all_needed, expected in (
+            (None, True, gluon), (None, False, ["plan_queries"]),
+            (torch.empty(1, 16, 1024, 1024, dtype=q.dtype, device="meta"), True, [*gluon, "plan_mask"])):
+        needs = [True, all_needed, all_needed, mask is not None, False]
+        launch.backward(call_of(args)._replace(mask=mask), q, lse, q, lse, needs, (q, q, q, mask, None))
+        assert seen == expected
+        seen.clear()
 
 
 def test_what_the_copy_engine_reads():
