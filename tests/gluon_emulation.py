@@ -205,7 +205,7 @@ def kernel(name, modules, here, programs, failures):
         maximum=either(torch.maximum, max), program_id=lambda axis: here, num_programs=lambda axis: programs,
         where=choose, arange=lambda start, end, layout: torch.arange(start, end), SliceLayout=ignore, store=store,
         zeros=lambda shape, dtype, layout: torch.zeros(shape), reshape=lambda x, shape: x.reshape(shape),
-        max=lambda x, dim: x.amax(dim), sum=lambda x, dim: x.sum(dim), exp2=torch.exp2, log=torch.log,
+        max=lambda x, dim: x.amax(dim), sum=lambda x, dim: x.sum(dim), exp2=torch.exp2, sqrt=torch.sqrt, log=torch.log,
         split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack((a, b), -1), inline_asm_elementwise=assembly,
         convert_layout=lambda x, layout, assert_trivial=False: x, NVMMADistributedLayout=ignore,
         DotOperandLayout=ignore, NVMMASharedLayout=ignore, abs=torch.abs, int32=torch.int32,
@@ -242,22 +242,22 @@ def run(name, modules, programs, arguments):
         assert not failures, failures
 
 
-def forward(call, programs, monkeypatch):
+def forward(call, programs, longest, monkeypatch):
     """Return (output, log-sum-exp) of a call of attention from the emulated kernel, launched with so many programs."""
     monkeypatch.setattr(hopper, "describe", Descriptor)
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: programs)
     out = torch.full(call.query.shape, float("nan"), dtype=call.query.dtype)
     lse = torch.full(call.query.shape[:3], float("nan"))
-    _, (programs,), arguments = hopper.plan(call, out, lse)
+    _, (programs,), arguments = hopper.plan(call, out, lse, longest)
     run("hopper_kernel", [forward_source], programs, arguments)
     return out, lse
 
 
-def backward(call, sums, delta, dout, total, monkeypatch):
+def backward(call, sums, delta, dout, total, longest, monkeypatch):
     """Return the gradients of keys and values, and add that of queries to `total`, as `hopper.plan_backward` plans."""
     monkeypatch.setattr(hopper, "describe", Descriptor)
     monkeypatch.setattr(hopper, "describe_numbers", Numbers)
     dk, dv = (torch.full_like(x, float("nan")) for x in (call.key, call.value))
-    _, (programs,), arguments = hopper.plan_backward(call, sums, delta, dout, total, dk, dv)
+    _, (programs,), arguments = hopper.plan_backward(call, sums, delta, dout, total, dk, dv, longest)
     run("hopper_backward_kernel", [forward_source, backward_source], programs, arguments)
     return dk, dv

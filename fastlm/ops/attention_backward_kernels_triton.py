@@ -252,6 +252,17 @@ def prepare_kernel(o, do, lse, dlse, sums, delta, total, slopes, share, queries,
         tl.store(sums + 2 * rows + at + r, found - bias)
 
 
+@triton.jit(do_not_specialize=["rows", "tiles", "heads", "x_b", "x_h"])
+def longest_kernel(x, found, rows, tiles, heads, x_b, x_h, x_s, D: tl.constexpr, M: tl.constexpr):
+    """Raise the number of a head, which is positive, to the largest sum of squares of M of its rows."""
+    number, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M + tl.arange(0, M)
+    base = x + (number // heads).to(tl.int64) * x_b + (number % heads).to(tl.int64) * x_h
+    tile = load_rows(base, i.to(tl.int64) * x_s, i < rows, 1, D, D).to(tl.float32)
+    squares = tl.sum(tile * tile, 1)
+    squares = tl.where(squares == squares, squares, float("inf"))
+    tl.atomic_max(found + number, tl.max(squares, 0), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["scale", "queries"])
 def unfold_kernel(total, dq, scale, queries, D: tl.constexpr, M: tl.constexpr):
     """Write M rows of dq, times scale, from two blocks of attention_hopper_backward_kernels_triton.py."""

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastlm.ops.attention_hopper_kernels_triton import LOG2_E, MINUS_INFINITY, MIX, advance, position
+from fastlm.ops.attention_hopper_kernels_triton import LOG2_E, MINUS_INFINITY, MIX, advance, position, reach_of
 
 
 class Inputs(NamedTuple):
@@ -98,6 +98,8 @@ class Features(NamedTuple):
 
     slopes: gl.tensor
     slopes_b: gl.tensor
+    longest_q: gl.tensor
+    longest_k: gl.tensor
     threshold: gl.tensor
     share: gl.tensor
 
@@ -124,7 +126,7 @@ def block_of(sizes, MASK: gl.constexpr):
 
 
 @gluon.jit
-def span_of(key, sizes, M: gl.constexpr, RIGHT: gl.constexpr, ALIBI: gl.constexpr):
+def span_of(key, batch, kv_head, sizes, features, scale, M: gl.constexpr, RIGHT: gl.constexpr, ALIBI: gl.constexpr):
     last = (sizes.queries + M - 1) // M
     first = 0
     begin = 0
@@ -135,8 +137,13 @@ def span_of(key, sizes, M: gl.constexpr, RIGHT: gl.constexpr, ALIBI: gl.constexp
         end = (gl.maximum(key + 127 - sizes.right, 0) + M - 1) // M
     if ALIBI:
         same = key - (sizes.keys - sizes.queries)
+        reach = reach_of(batch, kv_head * sizes.group, sizes.group, sizes.heads * sizes.group, sizes, features, scale,
+                         RIGHT)
+        last = gl.minimum(gl.maximum(same + 127 + reach, 0) // M + 1, last)
+        first = gl.minimum(gl.maximum(gl.maximum(same - reach, 0) // M, first), last)
+        begin = gl.minimum(gl.maximum(begin, first), last)
         if not RIGHT:
-            begin = gl.minimum(gl.maximum(same, 0) // M, last)
+            begin = gl.minimum(gl.maximum(gl.maximum(same, 0) // M, first), last)
         end = gl.maximum(end, gl.maximum(same + 127 + M, 0) // M)
     partial = key + 128 > sizes.keys
     begin = gl.where(partial, first, begin)
@@ -162,8 +169,8 @@ def tile_at(n, span, key, M: gl.constexpr, ALIBI: gl.constexpr, TURN: gl.constex
 
 
 @gluon.jit
-def produce(descriptors, memory, barriers, sizes, M: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr,
-            ALIBI: gl.constexpr, DROPOUT: gl.constexpr, MASK: gl.constexpr, TURN: gl.constexpr):
+def produce(descriptors, memory, barriers, sizes, features, scale, M: gl.constexpr, STAGES: gl.constexpr,
+            RIGHT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, MASK: gl.constexpr, TURN: gl.constexpr):
     key, batch, kv_head = block_of(sizes, MASK)
     mbarrier.expect(barriers.kv_full.index(0), 4 * descriptors.k.block_type.nbytes)
     for w in gl.static_range(2):
@@ -171,7 +178,7 @@ def produce(descriptors, memory, barriers, sizes, M: gl.constexpr, STAGES: gl.co
                                         memory.k.index(w))
         tma.async_copy_global_to_shared(descriptors.v, [batch, kv_head, key + w * 64, 0], barriers.kv_full.index(0),
                                         memory.v.index(w))
-    span = span_of(key, sizes, M, RIGHT, ALIBI)
+    span = span_of(key, batch, kv_head, sizes, features, scale, M, RIGHT, ALIBI)
     tiles = (sizes.queries + M - 1) // M
     rows = gl.num_programs(0) // sizes.blocks * sizes.group * tiles * M
     BYTES: gl.constexpr = descriptors.q.block_type.nbytes + M * (4 + 8 * DROPOUT + 256 * MASK)
@@ -186,7 +193,7 @@ def produce(descriptors, memory, barriers, sizes, M: gl.constexpr, STAGES: gl.co
             sums = at
             if ALIBI:  # with what the side of the diagonal adds
                 below = tile * M >= key - (sizes.keys - sizes.queries)
-                sums += gl.where(n < span.end - span.begin, 0, gl.where(below, rows, 2 * rows))
+                sums = at + gl.where(n < span.end - span.begin, 0, gl.where(below, rows, 2 * rows))
             mbarrier.wait(barriers.empty.index(slot), phase ^ 1)
             mbarrier.expect(barriers.q_full.index(slot), BYTES)
             tma.async_copy_global_to_shared(descriptors.q, [batch, head, tile * M, 0], barriers.q_full.index(slot),
@@ -408,7 +415,7 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
     Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     AHEAD: gl.constexpr = M == 128
     block, batch, kv_head = block_of(sizes, MASK)
-    span = span_of(block, sizes, M, RIGHT, ALIBI)
+    span = span_of(block, batch, kv_head, sizes, features, scale, M, RIGHT, ALIBI)
     if LAG == 1:
         scratch.ds.index(W).store(gl.zeros([64, M], memory.q.dtype, S))
         fence_async_shared()
@@ -456,10 +463,10 @@ def consume(W: gl.constexpr, dk_desc, dv_desc, total, memory, scratch, barriers,
 @gluon.jit(do_not_specialize=["slopes_b", "threshold", "share", "scale", "dk_scale", "blocks", "heads", "group",
                               "queries", "keys", "right", "wide", "mask_b", "mask_h"])
 def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, mask_desc, k_desc, v_desc, dk_desc,
-                           dv_desc, total, slopes, slopes_b, threshold, share, scale, dk_scale, blocks, heads, group,
-                           queries, keys, right, wide, mask_b, mask_h, D: gl.constexpr, M: gl.constexpr,
-                           STAGES: gl.constexpr, LAG: gl.constexpr, RIGHT: gl.constexpr, ALIBI: gl.constexpr,
-                           DROPOUT: gl.constexpr, MASK: gl.constexpr, TURN: gl.constexpr):
+                           dv_desc, total, slopes, slopes_b, longest_q, longest_k, threshold, share, scale, dk_scale,
+                           blocks, heads, group, queries, keys, right, wide, mask_b, mask_h, D: gl.constexpr,
+                           M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, RIGHT: gl.constexpr,
+                           ALIBI: gl.constexpr, DROPOUT: gl.constexpr, MASK: gl.constexpr, TURN: gl.constexpr):
     """Compute dk and dv, and add dq over the scale to blocks of float32; query i sees key j where j - i ≤ right if
     RIGHT.
 
@@ -501,11 +508,12 @@ def hopper_backward_kernel(q_desc, do_desc, sums_desc, delta_desc, draws_desc, m
                       k_mem._reinterpret(q_desc.dtype, [2 * D // 64, 64, 64], FLAT))
     barriers = Barriers(kv_full, q_full, do_full, empty, ds_full, ds_empty)
     sizes = Sizes(blocks, heads, group, queries, keys, right, wide, mask_b, mask_h)
-    features = Features(slopes, slopes_b, threshold, share)
+    features = Features(slopes, slopes_b, longest_q, longest_k, threshold, share)
     gl.warp_specialize([
         (consume, (0, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale, D, M,
                    STAGES, LAG, RIGHT, ALIBI, DROPOUT, MASK, TURN)),
         (consume, (1, dk_desc, dv_desc, total, memory, scratch, barriers, sizes, features, scale, dk_scale, D, M,
                    STAGES, LAG, RIGHT, ALIBI, DROPOUT, MASK, TURN)),
-        (produce, (descriptors, memory, barriers, sizes, M, STAGES, RIGHT, ALIBI, DROPOUT, MASK, TURN)),
+        (produce, (descriptors, memory, barriers, sizes, features, scale, M, STAGES, RIGHT, ALIBI, DROPOUT, MASK,
+                   TURN)),
     ], [4, 1], [240, 24])

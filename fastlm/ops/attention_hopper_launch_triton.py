@@ -108,10 +108,24 @@ def plan_prepare(call, out: Tensor, lse: Tensor, dlse: Tensor, dout: Tensor, sum
     return prepare_kernel, (batch * heads * tiles,), arguments
 
 
-def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor, dk: Tensor, dv: Tensor) -> tuple:
+def plan_longest(x: Tensor, found: Tensor) -> tuple:
+    """Plan the largest sum of squares of the rows of each head, `[B, H]`; it must be at least what `found` has."""
+    from fastlm.ops.attention_backward_kernels_triton import longest_kernel
+
+    batch, heads, rows, dim = x.shape
+    x_b, x_h, x_s, _ = x.stride()
+    tiles = triton.cdiv(rows, 128)
+    arguments = dict(x=x, found=found, rows=rows, tiles=tiles, heads=heads, x_b=x_b, x_h=x_h, x_s=x_s, D=dim, M=128,
+                     num_warps=8)
+    return longest_kernel, (batch * heads * tiles,), arguments
+
+
+def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor, dk: Tensor, dv: Tensor,
+                  longest: tuple[Tensor, Tensor] | None = None) -> tuple:
     """Plan the gradients of keys and values, and that of queries, over the scale, added to `total` as blocks.
 
-    These are `[64, 64]`, in the order of attention_hopper_backward_kernels_triton.py.
+    These are `[64, 64]`, in the order of attention_hopper_backward_kernels_triton.py. With ALiBi `longest` are what
+    `plan_longest` finds of queries and keys.
     """
     from fastlm.ops.attention_hopper_backward_kernels_triton import hopper_backward_kernel
 
@@ -119,7 +133,7 @@ def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor
     heads, keys, rows, mask = call.key.size(1), call.key.size(2), BACKWARD_ROWS[dim], call.mask
     _, upper = band(call.options, queries, keys)
     blocks = triton.cdiv(keys, COLUMNS)
-    numbers = features(call, sums)
+    numbers = features(call, sums, longest)
     plain = mask is None and not numbers["ALIBI"] and not numbers["DROPOUT"]
     sums_desc = describe_numbers(sums, rows)
     arguments = dict(
@@ -127,9 +141,9 @@ def plan_backward(call, sums: Tensor, delta: Tensor, dout: Tensor, total: Tensor
         delta_desc=describe_numbers(delta, rows), draws_desc=describe_numbers(numbers.pop("draws"), rows),
         mask_desc=sums_desc if mask is None else describe(mask, rows, 64), k_desc=describe(call.key, ROWS),
         v_desc=describe(call.value, ROWS), dk_desc=describe(dk, ROWS), dv_desc=describe(dv, ROWS), total=total,
-        **numbers, scale=call.options.scale * LOG2_E, dk_scale=call.options.scale / share(call.options.dropout_p),
-        blocks=blocks, heads=heads, group=call.group, queries=queries, keys=keys, right=upper or 0,
-        wide=batch if mask is not None else 1 if upper is None else 8,
+        **numbers, scale=call.options.scale * LOG2_E,
+        dk_scale=call.options.scale / share(call.options.dropout_p), blocks=blocks, heads=heads, group=call.group,
+        queries=queries, keys=keys, right=upper or 0, wide=batch if mask is not None else 1 if upper is None else 8,
         mask_b=int(mask is not None and mask.size(0) > 1), mask_h=int(mask is not None and mask.size(1) > 1),
         D=dim, M=rows, STAGES=2, LAG=int(dim == 64 or not plain), RIGHT=upper is not None, MASK=mask is not None,
         TURN=plain and dim == 64 and upper is None, num_warps=4)
@@ -146,8 +160,11 @@ def plan_unfold(total: Tensor, dq: Tensor, scale: float) -> tuple:
     return unfold_kernel, (total.numel() // dim // rows,), arguments
 
 
-def plan(call, out: Tensor, lse: Tensor) -> tuple:
-    """Plan the output `[B, H, Sq, D]` and log-sum-exp `[B, H, Sq]` of a call, both contiguous."""
+def plan(call, out: Tensor, lse: Tensor, longest: tuple[Tensor, Tensor] | None = None) -> tuple:
+    """Plan the output `[B, H, Sq, D]` and log-sum-exp `[B, H, Sq]` of a call, both contiguous.
+
+    With ALiBi `longest` are what `plan_longest` finds of queries and keys.
+    """
     from fastlm.ops.attention_hopper_kernels_triton import hopper_kernel
 
     batch, heads, queries, dim = call.query.shape
@@ -157,10 +174,10 @@ def plan(call, out: Tensor, lse: Tensor) -> tuple:
     tiles = blocks * heads * batch
     arguments = dict(
         q_desc=describe(call.query, ROWS), k_desc=describe(call.key, COLUMNS), v_desc=describe(call.value, COLUMNS),
-        o_desc=describe(out, ROWS), lse=lse, **features(call, lse), scale=call.options.scale * LOG2_E, blocks=blocks,
-        tiles=tiles, heads=heads, group=call.group, queries=queries, keys=keys, left=-(lower or 0), right=upper or 0,
-        wide=together(blocks, upper is not None and lower is None), D=dim, N=COLUMNS, GROUPS=groups, STAGES=stages,
-        RIGHT=upper is not None, LEFT=lower is not None, REGISTERS=registers, num_warps=4)
+        o_desc=describe(out, ROWS), lse=lse, **features(call, lse, longest), scale=call.options.scale * LOG2_E,
+        blocks=blocks, tiles=tiles, heads=heads, group=call.group, queries=queries, keys=keys, left=-(lower or 0),
+        right=upper or 0, wide=together(blocks, upper is not None and lower is None), D=dim, N=COLUMNS, GROUPS=groups,
+        STAGES=stages, RIGHT=upper is not None, LEFT=lower is not None, REGISTERS=registers, num_warps=4)
     return hopper_kernel, (min(tiles, multiprocessors(call.query.device)),), arguments
 
 
@@ -173,12 +190,14 @@ def describe_numbers(x: Tensor, count: int):
                             gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * x.element_size(), rank=1))
 
 
-def features(call, other: Tensor) -> dict:
+def features(call, other: Tensor, longest: tuple[Tensor, Tensor] | None) -> dict:
     """Return the arguments of ALiBi and dropout. Partitions of a kernel take no None: `other` stands for a tensor."""
     slopes, draws, p = call.slopes, call.draws, call.options.dropout_p
+    longest_q, longest_k = longest or (other, other)
     return dict(slopes=other if slopes is None else slopes, draws=other if draws is None else draws,
-                slopes_b=0 if slopes is None or slopes.size(0) == 1 else slopes.stride(0), threshold=threshold(p),
-                share=share(p), ALIBI=slopes is not None, DROPOUT=draws is not None)
+                slopes_b=0 if slopes is None or slopes.size(0) == 1 else slopes.stride(0), longest_q=longest_q,
+                longest_k=longest_k, threshold=threshold(p), share=share(p), ALIBI=slopes is not None,
+                DROPOUT=draws is not None)
 
 
 def threshold(p: float) -> int:

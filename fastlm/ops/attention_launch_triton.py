@@ -94,7 +94,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     if not out.numel():
         return
     if hopper.takes(call) and not hopper.narrow(call.options, hopper.NARROW[call.query.size(3)]):
-        return launch(hopper.plan, call, out, lse)
+        return launch(hopper.plan, call, out, lse, _longest(call))
     launch(plan_forward, call, out, lse, lse, 1, _ranges_of_queries(call, "forward"))
 
 
@@ -158,9 +158,19 @@ def _backward_on_hopper(call, out, lse, dout, dlse, dq, dk, dv):
     sums = lse.new_empty(1 if call.slopes is None else 3, *shape)
     delta, total = lse.new_empty(shape), lse.new_empty(*shape, dim)
     launch(hopper.plan_prepare, call, out, lse, dlse, dout, sums, delta, total)
-    launch(hopper.plan_backward, call, sums, delta, dout, total, dk, dv)
+    launch(hopper.plan_backward, call, sums, delta, dout, total, dk, dv, _longest(call))
     launch(hopper.plan_unfold, total, dq, call.options.scale / hopper.share(call.options.dropout_p))
     return sums[0, :, :, :dq.size(2)], delta[:, :, :dq.size(2)]
+
+
+def _longest(call):
+    """Return with ALiBi the largest sums of squares of the rows of each head of queries and of keys."""
+    if call.slopes is None:
+        return None
+    found = [torch.zeros(x.shape[:2], device=x.device) for x in (call.query, call.key)]
+    for x, numbers in zip((call.query, call.key), found, strict=True):
+        launch(hopper.plan_longest, x, numbers)
+    return found
 
 
 def _mask_gradient(call, sums, delta, dout, dmask):
