@@ -313,7 +313,7 @@ def hopper_cases(generation):
         for label, call in (("", call), ("alibi ", alibi), ("dropout ", dropout)):  # noqa: B020
             plan = attention_hopper_launch_triton.plan(call, q, tensor(*q.shape[:3]), (tensor(2, 16), tensor(2, 4)))
             yield Case(f"Hopper D={dim} {dtype} {label}{given}", plan, generation,
-                       112 if label and "left" in given else 16, dtype is torch.float16 or bool(label and given))
+                       112 if label and "left" in given else 32, dtype is torch.float16 or bool(label and given))
     backward = itertools.product((64, 128), (torch.bfloat16, torch.float16), ("", "causal", "alibi", "dropout", "mask"))
     for dim, dtype, feature in backward:
         q, k = (tensor(2, heads, 2048, dim, dtype=dtype) for heads in (16, 4))
