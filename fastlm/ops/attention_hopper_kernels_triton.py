@@ -117,14 +117,15 @@ def reach_of(batch, head, count, heads, sizes, features, scale, RIGHT: gl.conste
 
     A log-sum-exp is at least the score with the key at the query's own place, or the nearest one that it sees. So a
     weight is at most exp2 of twice the largest score, less the bias to that key; and no score is larger than the
-    longest query times the longest key.
+    longest query times the longest key. Everybody must find the same number: no product is followed by a sum, which
+    compilers may fuse in one place and not in another.
     """
     reach = 0
     for g in range(count):
         at = batch * heads + head + g
         slope = gl.load(features.slopes + (batch * features.slopes_b + head + g)) * LOG2_E
         squares = gl.load(features.longest_q + at) * gl.load(features.longest_k + at // sizes.group)
-        far = (2.02 * scale * gl.sqrt(squares) + 130.0) / slope
+        far = (gl.sqrt(scale * scale * squares * 4.1) + 130.0) / slope
         far = gl.where(slope > 0, gl.minimum(far, 4194304.0), 4194304.0)
         reach = gl.maximum(reach, far.to(gl.int32) + 1)
     if RIGHT:
