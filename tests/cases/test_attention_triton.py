@@ -72,6 +72,10 @@ def test_what_the_backward_kernel_for_hopper_has_before_and_after(dim, queries):
     expected = ((out.float() * dout).sum(-1) - dlse) * 0.7
     torch.testing.assert_close(delta[:, :, :queries], expected, rtol=1e-4, atol=1e-4)
 
+    found = torch.zeros(2, 2)
+    launch.launch(hopper.plan_longest, dout, found)
+    torch.testing.assert_close(found, dout.float().square().sum(-1).amax(-1))
+
     total.normal_()
     dq = torch.empty_like(out)
     launch.launch(hopper.plan_unfold, total, dq, 2.0)
