@@ -302,7 +302,7 @@ def cases_of_attention(generation):
 
 
 def hopper_cases(generation):
-    """Yield the forward pass that only Hopper has, of 2048 tokens, 4 query heads to a key head."""
+    """Yield the passes that only Hopper has, of 2048 tokens, 4 query heads to a key head."""
     windows = ({}, dict(is_causal=True), dict(left=256, right=0), dict(left=256))
     for dim, dtype, given in itertools.product((64, 128), (torch.bfloat16, torch.float16), windows):
         q, k = (tensor(2, heads, 2048, dim, dtype=dtype) for heads in (16, 4))
@@ -311,9 +311,26 @@ def hopper_cases(generation):
         dropout = call._replace(draws=tensor(2, 16, 2048, dtype=torch.int64),
                                 options=call.options._replace(dropout_p=0.1))
         for label, call in (("", call), ("alibi ", alibi), ("dropout ", dropout)):  # noqa: B020
-            plan = attention_hopper_launch_triton.plan(call, q, tensor(*q.shape[:3]))
+            plan = attention_hopper_launch_triton.plan(call, q, tensor(*q.shape[:3]), (tensor(2, 16), tensor(2, 4)))
             yield Case(f"Hopper D={dim} {dtype} {label}{given}", plan, generation,
-                       112 if label and "left" in given else 16, dtype is torch.float16 or bool(label and given))
+                       112 if label and "left" in given else 32, dtype is torch.float16 or bool(label and given))
+    backward = itertools.product((64, 128), (torch.bfloat16, torch.float16), ("", "causal", "alibi", "dropout", "mask"))
+    for dim, dtype, feature in backward:
+        q, k = (tensor(2, heads, 2048, dim, dtype=dtype) for heads in (16, 4))
+        lengths, sums, delta, total = tensor(2, 16), tensor(3, 2, 16, 2048), tensor(2, 16, 2048), tensor(*q.shape)
+        options = Options(scale=0.1, is_causal=feature == "causal", dropout_p=0.1 * (feature == "dropout"))
+        call = attention_launch_triton.Call(
+            q, k, k, tensor(1, 16, 2048, 2048, dtype=dtype) if feature == "mask" else None, None,
+            tensor(1, 16) if feature == "alibi" else None, *[None] * 3,
+            tensor(2, 16, 2048, dtype=torch.int64) if feature == "dropout" else None, options)
+        plan = attention_hopper_launch_triton.plan_backward(call, sums, delta, q, total, k, k, (lengths, lengths))
+        label = f"Hopper backward D={dim} {dtype} {feature}"
+        yield Case(label, plan, generation, 800, dtype is torch.float16)
+        if dtype is torch.bfloat16 and feature in ("", "alibi"):
+            yield Case(label, attention_hopper_launch_triton.plan_prepare(call, q, delta, delta, q, sums, delta, total),
+                       generation)
+            yield Case(label, attention_hopper_launch_triton.plan_unfold(total, q, 0.1), generation)
+            yield Case(label, attention_hopper_launch_triton.plan_longest(q, lengths), generation)
 
 
 def decoding(generation, deep):

@@ -218,3 +218,63 @@ def mask_slope(r, j, mask, band, queries, keys, scoring, size, sums, delta, CUT:
     row_sums = load_number(sums, queries, r, queries.head, band, float("inf"), False)
     row_delta = load_number(delta, queries, r, queries.head, band, 0.0, False)
     return _slopes(query, dout, row_sums, row_delta, mask, r, queries, keys, j, band, scoring, size, CUT, False)[0]
+
+
+# --- before and after the kernel of attention_hopper_backward_kernels_triton.py --------------------------------
+
+
+@triton.jit(do_not_specialize=["queries", "tiles", "heads", "do_b", "do_h", "slopes_b"])
+def prepare_kernel(o, do, lse, dlse, sums, delta, total, slopes, share, queries, tiles, heads, do_b, do_h, do_s,
+                   slopes_b, D: tl.constexpr, M: tl.constexpr):
+    """Write what `find_delta` returns of M rows, which a head has in `tiles`, of the last as if they saw nothing.
+
+    And fill their part of `total` with zeros. With ALiBi, two further planes of `sums` have the bias of each row to the
+    first row of its tile, where keys are before it and where they are after it.
+    """
+    r = tl.arange(0, M)
+    tile = tl.program_id(0)
+    number, i = tile // tiles, tile % tiles * M + r
+    head = number % heads
+    row = number.to(tl.int64) * queries + i
+    inside = i < queries
+    out = load_rows(o, row * D, inside, 1, D, D)
+    upstream = do + (number // heads).to(tl.int64) * do_b + head.to(tl.int64) * do_h
+    dout = load_rows(upstream, i.to(tl.int64) * do_s, inside, 1, D, D)
+    found, row_delta = find_delta(out, dout, lse, dlse, row, inside, share, M, False)
+    at = tile.to(tl.int64) * M
+    tl.store(sums + at + r, found)
+    tl.store(delta + at + r, row_delta)
+    tl.store(total + at * D + tl.arange(0, M * D), tl.zeros((M * D,), tl.float32))
+    if slopes is not None:
+        bias = tl.load(slopes + number // heads * slopes_b + head) * LOG2_E * r.to(tl.float32)
+        rows = tl.num_programs(0).to(tl.int64) * M
+        tl.store(sums + rows + at + r, found + bias)
+        tl.store(sums + 2 * rows + at + r, found - bias)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles", "heads", "x_b", "x_h"])
+def longest_kernel(x, found, rows, tiles, heads, x_b, x_h, x_s, D: tl.constexpr, M: tl.constexpr):
+    """Raise the number of a head, which is positive, to the largest sum of squares of M of its rows."""
+    number, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M + tl.arange(0, M)
+    base = x + (number // heads).to(tl.int64) * x_b + (number % heads).to(tl.int64) * x_h
+    tile = load_rows(base, i.to(tl.int64) * x_s, i < rows, 1, D, D).to(tl.float32)
+    squares = tl.sum(tile * tile, 1)
+    squares = tl.where(squares == squares, squares, float("inf"))
+    tl.atomic_max(found + number, tl.max(squares, 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["scale", "queries"])
+def unfold_kernel(total, dq, scale, queries, D: tl.constexpr, M: tl.constexpr):
+    """Write M rows of dq, times scale, from two blocks of attention_hopper_backward_kernels_triton.py."""
+    tiles = tl.cdiv(queries, M)
+    tile = tl.program_id(0)
+    block = tl.load(total + tile.to(tl.int64) * (M * D) + tl.arange(0, M * D)).reshape(2, 8, 4, 8, 4, 2, 2)
+    # half, 8 columns, warp, row, 2 columns, 8 rows, column
+    if M == 64:
+        rows = block.permute(2, 5, 3, 0, 1, 4, 6).reshape(M, D)
+    else:
+        rows = block.permute(0, 2, 5, 3, 1, 4, 6).reshape(M, D)
+    i = tile % tiles * M + tl.arange(0, M)
+    at = (tile // tiles).to(tl.int64) * queries + i
+    tl.store(dq + at[:, None] * D + tl.arange(0, D)[None, :], (rows * scale).to(dq.dtype.element_ty),
+             (i < queries)[:, None])

@@ -112,7 +112,30 @@ def tile_of(number, sizes):
 
 
 @gluon.jit
-def span(row, sizes, M: gl.constexpr, N: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr):
+def reach_of(batch, head, count, heads, sizes, features, scale, RIGHT: gl.constexpr):
+    """Return a distance from which on ALiBi makes all weights of `count` heads less than 2⁻¹²⁶, for which exp2 gives 0.
+
+    A log-sum-exp is at least the score with the key at the query's own place, or the nearest one that it sees. So a
+    weight is at most exp2 of twice the largest score, less the bias to that key; and no score is larger than the
+    longest query times the longest key. Everybody must find the same number: no product is followed by a sum, which
+    compilers may fuse in one place and not in another.
+    """
+    reach = 0
+    for g in range(count):
+        at = batch * heads + head + g
+        slope = gl.load(features.slopes + (batch * features.slopes_b + head + g)) * LOG2_E
+        squares = gl.load(features.longest_q + at) * gl.load(features.longest_k + at // sizes.group)
+        far = (gl.sqrt(scale * scale * squares * 4.1) + 130.0) / slope
+        far = gl.where(slope > 0, gl.minimum(far, 4194304.0), 4194304.0)
+        reach = gl.maximum(reach, far.to(gl.int32) + 1)
+    if RIGHT:
+        reach += gl.maximum(sizes.keys - sizes.queries - sizes.right, 0)
+    return gl.where(sizes.keys < sizes.queries, 4194304, reach)
+
+
+@gluon.jit
+def span(row, batch, head, sizes, features, scale, M: gl.constexpr, N: gl.constexpr, RIGHT: gl.constexpr,
+         LEFT: gl.constexpr, ALIBI: gl.constexpr):
     """Return a tile's key blocks [first, last), of which [inner, outer) need no mask. The very last one always gets it.
 
     There is always one, also where its rows see nothing.
@@ -128,6 +151,11 @@ def span(row, sizes, M: gl.constexpr, N: gl.constexpr, RIGHT: gl.constexpr, LEFT
     if LEFT:
         first = gl.minimum(gl.maximum(row - sizes.left, 0) // N, last - 1)
         inner = (gl.maximum(row + M - 1 - sizes.left, 0) + N - 1) // N
+    if ALIBI:
+        own = row + sizes.keys - sizes.queries
+        reach = reach_of(batch, head, 1, sizes.heads, sizes, features, scale, RIGHT)
+        last = gl.minimum(last, gl.maximum(own + M - 1 + reach, 0) // N + 1)
+        first = gl.minimum(gl.maximum(first, gl.maximum(own - reach, 0) // N), last - 1)
     outer = gl.maximum(gl.minimum(whole // N, last - 1), first)
     inner = gl.minimum(gl.maximum(inner, first), outer)
     return first, inner, outer, last
@@ -145,6 +173,8 @@ class Features(NamedTuple):
 
     slopes: gl.tensor
     slopes_b: gl.tensor
+    longest_q: gl.tensor
+    longest_k: gl.tensor
     draws: gl.tensor
     threshold: gl.tensor
     share: gl.tensor
@@ -162,8 +192,8 @@ class Rows(NamedTuple):
 
 
 @gluon.jit
-def produce(descriptors, memory, barriers, sizes, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-            RIGHT: gl.constexpr, LEFT: gl.constexpr):
+def produce(descriptors, memory, barriers, sizes, features, scale, N: gl.constexpr, GROUPS: gl.constexpr,
+            STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, ALIBI: gl.constexpr):
     slot = 0
     phase = 0
     turn = 0
@@ -172,7 +202,7 @@ def produce(descriptors, memory, barriers, sizes, N: gl.constexpr, GROUPS: gl.co
         block, batch, head = tile_of(tile, sizes)
         kv_head = head // sizes.group
         row = block * GROUPS * 64
-        first, _, _, last = span(row, sizes, GROUPS * 64, N, RIGHT, LEFT)
+        first, _, _, last = span(row, batch, head, sizes, features, scale, GROUPS * 64, N, RIGHT, LEFT, ALIBI)
         for w in gl.static_range(GROUPS):
             mbarrier.wait(barriers.q_empty.index(w), (turn & 1) ^ 1)
             mbarrier.expect(barriers.q_full.index(w), descriptors.q.block_type.nbytes)
@@ -336,7 +366,8 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, sca
     while tile < sizes.tiles:
         block, batch, head = tile_of(tile, sizes)
         row = (block * GROUPS + W) * 64
-        first, inner, outer, last = span(block * GROUPS * 64, sizes, GROUPS * 64, N, RIGHT, LEFT)
+        first, inner, outer, last = span(block * GROUPS * 64, batch, head, sizes, features, scale, GROUPS * 64, N,
+                                         RIGHT, LEFT, ALIBI)
 
         slope = None
         plus = None
@@ -410,10 +441,10 @@ def consume(W: gl.constexpr, o_desc, lse, memory, barriers, sizes, features, sca
 
 @gluon.jit(do_not_specialize=["slopes_b", "threshold", "share", "scale", "blocks", "tiles", "heads", "group", "queries",
                               "keys", "left", "right", "wide"])
-def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, slopes, slopes_b, draws, threshold, share, scale, blocks, tiles,
-                  heads, group, queries, keys, left, right, wide, D: gl.constexpr, N: gl.constexpr,
-                  GROUPS: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
-                  ALIBI: gl.constexpr, DROPOUT: gl.constexpr, REGISTERS: gl.constexpr):
+def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, slopes, slopes_b, longest_q, longest_k, draws, threshold,
+                  share, scale, blocks, tiles, heads, group, queries, keys, left, right, wide, D: gl.constexpr,
+                  N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr,
+                  LEFT: gl.constexpr, ALIBI: gl.constexpr, DROPOUT: gl.constexpr, REGISTERS: gl.constexpr):
     """Compute the output and log-sum-exp; query i sees key j where -left ≤ j - i if LEFT, j - i ≤ right if RIGHT.
 
     Descriptors are of [B, H, S, D], in blocks of 64 rows of queries and output, N of keys and values. `scale` has the
@@ -442,14 +473,14 @@ def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, slopes, slopes_b, draws, 
     memory = Tensors(q_mem, k_mem, v_mem, o_mem)
     barriers = Barriers(q_full, q_empty, k_full, v_full, empty, turns)
     sizes = Sizes(blocks, tiles, heads, group, queries, keys, left, right, wide)
-    features = Features(slopes, slopes_b, draws, threshold, share)
+    features = Features(slopes, slopes_b, longest_q, longest_k, draws, threshold, share)
     if GROUPS == 2:
         gl.warp_specialize([
             (consume, (0, o_desc, lse, memory, barriers, sizes, features, scale, D, N, GROUPS, STAGES, RIGHT, LEFT,
                        ALIBI, DROPOUT)),
             (consume, (1, o_desc, lse, memory, barriers, sizes, features, scale, D, N, GROUPS, STAGES, RIGHT, LEFT,
                        ALIBI, DROPOUT)),
-            (produce, (descriptors, memory, barriers, sizes, N, GROUPS, STAGES, RIGHT, LEFT)),
+            (produce, (descriptors, memory, barriers, sizes, features, scale, N, GROUPS, STAGES, RIGHT, LEFT, ALIBI)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
@@ -459,5 +490,5 @@ def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, slopes, slopes_b, draws, 
                        ALIBI, DROPOUT)),
             (consume, (2, o_desc, lse, memory, barriers, sizes, features, scale, D, N, GROUPS, STAGES, RIGHT, LEFT,
                        ALIBI, DROPOUT)),
-            (produce, (descriptors, memory, barriers, sizes, N, GROUPS, STAGES, RIGHT, LEFT)),
+            (produce, (descriptors, memory, barriers, sizes, features, scale, N, GROUPS, STAGES, RIGHT, LEFT, ALIBI)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])

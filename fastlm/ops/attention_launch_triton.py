@@ -94,13 +94,16 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     if not out.numel():
         return
     if hopper.takes(call) and not hopper.narrow(call.options, hopper.NARROW[call.query.size(3)]):
-        return launch(hopper.plan, call, out, lse)
+        return launch(hopper.plan, call, out, lse, _longest(call))
     launch(plan_forward, call, out, lse, lse, 1, _ranges_of_queries(call, "forward"))
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, needs: list[bool],
              like: tuple[Tensor, ...]) -> list[Tensor | None]:
     """Return the gradients of query, key, value, mask and sinks, those that `needs` asks for.
+
+    All are summed in a fixed order, except that of the query where the kernel for Hopper runs, which it does not with
+    `torch.use_deterministic_algorithms(True)`.
 
     Args:
         call: the inputs.
@@ -122,6 +125,11 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
         return found
     if constant:
         dq = dk = dmask = None
+    if all([t is not None for t in (dq, dk, dv)]) and hopper.takes_backward(call, dout) and hopper.pays(call):
+        sums, delta = _backward_on_hopper(call, out, lse, dout, dlse, dq, dk, dv)
+        if dmask is not None:
+            found[3] = _mask_gradient(call, sums, delta, dout, dmask)
+        return found
     # Of queries of no sequence nobody writes delta, which is multiplied by 0 for the sinks.
     sums, delta = torch.empty_like(lse), (torch.zeros_like if call.cu_q is not None else torch.empty_like)(lse)
     rows, upstream = (out, lse, dlse, sums, delta, dout), (sums, delta, dout)
@@ -137,13 +145,38 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
             places = torch.arange(call.query.size(2), device=lse.device, dtype=torch.float32)
         launch(plan_keys, call, *upstream, dk, dv, _ranges_of_keys(call), places)
     if dmask is not None and dmask.numel():
-        parts = parts_of_mask(call)
-        launch(plan_mask, call, *upstream, parts)
-        found[3] = parts.sum_to_size(dmask.shape).to(dmask.dtype)
+        found[3] = _mask_gradient(call, *upstream, dmask)
     if dsinks is not None:
         shares = torch.where(lse == -torch.inf, 0, (call.sinks[:, None] - lse).exp())
         found[4] = -(shares * delta).sum((0, 2)).div(hopper.share(call.options.dropout_p)).to(dsinks.dtype)
     return found
+
+
+def _backward_on_hopper(call, out, lse, dout, dlse, dq, dk, dv):
+    """Write these gradients by the kernel for Hopper; return `sums` and `delta` as plan_mask reads them."""
+    shape, dim = hopper.padded(call), dq.size(3)
+    sums = lse.new_empty(1 if call.slopes is None else 3, *shape)
+    delta, total = lse.new_empty(shape), lse.new_empty(*shape, dim)
+    launch(hopper.plan_prepare, call, out, lse, dlse, dout, sums, delta, total)
+    launch(hopper.plan_backward, call, sums, delta, dout, total, dk, dv, _longest(call))
+    launch(hopper.plan_unfold, total, dq, call.options.scale / hopper.share(call.options.dropout_p))
+    return sums[0, :, :, :dq.size(2)], delta[:, :, :dq.size(2)]
+
+
+def _longest(call):
+    """Return with ALiBi the largest sums of squares of the rows of each head of queries and of keys."""
+    if call.slopes is None:
+        return None
+    found = [torch.zeros(x.shape[:2], device=x.device) for x in (call.query, call.key)]
+    for x, numbers in zip((call.query, call.key), found, strict=True):
+        launch(hopper.plan_longest, x, numbers)
+    return found
+
+
+def _mask_gradient(call, sums, delta, dout, dmask):
+    parts = parts_of_mask(call)
+    launch(plan_mask, call, sums, delta, dout, parts)
+    return parts.sum_to_size(dmask.shape).to(dmask.dtype)
 
 
 def draws(query: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ SHAPES = {
     "grouped": ((2, 6, 2, 300, 300), dict(is_causal=True)),
     "one key head": ((2, 4, 1, 130, 260), {}),
     "alibi": ((2, 3, 3, 333, 200), dict(alibi=True)),
+    "steep alibi": ((1, 2, 2, 500, 516), dict(alibi=24)),
+    "steep alibi, causal, grouped": ((1, 4, 2, 700, 700), dict(alibi=24, is_causal=True)),
+    "steep alibi, causal, more keys": ((1, 2, 2, 300, 700), dict(alibi=24, is_causal=True)),
+    "steep alibi, more queries": ((1, 2, 2, 500, 300), dict(alibi=24)),
     "alibi, causal, grouped": ((2, 6, 2, 300, 300), dict(alibi=True, is_causal=True)),
     "dropout": ((2, 2, 2, 300, 260), dict(dropout_p=0.3)),
     "dropout, alibi, window": ((1, 2, 2, 400, 470), dict(dropout_p=0.1, alibi=True, left=100, right=0)),
@@ -51,17 +55,26 @@ LARGE = {
 }
 
 
+# What the backward kernel takes: of these those without a window, and masks.
+MASKED = {
+    "mask": ((2, 4, 2, 300, 264), dict(mask=(1, 4))),
+    "mask of all heads, causal": ((2, 2, 2, 200, 200), dict(mask=(2, 1), is_causal=True)),
+}
+BACKWARD = [*[name for name, (_, options) in SHAPES.items() if "left" not in options], *MASKED]
+
+
 def arguments(name, dim, dtype, layout, device="cpu"):
     """Return the canonical arguments of the op."""
-    (batch, heads, kv_heads, queries, keys), options = (SHAPES | LARGE)[name]
+    (batch, heads, kv_heads, queries, keys), options = (SHAPES | LARGE | MASKED)[name]
     tensors = []
     for h, s in ((heads, queries), (kv_heads, keys), (kv_heads, keys)):
         shape = (batch, h, s, dim) if layout == "heads first" else (batch, s, h, dim)
         x = torch.randn(shape, device=device).to(dtype)
         tensors.append(x if layout == "heads first" else x.transpose(1, 2))
     options = dict(options)
-    slopes = torch.rand(batch, heads, device=device) / 8 if options.pop("alibi", False) else None
-    return (*tensors, None, None, slopes, *[None] * 3, Options(scale=dim**-0.5, return_lse=True, **options))
+    slopes = torch.rand(batch, heads, device=device) / 8 * options.pop("alibi") if "alibi" in options else None
+    mask = torch.randn(*options.pop("mask"), queries, keys, device=device).to(dtype) if "mask" in options else None
+    return (*tensors, mask, None, slopes, *[None] * 3, Options(scale=dim**-0.5, return_lse=True, **options))
 
 
 def call_of(args):
@@ -79,20 +92,22 @@ def keep(found, args):
 
 def kind(name):
     """Return a dtype and a layout for a shape, each with half of them."""
-    index = [*SHAPES, *LARGE].index(name)
+    index = [*SHAPES, *LARGE, *MASKED].index(name)
     return (torch.bfloat16, torch.float16)[index % 2], ("heads first", "lengths first")[index // 2 % 2]
 
 
 @pytest.fixture
 def drawn(device, poisoned, monkeypatch):
-    """Draw arguments that the kernel for Hopper takes, or skip."""
+    """Draw arguments that the kernels for Hopper take, or skip."""
     monkeypatch.setattr(launch, "_splits", lambda call: 1)  # the plain kernel would have more of so few queries
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # which `poisoned` enables
+    monkeypatch.setattr(hopper, "pays", lambda call: True)
     monkeypatch.setattr(hopper, "narrow", lambda *args: False)
 
     def draw(name, dim, seed=0):
         torch.manual_seed(seed)
         args = arguments(name, dim, *kind(name), device)
-        if device != "cuda" or not hopper.takes(call_of(args)):
+        if device != "cuda" or not hopper.takes(call_of(args)._replace(mask=None)):
             pytest.skip("needs a Hopper GPU")
         return args
     return draw
@@ -109,9 +124,9 @@ def test_results(name, dim, drawn):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("name", ["causal", "queries that see nothing", "window", "grouped"])
+@pytest.mark.parametrize("name", [*BACKWARD, "window"])
 def test_gradients(name, dim, drawn):
-    """The backward kernels read its output and log-sum-exp."""
+    """With a window the two plain kernels read the output and log-sum-exp of the forward pass."""
     keep_error_rule(lambda i: measure.errors(op, "triton", drawn(name, dim, i)))
 
 
@@ -125,12 +140,74 @@ def test_results_are_the_same_each_time(dim, drawn):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gradients_are_the_same_each_time_where_it_is_asked_for(deterministic, drawn, monkeypatch):
+    """Else those of keys and values are, and the others nearly."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    args = drawn("many turns, causal", 128)
+    leaves = [x.requires_grad_() for x in args[:3]]
+
+    def gradients():
+        with fastlm.backend("triton"):
+            out, lse = op(*leaves, *args[3:])
+        return torch.autograd.grad(out.float().square().sum() + lse.sum(), leaves)
+
+    first = gradients()
+    for _ in range(3):
+        for i, (a, b) in enumerate(zip(first, gradients(), strict=True)):
+            assert torch.equal(a, b) or (i == 0 and not deterministic and (a - b).abs().max() < a.abs().max() / 100)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", SHAPES)
 def test_emulated(name, dim, monkeypatch):
     """Three programs, so that each takes several tiles, and not all as many."""
     args = arguments(name, dim, *kind(name))
-    keep(gluon_emulation.forward(call_of(args), 3, monkeypatch), args)
+    keep(gluon_emulation.forward(call_of(args), 3, longest(args), monkeypatch), args)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_emulated(name, dim, monkeypatch):
+    args = arguments(name, dim, *kind(name))
+    call = call_of(args)
+    queries = call.query.size(2)
+    dropped = launch.dropped(call) if call.draws is not None else None
+    leaves = [x.double().requires_grad_() for x in args[:3]]
+    out, lse = reference(*leaves, *measure.cast(args[3:], torch.float64), dropped)
+    dout = torch.randn_like(args[0])
+    dlse = torch.randn(lse.shape)
+    want = torch.autograd.grad((out, lse), leaves, (dout.double(), dlse.double()))
+    stock = [x.detach().requires_grad_() for x in args[:3]]
+    stock_out, stock_lse = reference(*stock, *args[3:], dropped)
+    stock = torch.autograd.grad((stock_out, stock_lse), stock, (dout, dlse.to(stock_lse.dtype)))
+
+    share = hopper.share(call.options.dropout_p)
+    shape = hopper.padded(call)
+    delta = torch.zeros(shape)
+    delta[:, :, :queries] = ((out.detach() * dout.double()).sum(-1) - dlse) * share
+    sums = torch.full((3, *shape), torch.inf)
+    sums[:, :, :, :queries] = lse.detach().where(lse != -torch.inf, torch.inf) * hopper.LOG2_E
+    if call.slopes is not None:
+        bias = call.slopes[..., None] * hopper.LOG2_E * (torch.arange(shape[2]) % hopper.BACKWARD_ROWS[dim])
+        sums[1] += bias
+        sums[2] -= bias
+    total = torch.zeros(*shape, dim)
+    dk, dv = gluon_emulation.backward(call, sums, delta, dout, total, longest(args), monkeypatch)
+    dq = (unfold(total)[:, :, :queries] * (call.options.scale / share)).to(dk.dtype)
+    errors = measure.compare(("query", "key", "value"), (dq, dk, dv), stock, want)
+    assert all(e.ok for e in errors), errors
+
+
+def longest(args):
+    return [x.float().square().sum(-1).amax(-1) for x in args[:2]]
+
+
+def unfold(total):
+    """Return the gradient of the queries from the blocks of the backward kernel."""
+    blocks = total.view(-1, 2, 8, 4, 8, 4, 2, 2)  # half, 8 columns, warp, row, 2 columns, 8 rows, column
+    order = (0, 3, 6, 4, 1, 2, 5, 7) if total.size(3) == 128 else (0, 1, 3, 6, 4, 2, 5, 7)
+    return blocks.permute(order).reshape(total.shape)
 
 
 @pytest.fixture
@@ -158,6 +235,41 @@ def test_what_it_takes(on_hopper, monkeypatch):
     assert not hopper.takes(call._replace(value=call.value[..., :64]))
     monkeypatch.setattr(hopper, "capability", lambda device: (10, 0))
     assert not hopper.takes(call)
+
+
+def test_what_backward_takes(on_hopper, monkeypatch):
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+    call = call_of(meta())
+    dout, lengths_first = call.query, torch.empty(16, 1024, 16, 128, dtype=torch.bfloat16, device="meta")
+    assert hopper.takes_backward(call, dout) and hopper.takes_backward(call, lengths_first.transpose(1, 2))
+    assert not hopper.takes_backward(call, dout.sum().expand(dout.shape))
+    assert not hopper.takes_backward(call_of(meta(left=300, right=0)), dout)
+    mask = torch.empty(1, 16, 1024, 1024, dtype=torch.float16, device="meta")
+    assert hopper.takes_backward(call._replace(mask=mask), dout)
+    for other in (mask.float(), mask > 0, mask[:, :, :1], mask[..., :1], mask[:, :, :1].expand(mask.shape), mask.mT):
+        assert not hopper.takes_backward(call._replace(mask=other), dout)
+    dropout = call_of(meta(dropout_p=0.1))
+    assert hopper.takes_backward(dropout, dout) and not hopper.takes_backward(dropout._replace(mask=mask), dout)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not hopper.takes_backward(call, dout)
+    assert hopper.pays(call) and not hopper.pays(call_of(meta(1, 8, 512)))
+
+
+def test_backward_hands_over_what_it_takes(on_hopper, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "launch", lambda plan, *args: seen.append(plan.__name__))
+    monkeypatch.setattr(launch, "generation", lambda device: 90)
+    args = meta()
+    q, lse = args[0], torch.empty(args[0].shape[:3], device="meta")
+    gluon = ["plan_prepare", "plan_backward", "plan_unfold"]
+    for mask, all_needed, expected in (
+            (None, True, gluon), (None, False, ["plan_queries"]),
+            (torch.empty(1, 16, 1024, 1024, dtype=q.dtype, device="meta"), True, [*gluon, "plan_mask"])):
+        needs = [True, all_needed, all_needed, mask is not None, False]
+        launch.backward(call_of(args)._replace(mask=mask), q, lse, q, lse, needs, (q, q, q, mask, None))
+        assert seen == expected
+        seen.clear()
 
 
 def test_what_the_copy_engine_reads():
@@ -219,7 +331,7 @@ def test_slopes_are_float32_and_contiguous(on_hopper, monkeypatch):
     """ALiBi's may be float64, and have any strides."""
     seen = []
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(launch, "launch", lambda plan, call, *args: seen.append((plan, call.slopes)))
+    monkeypatch.setattr(launch, "launch", lambda plan, call, *args: seen.append((plan, getattr(call, "slopes", None))))
     q, *rest = meta()
     for slopes in (torch.rand(1, 32)[:, ::2], torch.rand(1, 16).double(), torch.rand(1).expand(1, 16)):
         call = call_of((q, *rest))._replace(slopes=slopes)

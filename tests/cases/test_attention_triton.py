@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import fastlm
 from fastlm import measure
+from fastlm.ops import attention_hopper_launch_triton as hopper
 from fastlm.ops import attention_launch_triton as launch
 from fastlm.ops import attention_triton, triton_kernels, varlen_attn
 from fastlm.ops import scaled_dot_product_attention as attention
@@ -50,6 +51,38 @@ def combinations(size):
         given = [key for name in chosen for key in features(3, 3, torch.float32)[name]]
         if len(set(given)) == len(given):
             yield chosen
+
+
+@pytest.mark.parametrize(("dim", "queries"), [(128, 150), (64, 200)])
+def test_what_the_backward_kernel_for_hopper_has_before_and_after(dim, queries):
+    """Sums, with ALiBi in three planes, and delta of whole tiles, zeros; and a gradient out of its blocks."""
+    out, dout = torch.randn(2, 2, queries, dim).half(), torch.randn(2, queries, 2, dim).half().transpose(1, 2)
+    lse, dlse, slopes = torch.randn(2, 2, queries), torch.randn(2, 2, queries), torch.rand(1, 2)
+    lse[0, 0, 3] = -torch.inf
+    call = launch.Call(out, out, out, None, None, slopes, *[None] * 4, Options(scale=0.1, dropout_p=0.3))
+    shape = hopper.padded(call)
+    assert shape[2] > queries
+    sums, delta, total = (torch.full(s, torch.nan) for s in ((3, *shape), shape, (*shape, dim)))
+    launch.launch(hopper.plan_prepare, call, out, lse, dlse, dout, sums, delta, total)
+    assert (total == 0).all() and (sums[..., queries:] == torch.inf).all() and (delta[..., queries:] == 0).all()
+    lse[0, 0, 3] = torch.inf
+    bias = slopes[..., None] * (torch.arange(queries) % hopper.BACKWARD_ROWS[dim])
+    for plane, sign in enumerate((0, 1, -1)):
+        torch.testing.assert_close(sums[plane, :, :, :queries], (lse + sign * bias) * launch.LOG2_E)
+    expected = ((out.float() * dout).sum(-1) - dlse) * 0.7
+    torch.testing.assert_close(delta[:, :, :queries], expected, rtol=1e-4, atol=1e-4)
+
+    found = torch.zeros(2, 2)
+    launch.launch(hopper.plan_longest, dout, found)
+    torch.testing.assert_close(found, dout.float().square().sum(-1).amax(-1))
+
+    total.normal_()
+    dq = torch.empty_like(out)
+    launch.launch(hopper.plan_unfold, total, dq, 2.0)
+    blocks = total.view(-1, 2, 8, 4, 8, 4, 2, 2)  # half, 8 columns, warp, row, 2 columns, 8 rows, column
+    order = (0, 3, 6, 4, 1, 2, 5, 7) if dim == 128 else (0, 1, 3, 6, 4, 2, 5, 7)
+    expected = blocks.permute(order).reshape(total.shape)[:, :, :queries] * 2
+    torch.testing.assert_close(dq, expected.half())
 
 
 def arguments(chosen, queries, keys, dtype):
