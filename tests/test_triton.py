@@ -35,12 +35,14 @@ from fastlm.ops import (  # noqa: E402
     cross_entropy_triton,
     distillation_triton,
     dropout_triton,
+    exchange_kernels_triton,
     head_kernels_triton,
     linear_cross_entropy_triton,
     norm_triton,
     quantized_linear_triton,
     rotary_triton,
     softmax_triton,
+    triton_kernels,
 )
 from fastlm.ops.attention_common import Options  # noqa: E402
 from fastlm.ops.loss_kernels import Logits, Targets  # noqa: E402
@@ -123,6 +125,12 @@ def tensor(*shape, dtype=torch.float32):
 
 
 def softmax_cases(generation):
+    with (mock.patch.object(triton_kernels, "generation", lambda device: generation),
+          mock.patch.object(exchange_kernels_triton, "launch")):
+        yield from cases_of_softmax(generation)
+
+
+def cases_of_softmax(generation):
     mask = tensor(256, 1, 1, 2048, dtype=torch.bool).expand(256, 16, 128, 2048)
     for label, shape, dtype, dim, mask, log in (  # noqa: B020
             ("4096x1024 float32", (4096, 1024), torch.float32, -1, None, False),
@@ -130,6 +138,7 @@ def softmax_cases(generation):
             ("1024x32000 float32", (1024, 32000), torch.float32, -1, None, False),
             ("1024x32000 bfloat16", (1024, 32000), torch.bfloat16, -1, None, False),
             ("256x131072 bfloat16", (256, 131072), torch.bfloat16, -1, None, False),
+            ("256x131072 float16 log", (256, 131072), torch.float16, -1, None, True),
             ("8x131072 float32", (8, 131072), torch.float32, -1, None, False),
             ("64x500x64 dim 1", (64, 500, 64), torch.float32, 1, None, False),
             ("256x16x128x2048 masked bfloat16", (256, 16, 128, 2048), torch.bfloat16, -1, mask, False)):
@@ -139,10 +148,12 @@ def softmax_cases(generation):
             yield Case(label, softmax_triton.plan_forward(*args, 0.125, log), generation, spills=8)
         for args in softmax_triton.launches((x, x, x), dim, softmax_triton.BACKWARD_TILE, 1):
             yield Case(label, softmax_triton.plan_backward(*args, 0.125, log), generation)
+    if generation >= 90:
+        yield Case("words", exchange_kernels_triton.plan_zero(tensor(256, 16, dtype=torch.int64)), generation)
 
 
 def norm_cases(generation):
-    with mock.patch.object(norm_triton, "generation", lambda device: generation):
+    with mock.patch.object(triton_kernels, "generation", lambda device: generation):
         yield from cases_of_norms(generation)
 
 
@@ -157,7 +168,7 @@ def cases_of_norms(generation):
                                            ("add layer", x, weight, rows)):
             yield Case(f"{label} {kind}", norm_triton.plan_forward(x, residual, weight, bias, x, residual, mean, rows,
                                                                    1e-5), generation)
-            split = norm_triton.split_rows(x, residual, mean)
+            split = norm_triton.split_rows(x, mean)
             parts = tensor(split.teams, shape[1])
             words = tensor(shape[0], split.parts, dtype=torch.int64) if split.parts > 1 else None
             plan = norm_triton.plan_backward(x, residual, x, weight, mean, rows, x, parts,

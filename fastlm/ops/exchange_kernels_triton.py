@@ -4,8 +4,37 @@ A program publishes two numbers as one word of 64 bits, which is written and rea
 that is there needs no flag and no fence.
 """
 
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from fastlm.ops.triton_kernels import early, launch
+
+
+def no_words(x, rows, parts):
+    """Return zeros for the words of rows that programs share: written while those read their rows, where that can be.
+
+    Its reader is the next launch, with `launch_pdl`, and waits before it publishes a word.
+    """
+    if not early(x.device):
+        return x.new_zeros(rows, parts, dtype=torch.int64)
+    words = x.new_empty(rows, parts, dtype=torch.int64)
+    launch(plan_zero, words)
+    return words
+
+
+def plan_zero(words):
+    """Return (kernel, grid, arguments)."""
+    count = words.numel()
+    return zero_kernel, (triton.cdiv(count, 1024),), dict(words=words, count=count, SIZE=1024, num_warps=4)
+
+
+@triton.jit
+def zero_kernel(words, count, SIZE: tl.constexpr):
+    gdc_launch_dependents()
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(words + at, tl.zeros((SIZE,), tl.int64), at < count)
 
 
 @triton.jit

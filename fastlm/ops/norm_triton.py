@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from fastlm.ops.exchange_kernels_triton import exchange, numbers, word
+from fastlm.ops.exchange_kernels_triton import exchange, no_words, numbers, word
+from fastlm.ops.math_kernels_triton import anew
 from fastlm.ops.norm_kernels import ACCEPTS, Norms, mixed
 from fastlm.ops.triton_kernels import (
     DTYPES,
     adjacent,
     cannot_here,
     concurrent,
-    generation,
+    early,
     launch,
     like,
     multiprocessors,
@@ -44,7 +45,7 @@ class Tile(NamedTuple):
         warps: that compute them.
         each: programs on a multiprocessor, which take one tile after the other.
         stages: tiles that are on their way or computed.
-        held: whether the weight stays in registers.
+        again: whether what is read is widened once more after an exchange, and waits for it in 16 bits.
     """
 
     height: int
@@ -52,7 +53,7 @@ class Tile(NamedTuple):
     warps: int
     each: int
     stages: int
-    held: bool = True
+    again: bool = False
 
 
 def cannot(input, residual, weight, bias, shape, eps, centred):
@@ -78,11 +79,11 @@ def backward(dy, dsum, x, weight, mean, rstd, needs):
     dy, dsum, x = adjacent(dy), adjacent(dsum), adjacent(x)
     weight = None if weight is None else weight.contiguous()
     dx = like(x) if needs[0] else None
-    split = split_rows(x, dsum, mean)
+    split = split_rows(x, mean)
     teams, parts, tile = split
     make = x.new_zeros if parts * tile.width < x.shape[1] else x.new_empty  # pieces are added to what is there
     sums = [make((teams, x.shape[1]), dtype=torch.float32) if dtype else None for dtype in needs[1:]]
-    words = x.new_zeros(x.shape[0], parts, dtype=torch.int64) if parts > 1 and needs[0] else None
+    words = no_words(x, x.shape[0], parts) if parts > 1 and needs[0] else None
     launch(plan_backward, dy, dsum, x, weight, mean, rstd, dx, *sums, words, split)
     found = [x.new_empty(x.shape[1], dtype=dtype) if dtype else None for dtype in needs[1:]]
     if any(needs[1:]):
@@ -98,8 +99,8 @@ class Split(NamedTuple):
     tile: Tile
 
 
-def split_rows(x, dsum, mean):
-    """Choose how programs share the rows of x, to which the gradient of a sum is added and whose means are known.
+def split_rows(x, mean):
+    """Choose how programs share the rows of x, whose means are known or not needed.
 
     Each team has a row of float32 sums. More than one on a multiprocessor have eight rows of x at least: their sums are
     few.
@@ -108,11 +109,8 @@ def split_rows(x, dsum, mean):
     processors, parts = multiprocessors(x.device), 1
     if cols <= BACKWARD_WIDTH:
         tile = backward_tile(triton.next_power_of_2(cols), x.element_size())
-    elif cols <= 2 * BACKWARD_WIDTH and mean is None and x.element_size() == 2 and generation(x.device) == 90:
-        # To spill some of one row's sums costs a Hopper less than to share the row.
-        tile = Tile(1, 2 * BACKWARD_WIDTH, 16, 1, 3 if dsum is None else 2, False)
     elif concurrent(x.device) and cols <= PART * processors:
-        tile = shared_tile()
+        tile = shared_tile(x.element_size(), mean is not None)
         parts = triton.cdiv(cols, tile.width)
     else:
         tile = Tile(1, PIECE, 8, 1, 1)
@@ -127,9 +125,9 @@ def backward_tile(width, size):
     return Tile(2048 // width, width, 4, 4, 3)
 
 
-def shared_tile():
-    """Choose the tile of parts of rows."""
-    return Tile(1, PART, 4, 4, 3)
+def shared_tile(size, centred):
+    """Choose the tile of parts of rows of `size` bytes a number: with a mean, a fifth program finds no registers."""
+    return Tile(1, PART, 4, 5, 3, True) if size == 2 and not centred else Tile(1, PART, 4, 4, 3)
 
 
 def plan_forward(x, residual, weight, bias, y, total, mean, rstd, eps):
@@ -155,30 +153,31 @@ def plan_backward(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias, words, sp
                      rows=rows, cols=cols, WIDTH=tile.width, num_warps=tile.warps,
                      # So many that all programs run at once.
                      maxnreg=min(65536 // (32 * tile.warps * tile.each) // 8 * 8, 255),
-                     # A row of one number has the gradient 0, w·g less w·g, which have to be rounded alike. The widest
-                     # rows fill all registers: to multiply and add at once spills more of them.
-                     enable_fp_fusion=cols > 1 and tile.width <= BACKWARD_WIDTH)
+                     # A row of one number has the gradient 0, w·g less w·g, which have to be rounded alike.
+                     enable_fp_fusion=cols > 1)
     if parts * tile.width < cols:
         return backward_pieces_kernel, (teams,), arguments | dict(share=triton.cdiv(rows, max(teams, 1)))
     arguments |= dict(teams=teams, STAGES=tile.stages)
     if parts > 1:
+        sooner = words is not None and early(x.device)
         return backward_shared_kernel, (teams * parts,), arguments | dict(
-            words=words, parts=parts, SLOTS=max(32, triton.next_power_of_2(parts)))
+            words=words, parts=parts, EVEN=cols % tile.width == 0, SLOTS=max(32, triton.next_power_of_2(parts)),
+            AGAIN=tile.again, EARLY=sooner, launch_pdl=sooner)
     return backward_kernel, (teams,), arguments | dict(blocks=triton.cdiv(rows, tile.height), HEIGHT=tile.height,
                                                        # Short rows lie in several threads: summed in the end.
-                                                       SUMS=1 if tile.width >= 1024 else tile.height, HELD=tile.held)
+                                                       SUMS=1 if tile.width >= 1024 else tile.height)
 
 
 def plan_sum(dweight, dbias, weight_sum, bias_sum):
     """Return (kernel, grid, arguments) for parts `[teams, H]` and their sums `[H]`, of which a pair may be None."""
     teams, cols = (dbias if dweight is None else dweight).shape
     device = (dbias if dweight is None else dweight).device
-    early = concurrent(device) and generation(device) >= 90
+    sooner = early(device)
     width = SUM_WIDTH if cols <= SUM_WIDTH * 256 else 2 * SUM_WIDTH
     height = min(max(triton.next_power_of_2(teams), 1024 // width), 16384 // width)
     return sum_kernel, (triton.cdiv(cols, width),), dict(
         dweight=dweight, dbias=dbias, weight_sum=weight_sum, bias_sum=bias_sum, teams=teams, cols=cols,
-        HEIGHT=height, WIDTH=width, EARLY=early, num_warps=max(height * width // 1024, 1), launch_pdl=early)
+        HEIGHT=height, WIDTH=width, EARLY=sooner, num_warps=max(height * width // 1024, 1), launch_pdl=sooner)
 
 
 @triton.jit
@@ -292,15 +291,13 @@ def _slope(u, normal, along, level, r, cols):
 
 @triton.jit
 def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, rows, cols, blocks,
-                    teams, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, HELD: tl.constexpr,
-                    STAGES: tl.constexpr):
+                    teams, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr):
     """Take every `teams`-th block of HEIGHT whole rows, and keep the sums of weight and bias meanwhile."""
     team = tl.program_id(0)
     lane = tl.arange(0, WIDTH)[None, :]
     dw = tl.zeros((SUMS, WIDTH), tl.float32)
     db = tl.zeros((SUMS, WIDTH), tl.float32)
-    if HELD:
-        w = _weight(weight, lane, lane < cols)
+    w = _weight(weight, lane, lane < cols)
     for block in tl.range(team, blocks, teams, num_stages=STAGES):
         row = block * HEIGHT + tl.arange(0, HEIGHT)[:, None].to(tl.int64)
         here = row < rows
@@ -309,8 +306,6 @@ def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx
         middle = 0.0
         if mean is not None:
             middle = tl.load(mean + row, here, 0.0)
-        if not HELD:
-            w = _weight(weight, lane, lane < cols)
         # Beyond a row g is 0, and with it u: what is normal there is added nowhere.
         g, normal, u = _parts(tl.load(dy + row * dy_row + lane, live, 0.0), tl.load(x + row * x_row + lane, live, 0.0),
                               w, middle, r)
@@ -333,27 +328,35 @@ def backward_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx
 
 @triton.jit
 def backward_shared_kernel(dy, dy_row, dsum, dsum_row, x, x_row, weight, mean, rstd, dx, dweight, dbias, words, rows,
-                           cols, teams, parts, WIDTH: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr):
+                           cols, teams, parts, WIDTH: tl.constexpr, EVEN: tl.constexpr, SLOTS: tl.constexpr,
+                           STAGES: tl.constexpr, AGAIN: tl.constexpr, EARLY: tl.constexpr):
     """Do the same with rows that `parts` neighbouring programs share, which tell each other their parts' sums."""
     team, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     col = part * WIDTH + tl.arange(0, WIDTH)
-    inside = col < cols
+    inside = tl.full((WIDTH,), 1, tl.int1) if EVEN else col < cols
     dw = tl.zeros((WIDTH,), tl.float32)
     db = tl.zeros((WIDTH,), tl.float32)
     w = _weight(weight, col, inside)
+    if EARLY:
+        gdc_wait()
     for i in tl.range(team, rows, teams, num_stages=STAGES):
         row = tl.cast(i, tl.int64)
         r = tl.load(rstd + row)
         middle = 0.0
         if mean is not None:
             middle = tl.load(mean + row)
-        g, normal, u = _parts(tl.load(dy + row * dy_row + col, inside, 0.0),
-                              tl.load(x + row * x_row + col, inside, 0.0), w, middle, r)
+        upstream, input = tl.load(dy + row * dy_row + col, inside, 0.0), tl.load(x + row * x_row + col, inside, 0.0)
+        g, normal, u = _parts(upstream, input, w, middle, r)
         if dx is not None:
             along, level = _row_sums(u, normal, mean, 0)
             # No sum is the NaN whose bits are all set, so no word is 0.
             found = exchange(words + row * parts, part, ~word(along, level), -1, parts, SLOTS)
             along, level = numbers(~found)
+            if AGAIN:
+                again = w
+                if w is not None:
+                    again = anew(w)
+                g, normal, u = _parts(anew(upstream), anew(input), again, middle, r)
             d = _slope(u, normal, tl.sum(along, 0), tl.sum(level, 0), r, cols)
             if dsum is not None:
                 d += tl.load(dsum + row * dsum_row + col, inside, 0.0).to(tl.float32)

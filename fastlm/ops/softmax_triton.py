@@ -2,10 +2,11 @@
 
 A program takes a tile of rows, so that neighbouring threads read neighbouring memory also where the rows, not the
 columns, lie side by side. Rows that fit a tile are read once. Longer ones are shared by programs that hold a part each
-and tell each other what it adds to the row's sums: they too are read once. Rows of millions, and rows that lie side by
-side, are walked in pieces, twice, with a running maximum and sum; the second walk goes backwards, so that it begins
-with what the cache still holds. Where there are fewer tiles than multiprocessors, one launch measures parts of these
-rows, a second one writes.
+and tell each other what it adds to the row's sums: they too are read once. What comes in 16 bits is held in 16: so more
+programs fit on a multiprocessor, and more of the memory's numbers are on their way. Rows of millions, and rows that lie
+side by side, are walked in pieces, twice, with a running maximum and sum; the second walk goes backwards, so that it
+begins with what the cache still holds. Where there are fewer tiles than multiprocessors, one launch measures parts of
+these rows, a second one writes.
 """
 
 import functools
@@ -14,12 +15,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from fastlm.autograd import Differentiable, blank
-from fastlm.ops.exchange_kernels_triton import exchange, exchange_once, numbers, word
-from fastlm.ops.math_kernels_triton import exp
+from fastlm.ops.exchange_kernels_triton import exchange_once, no_words, numbers, word
+from fastlm.ops.math_kernels_triton import anew, exp
 from fastlm.ops.softmax import collapse, gradient
-from fastlm.ops.triton_kernels import DTYPES, cannot_here, concurrent, launch, like, multiprocessors
+from fastlm.ops.triton_kernels import DTYPES, cannot_here, concurrent, early, launch, like, multiprocessors
 from fastlm.ops.triton_kernels import loses_below as loses_here
 
 __all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
@@ -32,7 +34,6 @@ ACCEPTS = {"row of 1", "row of 127", "row of 128", "row of 129", "row of 1000", 
 # The largest tiles that a block of 1024 threads (64 registers each) holds without spilling, see tests/test_triton.py,
 # the pieces of longer rows, and rows that programs share, in parts of this many numbers at least and at most.
 FORWARD_TILE, BACKWARD_TILE, PIECE, LONG, PART = 32768, 16384, 8192, 16384, (8192, 16384)
-STAY = 3  # programs on a multiprocessor, where they take one row after the other
 
 
 def cannot(x, dim, mask=None, scale=1.0, log=False):
@@ -80,7 +81,7 @@ def launches(tensors, dim, limit, sums):
         walk = _walk_of(tensors, dim, limit)
     words, parts_of_sums, stages = None, [None] * sums, ("both",)
     if walk.parts > 1 and walk.tile["WHOLE"]:
-        words = first.new_zeros(walk.tiles, walk.parts, dtype=torch.int64)
+        words = no_words(first, walk.tiles, walk.parts)
     elif walk.parts > 1:
         shape, stages = (walk.tiles * walk.tile["HEIGHT"], walk.parts), ("measure", "write")
         parts_of_sums = [first.new_empty(shape, dtype=torch.float32) for _ in range(sums)]
@@ -91,7 +92,7 @@ def launches(tensors, dim, limit, sums):
 def plan_forward(x, y, mask, words, tops, totals, dim, stage, scale, log):
     """Return (kernel, grid, arguments)."""
     return _plan(forward_kernel, dict(x=x, y=y, mask=mask), FORWARD_TILE, dim, stage, words,
-                 dict(tops=tops, totals=totals), scale=float(scale), LOG=log)
+                 dict(tops=tops, totals=totals), scale=None if scale == 1 else float(scale), LOG=log)
 
 
 def plan_backward(y, dy, dx, words, dots, dim, stage, scale, log):
@@ -104,15 +105,10 @@ def _plan(kernel, tensors, limit, dim, stage, words, sums, **given):
     walk = _walk_of(tensors.values(), dim, limit)
     for name, steps in zip(tensors, walk.steps, strict=True):
         given |= zip((f"{name}_{axis}" for axis in ("outer", "inner", "row", "col")), steps, strict=True)
-    given |= dict(**tensors, words=words, inner=walk.inner, rows=walk.rows, cols=walk.cols, parts=walk.parts,
-                  SLOTS=triton.next_power_of_2(walk.parts))
-    if not walk.each:
-        return kernel, (walk.tiles * walk.parts,), given | sums | walk.tile | dict(share=walk.share, STAGE=stage)
-    teams = max(1, min(walk.tiles, walk.each * multiprocessors(tensors["y"].device) // walk.parts))
-    width, warps = walk.tile["WIDTH"], 4
-    return backward_shared_kernel, (teams * walk.parts,), given | dict(
-        tiles=walk.tiles, teams=teams, WIDTH=width, EVEN=walk.cols % width == 0, STAGES=3, num_warps=warps,
-        SLOTS=max(32, given["SLOTS"]), maxnreg=65536 // (32 * warps * walk.each) // 8 * 8)
+    sooner = words is not None and early(tensors["y"].device)
+    return kernel, (walk.tiles * walk.parts,), given | sums | tensors | walk.tile | dict(
+        words=words, inner=walk.inner, rows=walk.rows, cols=walk.cols, share=walk.share, parts=walk.parts, STAGE=stage,
+        SLOTS=triton.next_power_of_2(walk.parts), EARLY=sooner, launch_pdl=sooner)
 
 
 class Walk(NamedTuple):
@@ -126,17 +122,16 @@ class Walk(NamedTuple):
     tiles: int
     parts: int  # of a row
     share: int  # pieces in a part
-    each: int  # programs on a multiprocessor that take one row after the other; 0 where a program takes one tile
 
 
 def _walk_of(tensors, dim, limit):
     first, *_ = tensors
     return _walk(first.shape, tuple(None if t is None else t.stride() for t in tensors), dim % first.dim(), limit,
-                 first.element_size(), multiprocessors(first.device), concurrent(first.device))
+                 multiprocessors(first.device), concurrent(first.device))
 
 
 @functools.lru_cache(256)
-def _walk(sizes, strides, dim, limit, size, processors, together) -> Walk | None:
+def _walk(sizes, strides, dim, limit, processors, together) -> Walk | None:
     """Choose how to walk tensors of these sizes and strides, None where no view of four dimensions has them."""
     batch = [i for i in range(len(sizes)) if i != dim]
     groups = collapse([sizes[i] for i in batch], *([0 if s is None else s[i] for i in batch] for s in strides))
@@ -151,14 +146,10 @@ def _walk(sizes, strides, dim, limit, size, processors, together) -> Walk | None
     parts = 1 if tile["WHOLE"] else max(1, min(processors // tiles, pieces, 256))
     # Programs that wait for each other must all run: the least that do is one on each multiprocessor.
     part = max(PART[0], triton.next_power_of_2(triton.cdiv(cols, processors)))
-    each = 0
     if cols > LONG and tile["HEIGHT"] == 1 and part <= PART[1] and together:
         parts = triton.cdiv(cols, part)
-        tile = dict(HEIGHT=1, WIDTH=part, WHOLE=True, EVEN=False, num_warps=part // 2048)
-        # Backward in 16 bits, and nothing else, gains where programs stay and load the next of many rows meanwhile.
-        if limit == BACKWARD_TILE and size == 2 and part == PART[0] and tiles * parts >= 8 * STAY * processors:
-            each = STAY
-    return Walk(inner[0], rows[0], cols, steps, tile, tiles, parts, triton.cdiv(pieces, parts), each)
+        tile = dict(HEIGHT=1, WIDTH=part, WHOLE=True, EVEN=cols % part == 0, num_warps=part // 2048)
+    return Walk(inner[0], rows[0], cols, steps, tile, tiles, parts, triton.cdiv(pieces, parts))
 
 
 def _tile(rows, cols, rows_adjacent, limit):
@@ -183,20 +174,22 @@ def _place(inner, rows, parts, HEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _row(tile, inner, rows):
-    """Return the outer and inner index and the row of a tile of one row."""
-    batch = tile // rows
-    return tl.cast(batch // inner, tl.int64), tl.cast(batch % inner, tl.int64), tl.cast(tile % rows, tl.int64)
-
-
-@triton.jit
-def _scores(x, mask, x_col, mask_col, col, live, scale):
-    """Return scaled scores, -inf where none is kept, and what is kept."""
+def _read(x, mask, x_col, mask_col, col, live):
+    """Return numbers as they are in memory, and which are kept."""
     col = col.to(tl.int64)
     keep = live
     if mask is not None:
         keep = live & (tl.load(mask + col * mask_col, live, 0) != 0)
-    return tl.where(keep, tl.load(x + col * x_col, live, 0.0).to(tl.float32) * scale, -float("inf")), keep
+    return tl.load(x + col * x_col, live, 0.0), keep
+
+
+@triton.jit
+def _scores(v, keep, scale):
+    """Return scaled scores, -inf where none is kept."""
+    z = v.to(tl.float32)
+    if scale is not None:
+        z *= scale
+    return tl.where(keep, z, -float("inf"))
 
 
 @triton.jit
@@ -205,14 +198,38 @@ def _base(top):
 
 
 @triton.jit
-def _result(z, e, factor, keep, mask, top, total, LOG: tl.constexpr):
+def _narrow(e, dtype: tl.constexpr):
+    """Return numbers from 0 to 1 in 16 bits where a result has as many, rounded less than it."""
+    if dtype == tl.float16:  # which ends where the result does
+        e = (e * 32768).to(tl.float16)
+    elif dtype == tl.bfloat16:  # float32 without its sign, the highest bit of its exponent, and 14 bits at its end
+        e = (e.to(tl.uint32, bitcast=True) >> 14).to(tl.uint16)
+    return e
+
+
+@triton.jit
+def _wide(e, dtype: tl.constexpr):
+    if dtype == tl.float16:
+        e = e.to(tl.float32) * (1 / 32768)
+    elif dtype == tl.bfloat16:  # in the middle of what it was; 0 is what no result tells from it
+        e = (e.to(tl.uint32) << 14 | 0x2000).to(tl.float32, bitcast=True)
+    return e
+
+
+@triton.jit
+def _result(z, e, factor, mask, top, total, dtype: tl.constexpr, LOG: tl.constexpr):
     """Return the result for scores z, whose share in `total` is e · factor."""
     if LOG:
-        result = z - _base(top) - tl.log(total)
+        level = tl.log(total)
+        if dtype == tl.float32:
+            result = z - _base(top) - level
+        else:  # one difference, which a row in registers has room for; what is lost is far below a score's last bit
+            result = z - (_base(top) + level)
     else:
-        result = e * (factor / total)
-        if mask is not None:  # also where nothing is kept
-            result = tl.where(keep, result, 0.0)
+        share = factor / total
+        if mask is not None:  # where nothing is kept
+            share = tl.where(total == 0, 0.0, share)
+        result = e * share
     return result
 
 
@@ -220,7 +237,7 @@ def _result(z, e, factor, keep, mask, top, total, LOG: tl.constexpr):
 def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, share, parts, x_outer, x_inner, x_row,
                    x_col, y_outer, y_inner, y_row, y_col, mask_outer, mask_inner, mask_row, mask_col,
                    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
-                   LOG: tl.constexpr, STAGE: tl.constexpr, SLOTS: tl.constexpr):
+                   LOG: tl.constexpr, STAGE: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr):
     o, i, row, tile, part = _place(inner, rows, parts, HEIGHT)
     lane = tl.arange(0, WIDTH)[None, :]
     x += o * x_outer + i * x_inner + row * x_row
@@ -230,12 +247,17 @@ def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, sh
     if WHOLE:
         col = part * WIDTH + lane
         live = tl.full((HEIGHT, WIDTH), 1, tl.int1) if EVEN else (row < rows) & (col < cols)
-        z, keep = _scores(x, mask, x_col, mask_col, col, live, scale)
-        top = tl.max(z, 1, keep_dims=True)
+        v, keep = _read(x, mask, x_col, mask_col, col, live)
+        top = tl.max(_scores(v, keep, scale), 1, keep_dims=True)
+        z = _scores(anew(v), keep, scale)
         e = exp(z - _base(top))
         total = tl.sum(e, 1, keep_dims=True)
-        factor = 1.0
+        if not LOG:
+            e = anew(_narrow(e, v.dtype))
+        factor = exp(top - top)  # 1, and none where a row is -inf throughout
         if words is not None:  # a part whose highest is 0 has a total of at least 1: its word is not 0
+            if EARLY:
+                gdc_wait()
             idle = -(0x00800000 << 32)  # -inf and 0
             found = exchange_once(words + tile * parts, part, word(top, total), idle, parts, SLOTS)
             each, sums = numbers(found)
@@ -243,7 +265,15 @@ def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, sh
             top = tl.max(each, 1, keep_dims=True)
             factor = exp(own - _base(top))
             total = tl.sum(sums * exp(each - _base(top)), 1, keep_dims=True)
-        tl.store(y + col.to(tl.int64) * y_col, _result(z, e, factor, keep, mask, top, total, LOG), live)
+        if LOG:
+            z = _scores(anew(v), keep, scale)
+        else:
+            e = _wide(e, v.dtype)
+        at = col.to(tl.int64)
+        tl.store(y + at * y_col, _result(z, e, factor, mask, top, total, v.dtype, LOG), live)
+        if mask is not None:  # noqa: SIM102 - the first is known to the compiler
+            if tl.max(tl.max((total != total).to(tl.int32), 1), 0) > 0:  # what is no number stays where it is kept
+                tl.store(y + at * y_col, 0.0, live & (tl.load(mask + at * mask_col, live, 1) == 0))
     else:
         first = part * share * WIDTH
         slot = (tile * HEIGHT + tl.arange(0, HEIGHT)[:, None]) * parts
@@ -252,7 +282,8 @@ def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, sh
         if STAGE != "write":
             for piece in range(0, share):
                 col = first + piece * WIDTH + lane
-                z, _ = _scores(x, mask, x_col, mask_col, col, (row < rows) & (col < cols), scale)
+                v, keep = _read(x, mask, x_col, mask_col, col, (row < rows) & (col < cols))
+                z = _scores(v, keep, scale)
                 new = tl.maximum(top, tl.max(z, 1, keep_dims=True))
                 total = total * exp(top - _base(new)) + tl.sum(exp(z - _base(new)), 1, keep_dims=True)
                 top = new
@@ -270,28 +301,32 @@ def forward_kernel(x, y, mask, words, tops, totals, scale, inner, rows, cols, sh
             for back in range(0, share):
                 col = first + (share - 1 - back) * WIDTH + lane
                 live = (row < rows) & (col < cols)
-                z, keep = _scores(x, mask, x_col, mask_col, col, live, scale)
+                v, keep = _read(x, mask, x_col, mask_col, col, live)
+                z = _scores(v, keep, scale)
                 e = exp(z - _base(top))
-                tl.store(y + col.to(tl.int64) * y_col, _result(z, e, 1.0, keep, mask, top, total, LOG), live)
+                result = _result(z, e, 1.0, mask, top, total, v.dtype, LOG)
+                tl.store(y + col.to(tl.int64) * y_col, result if mask is None else tl.where(keep, result, 0.0), live)
 
 
 @triton.jit
 def _pair(y, dy, y_col, dy_col, col, live):
-    """Return a piece of the result and of its gradient."""
+    """Return a piece of the result and of its gradient, as they are in memory."""
     col = col.to(tl.int64)
-    return tl.load(y + col * y_col, live, 0.0).to(tl.float32), tl.load(dy + col * dy_col, live, 0.0).to(tl.float32)
+    return tl.load(y + col * y_col, live, 0.0), tl.load(dy + col * dy_col, live, 0.0)
 
 
 @triton.jit
-def _dot(p, g, AXIS: tl.constexpr, LOG: tl.constexpr):
+def _dot(p, g, LOG: tl.constexpr):
     """Return what a row's gradients share: Σ g of the logarithm, else Σ p g."""
+    g = g.to(tl.float32)
     if not LOG:
-        g = p * g
-    return tl.sum(g, AXIS, keep_dims=AXIS > 0)
+        g = p.to(tl.float32) * g
+    return tl.sum(g, 1, keep_dims=True)
 
 
 @triton.jit
 def _slope(p, g, dot, scale, LOG: tl.constexpr):
+    p, g = p.to(tl.float32), g.to(tl.float32)
     if LOG:
         d = g - exp(p) * dot
     else:
@@ -303,7 +338,7 @@ def _slope(p, g, dot, scale, LOG: tl.constexpr):
 def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, parts, y_outer, y_inner, y_row, y_col,
                     dy_outer, dy_inner, dy_row, dy_col, dx_outer, dx_inner, dx_row, dx_col, HEIGHT: tl.constexpr,
                     WIDTH: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr,
-                    STAGE: tl.constexpr, SLOTS: tl.constexpr):
+                    STAGE: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr):
     o, i, row, tile, part = _place(inner, rows, parts, HEIGHT)
     lane = tl.arange(0, WIDTH)[None, :]
     y += o * y_outer + i * y_inner + row * y_row
@@ -311,14 +346,18 @@ def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, par
     dx += o * dx_outer + i * dx_inner + row * dx_row
     if WHOLE:
         col = part * WIDTH + lane
-        live = tl.full((HEIGHT, WIDTH), 1, tl.int1) if EVEN and LOG else (row < rows) & (col < cols)
+        live = (row < rows) & (col < cols)
+        if EVEN and (LOG or words is not None):  # a whole row would take more registers without
+            live = tl.full((HEIGHT, WIDTH), 1, tl.int1)
         p, g = _pair(y, dy, y_col, dy_col, col, live)
-        dot = _dot(p, g, 1, LOG)
+        dot = _dot(p, g, LOG)
         if words is not None:
+            if EARLY:
+                gdc_wait()
             own = word(tl.full((1, 1), 1.0, tl.float32), dot)
             found = exchange_once(words + tile * parts, part, own, 1 << 32, parts, SLOTS)
             dot = tl.sum(numbers(found)[1], 1, keep_dims=True)
-        tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, dot, scale, LOG), live)
+        tl.store(dx + col.to(tl.int64) * dx_col, _slope(anew(p), anew(g), dot, scale, LOG), live)
     else:
         first = part * share * WIDTH
         slot = (tile * HEIGHT + tl.arange(0, HEIGHT)[:, None]) * parts
@@ -327,7 +366,7 @@ def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, par
             for piece in range(0, share):
                 col = first + piece * WIDTH + lane
                 p, g = _pair(y, dy, y_col, dy_col, col, (row < rows) & (col < cols))
-                dot += _dot(p, g, 1, LOG)
+                dot += _dot(p, g, LOG)
         else:
             for n in range(0, parts):
                 dot += tl.load(dots + slot + n)
@@ -339,26 +378,6 @@ def backward_kernel(y, dy, dx, words, dots, scale, inner, rows, cols, share, par
                 live = (row < rows) & (col < cols)
                 p, g = _pair(y, dy, y_col, dy_col, col, live)
                 tl.store(dx + col.to(tl.int64) * dx_col, _slope(p, g, dot, scale, LOG), live)
-
-
-@triton.jit
-def backward_shared_kernel(y, dy, dx, words, scale, inner, rows, cols, tiles, teams, parts, y_outer, y_inner, y_row,
-                           y_col, dy_outer, dy_inner, dy_row, dy_col, dx_outer, dx_inner, dx_row, dx_col,
-                           WIDTH: tl.constexpr, EVEN: tl.constexpr, LOG: tl.constexpr, SLOTS: tl.constexpr,
-                           STAGES: tl.constexpr):
-    """Take every `teams`-th row, of which `parts` neighbouring programs hold a part each."""
-    team, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    col = part * WIDTH + tl.arange(0, WIDTH)
-    live = tl.full((WIDTH,), 1, tl.int1) if EVEN else col < cols
-    for tile in tl.range(team, tiles, teams, num_stages=STAGES):
-        o, i, row = _row(tile, inner, rows)
-        p, g = _pair(y + o * y_outer + i * y_inner + row * y_row, dy + o * dy_outer + i * dy_inner + row * dy_row,
-                     y_col, dy_col, col, live)
-        own = word(tl.full((), 1.0, tl.float32), _dot(p, g, 0, LOG))
-        found = exchange(words + tl.cast(tile, tl.int64) * parts, part, own, 1 << 32, parts, SLOTS)
-        dot = tl.sum(numbers(found)[1], 0)
-        tl.store(dx + o * dx_outer + i * dx_inner + row * dx_row + col.to(tl.int64) * dx_col,
-                 _slope(p, g, dot, scale, LOG), live)
 
 
 def _fake(tensors, *_):

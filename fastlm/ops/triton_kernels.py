@@ -145,6 +145,11 @@ def generation(device: torch.device) -> int:
     return 90
 
 
+def early(device: torch.device) -> bool:
+    """Return whether a kernel can start before the one before it has ended, and wait for that where it has to."""
+    return concurrent(device) and generation(device) >= 90
+
+
 def like(t: Tensor) -> Tensor:
     """Return contiguous memory of the shape and dtype of `t`."""
     return torch.empty_like(t, memory_format=torch.contiguous_format)

@@ -38,10 +38,10 @@ if INTERPRETED:
 def shared(monkeypatch):
     """Let programs share rows of more than 100 numbers."""
     for module in (norm_triton, softmax_triton):
-        for name, value in (("exchange", exchange), ("launch", launch), ("concurrent", lambda device: True),
+        for name, value in (("launch", launch), ("concurrent", lambda device: True),
                             ("multiprocessors", lambda device: 8)):
             monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(norm_triton, "generation", lambda device: 80)  # it knows nothing of early launches
+    monkeypatch.setattr(norm_triton, "exchange", exchange)
     monkeypatch.setattr(norm_triton, "PART", 32)
     monkeypatch.setattr(norm_triton, "BACKWARD_WIDTH", 32)
     monkeypatch.setattr(softmax_triton, "exchange_once", exchange_once)
@@ -59,12 +59,13 @@ def hold(op, *args):
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cols", [128, 201])
-def test_norms(cols, added, centred, shared):
-    x, residual, weight, bias = torch.randn(11, cols), torch.randn(11, cols), torch.randn(cols), torch.randn(cols)
+def test_norms(cols, dtype, added, centred, shared):
+    x, residual, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((11, cols), (11, cols), cols, cols))
     norm = {(False, False): rms_op, (False, True): layer_op, (True, False): add_rms_op,
             (True, True): add_layer_op}[added, centred]
-    assert norm_triton.split_rows(x, None, None)[:2] == ((2, 4) if cols == 128 else (1, 7))
+    assert norm_triton.split_rows(x, torch.ones(11))[:2] == ((2, 4) if cols == 128 else (1, 7))
     hold(norm, x, residual if added else None, weight, bias if centred else None, (cols,), 1e-5, centred)
 
 
@@ -75,10 +76,9 @@ def test_norms_of_zeros(shared):
     assert (norm_triton.backward(dy, None, x, None, None, rstd, (True, None, None))[0] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cols", [128, 201])
 def test_softmax(cols, dtype, shared):
-    """In 16 bits, programs of backward stay."""
     x = torch.randn(3, 2, 11, cols, dtype=dtype).transpose(0, 2)
     x[0, 0, 0] = -300.0
     x[1, 1, 1, :150] = -torch.inf

@@ -54,14 +54,23 @@ def test_rows_far_below_zero(masked, implementation):
     torch.testing.assert_close(masked_softmax(x, mask), expected)
 
 
-def test_not_a_number_stays_in_its_row(implementation):
-    x = torch.randn(3, 20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_a_number_stays_in_its_row(dtype, implementation):
+    x = torch.randn(3, 20, dtype=dtype)
     x[1, 3] = torch.nan
     mask = torch.ones(3, 20, dtype=torch.bool)
     mask[1, 7] = False
     p = masked_softmax(x, mask)
     assert p[1, mask[1]].isnan().all()
     assert p[[0, 2]].isfinite().all()
+    if implementation == "triton":
+        assert p[1, 7] == 0
+
+
+def test_small_shares_in_16_bits(implementation):
+    """A share that the result's dtype has is not 0, however small beside the largest."""
+    x = torch.tensor([[0.0, -16.0, -30.0, -80.0]], dtype=torch.bfloat16)
+    torch.testing.assert_close(masked_softmax(x).double(), torch.softmax(x.double(), -1), rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("fn", [softmax, log_softmax, masked_softmax])
