@@ -155,8 +155,9 @@ FASTLM_INLINE constexpr int own_gates(int warps) { return warps * 256; }  // byt
 
 // Clocks of a step in clusters, by which the same H200 has them cheaper than a grid where they were faster.
 constexpr double cluster_clocks(const Layer& l, bool backward, const Plan& p) {
-  const double received = std::min(8, l.batch) * (backward ? l.hidden * 4 : l.hidden * 2);
-  return (backward ? 1300 : 1050) + 25 * p.warps + received / 7.5 + 25 * p.m_tiles;
+  const int some = std::min(8, l.batch);
+  const double shared = p.warps * some * (backward ? 2.5 : 3);  // what the warps of a block read and store besides
+  return (backward ? 1210 + 8 * p.slices : 1060) + shared + some * l.hidden * (backward ? 4 : 2) / 7.5 + 25 * p.m_tiles;
 }
 
 // The plan of clusters of blocks of `warps` warps; its `blocks` is 0 where it does not fit.

@@ -170,7 +170,7 @@ def _longest(call):
     found = [torch.zeros(x.shape[:2], device=x.device) for x in (call.query, call.key)]
     for x, numbers in zip((call.query, call.key), found, strict=True):
         launch(hopper.plan_longest, x, numbers)
-    return found
+    return tuple(found)
 
 
 def _mask_gradient(call, sums, delta, dout, dmask):
