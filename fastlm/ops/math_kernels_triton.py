@@ -11,7 +11,7 @@ def anew(v):
     """Return v; where it has 16 bits, as other numbers to the compiler: it widens them again, and holds none in 32."""
     if INTERPRETING:
         found = v
-    elif v.dtype.primitive_bitwidth == 16:
+    elif v.dtype.primitive_bitwidth == 16 and v.numel > 1:
         found = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], v.dtype, False, 2)
     else:
         found = v

@@ -250,6 +250,8 @@ def test_what_backward_takes(on_hopper, monkeypatch):
         assert not hopper.takes_backward(call._replace(mask=other), dout)
     dropout = call_of(meta(dropout_p=0.1))
     assert hopper.takes_backward(dropout, dout) and not hopper.takes_backward(dropout._replace(mask=mask), dout)
+    odd = call_of(meta(length=1023, dropout_p=0.1))
+    assert hopper.takes(odd) and not hopper.takes_backward(odd, odd.query)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert not hopper.takes_backward(call, dout)
     assert hopper.pays(call) and not hopper.pays(call_of(meta(1, 8, 512)))
