@@ -381,7 +381,7 @@ SAPPHIRE_RAPIDS = {"cpu": "intel", "pairs": "amx", "bf16_arithmetic": True, "fp1
 @pytest.mark.parametrize(("dtype", "cpu", "precision", "expected"), [
     (torch.float32, AVX512, "medium", None),
     (torch.float32, SAPPHIRE_RAPIDS, "highest", None),
-    (torch.float32, SAPPHIRE_RAPIDS, "high", "not yet measured with amx in float32"),
+    (torch.float32, SAPPHIRE_RAPIDS, "high", None),
     (torch.bfloat16, SAPPHIRE_RAPIDS, "highest", None),
     (torch.bfloat16, AVX512, "highest", None),
     (torch.bfloat16, COOPER_LAKE, "highest", "not yet measured with avx512_bf16 in bfloat16"),
@@ -414,6 +414,19 @@ def test_what_runs_with_avx2(cell, dtype, sizes, wins):
     with torch.no_grad():
         args = recurrent.make_args(*CELLS[cell], dtype, "meta", **sizes)
         assert (recurrent_rules.losses(SimpleNamespace(**AVX2), cell, *args) is None) == wins
+
+
+@pytest.mark.parametrize(("cell", "steps", "hidden", "wins"), [
+    ("lstm", 16, 256, True), ("lstm", 16, 128, False), ("lstm", 8, 512, False), ("gru", 16, 64, True),
+    ("gru", 8, 512, False), ("tanh", 16, 128, True), ("tanh", 16, 64, False), ("relu", 64, 512, False)])
+def test_rounded_float32_with_amx(cell, steps, hidden, wins):
+    args = recurrent.make_args(*CELLS.get(cell, (1, 1)), torch.float32, "meta", steps=steps, batch=16, hidden=hidden)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert (recurrent_rules.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), cell, *args) is None) == wins
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
