@@ -93,19 +93,19 @@ __device__ void run_group(const Backward& a, Team& team) {
     if (d.c) c_at[p] = static_cast<const V*>(d.c) + keep(state);
   }
 
-  Read<T> read[kPairs];
-  // `after`: sequences of the step visited before, whose c_before is c of this one.
-  const auto read_step = [&](const Step& step, const Step& before, int after) {
+  Read<T> read[kPairs], ahead[kPairs];  // of this step; of the next one, on its way
+  // `after`: the step visited before `step`, whose c_before is c of this one.
+  const auto read_ahead = [&](const Step& step, const Step& before, int after) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const Pair& pair = pairs[p];
       if (!pair.owned || pair.sequence >= step.alive) continue;
       const int64_t state = int64_t(pair.sequence) * H + pair.unit;
-      Read<T>& r = read[p];
+      Read<T>& r = ahead[p];
       r.begins = pair.sequence >= before.alive;
       r.dy = dy_at[p][step.row * d.y_row];
       if (cell == Cell::lstm) {
-        r.c = pair.sequence < after ? r.c_before : c_at[p][step.row * H];
+        r.c = pair.sequence < after ? read[p].c_before : c_at[p][step.row * H];
         if (r.begins)
           r.h_before = static_cast<const T*>(d.c0)[state];
         else
@@ -130,11 +130,24 @@ __device__ void run_group(const Backward& a, Team& team) {
         if (g < team.gates + turn) to_row[int64_t((g + turn) % 4) * H] = to<T>(kept[p].gates[g]);
     }
   };
-  Step now(task, against < 0 ? steps - 1 : 0), before = now, done = now;
-  before.move(now.t + against);
-  read_step(now, before, 0);
+  const auto take_ahead = [&] {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) read[p] = ahead[p];
+  };
+  Step now(task, against < 0 ? steps - 1 : 0), done = now, next = now;
+  next.move(now.t + against);
+  Step later = next;
+  later.move(next.t + against);
+  read_ahead(now, next, 0);
+  take_ahead();
+  read_ahead(next, later, now.alive);
   for (int i = 0;; ++i) {
-    if (i > 0) team.template multiply<8>(i - 1, 0, lane, chunks, [&] { store_step(done); });
+    if (i > 0)
+      team.template multiply<8>(i - 1, 0, lane, chunks, [&] {
+        take_ahead();
+        read_ahead(next, later, now.alive);
+        store_step(done);
+      });
     if (i == steps) break;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
@@ -153,9 +166,9 @@ __device__ void run_group(const Backward& a, Team& team) {
     }
     team.published_all(i);
     done = now;
-    now = before;
-    before.move(before.t + against);
-    read_step(now, before, done.alive);
+    now = next;
+    next = later;
+    later.move(later.t + against);
   }
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
