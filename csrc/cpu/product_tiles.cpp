@@ -22,7 +22,8 @@ constexpr int64_t kSide = 32;                // rows or columns of a strip: two 
 constexpr int64_t kStep = 2 * kTileNumbers;  // of a strip, for each 32 of the depth
 constexpr int64_t kChunk = 16;               // tiles of the depth that are multiplied at a time: a strip of A stays in L1
 constexpr int64_t kBlockColumns = 512;       // of B, packed by all threads together; twice as many of a single chunk
-constexpr int64_t kBlockRows = 128;          // of A, packed, and of the sums that wait in L2 for the next chunk
+constexpr int64_t kPackedRows = 128;         // of A, at a time
+constexpr int64_t kMostRows = 512;           // of a task, whose sums wait in L2 for the next chunk: more rows read B less often
 constexpr int64_t kPage = 2048;              // numbers; rows a page apart share cache sets
 
 constexpr int64_t strips(int64_t n) { return (n + kSide - 1) / kSide; }
@@ -88,6 +89,8 @@ class Packing {
         const auto read = [&](int64_t at) FASTLM_INLINED {
           return at < depth ? (Pairs)load(from + at * x.step, wide) : Pairs{};
         };
+        for (int64_t i = 0; r % kSide == 0 && i < kTileDepth; ++i)
+          __builtin_prefetch(from + ((k + 1) * kTileDepth + i) * x.step);
         Pairs all[16];
 #pragma GCC unroll 16
         for (int64_t i = 0; i < 16; ++i) all[i] = read(k * kTileDepth + 2 * i) >> 16 | read(k * kTileDepth + 2 * i + 1);
@@ -106,27 +109,8 @@ struct StripOfA {
   int64_t row, low, step;
 };
 
-// Rows of a matrix that are brought into the L2 cache while others are multiplied, two lines of 32 numbers at a time.
-struct Upcoming {
-  const Bf16* first;
-  int64_t row, lines, rows;  // numbers from one row to the next, lines of a row, rows that are left
-  int64_t line = 0;
-
-  FASTLM_INLINED void fetch() {
-    if (rows <= 0) return;
-    __builtin_prefetch(first + line * 32, 0, 2);
-    __builtin_prefetch(first + line * 32 + 32, 0, 2);
-    if ((line += 2) < lines) return;
-    line = 0;
-    first += row;
-    --rows;
-  }
-};
-
-// sums [32, 32] = a · strip of B, plus what they are if `more`. Meanwhile 8·deep lines from `b_ahead` on are fetched, and
-// 2·deep of `a_ahead`.
-void multiply_strips(StripOfA a, const Bf16* b, int64_t deep, float* sums, bool more, const Bf16* b_ahead,
-                     Upcoming& a_ahead) {
+// sums [32, 32] = a · strip of B, plus what they are if `more`; the sums behind them are then fetched for the next strip.
+void multiply_strips(StripOfA a, const Bf16* b, int64_t deep, float* sums, bool more) {
   constexpr int64_t line = 64, row = kSide * sizeof *sums;
   const int64_t a_row = a.row * sizeof *a.first;
   float* const below = sums + kTileRows * kSide;
@@ -142,17 +126,17 @@ void multiply_strips(StripOfA a, const Bf16* b, int64_t deep, float* sums, bool 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (; deep > 0; --deep, a.first += a.step, b += kStep, b_ahead += 256) {
+  const float* next = sums + kSide * kSide;
+  for (; deep > 0; --deep, a.first += a.step, b += kStep, next += kSide * kSide / kChunk) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(b_ahead + i * 64, 0, 2);  // the CPU fetches pairs of lines
-    a_ahead.fetch();
-    _tile_loadd(4, a.first, a_row);
-    _tile_loadd(5, a.first + a.low, a_row);
+    for (int i = 0; more && i < 4; ++i) __builtin_prefetch(next + i * 16, 1);
     _tile_stream_loadd(6, b, line);  // leaves L1 to A
-    _tile_stream_loadd(7, b + kTileNumbers, line);
+    _tile_loadd(4, a.first, a_row);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a.first + a.low, a_row);
     _tile_dpbf16ps(2, 5, 6);
+    _tile_stream_loadd(7, b + kTileNumbers, line);
+    _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums, row);
@@ -166,18 +150,20 @@ void multiply_strips(StripOfA a, const Bf16* b, int64_t deep, float* sums, bool 
 // part of C changes no number.
 struct Plan {
   int64_t deep;                 // tiles of the depth, at least 1
-  int64_t rows, columns;        // strips of a block of A and of B
+  int64_t rows, columns;        // strips of a task's rows and of a block of B
   int64_t parts;                // of a block of B
   int64_t of_b, of_a, of_sums;  // bytes
 
   explicit Plan(const Product& p) : deep(std::max<int64_t>(tiles_deep(p.depth), 1)) {
-    const int64_t enough = p.threads > 1 ? 4 * p.threads : 1, high = strips(p.rows), wide = strips(p.columns);
-    rows = std::clamp<int64_t>(high / enough, 1, kBlockRows / kSide);
+    const bool long_sums = deep >= 4 * kChunk;
+    const int64_t enough = p.threads == 1 ? 1 : (long_sums ? 2 : 4) * p.threads;  // tasks
+    const int64_t high = strips(p.rows), wide = strips(p.columns);
+    rows = std::clamp<int64_t>(high / enough, 1, (long_sums ? kMostRows : kPackedRows) / kSide);
     columns = std::min(wide, (deep > kChunk ? 1 : 2) * kBlockColumns / kSide);
     const int64_t blocks = std::max<int64_t>((high + rows - 1) / rows, 1);
     parts = std::clamp<int64_t>(enough / blocks, 1, std::max<int64_t>(columns, 1));
     of_b = columns * deep * kStep * sizeof(Bf16);
-    of_a = rows * std::min(deep, kChunk) * kStep * sizeof(Bf16);
+    of_a = std::min(rows, kPackedRows / kSide) * std::min(deep, kChunk) * kStep * sizeof(Bf16);
     of_sums = (deep > kChunk ? rows * columns : 1) * kSide * kSide * sizeof(float);
   }
   size_t bytes(int threads) const { return of_b + threads * (of_a + of_sums); }
@@ -230,28 +216,29 @@ class Share {
     return static_cast<const Bf16*>(p.a) + row * p.a_row + k * kTileDepth * p.a_column;
   }
 
-  // A block of C from row m on, and strips [first, last) of its columns from n on.
+  // A task: rows of C from m on, and strips [first, last) of its columns from n on.
   void multiply(int64_t m, int64_t n, int64_t first, int64_t last) {
-    const int64_t rows = std::min(plan.rows * kSide, p.rows - m);
-    for (int64_t k = 0; k < plan.deep; k += kChunk) {
-      const int64_t deep = std::min(kChunk, plan.deep - k), depth = std::min(p.depth - k * kTileDepth, deep * kTileDepth);
-      const bool whole = depth > 0 && depth % kTileDepth == 0 && rows % kSide == 0, ends = k + deep == plan.deep;
-      const bool packs = !whole || p.a_column != 1 || p.a_row % kPage == 0;
-      if (packs) Packing<false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
-      Upcoming ahead{a_at(m, k + deep), p.a_row, depth / 32, ends ? 0 : rows};
-      if (p.a_column != 1) ahead = {a_at(m, k + deep), p.a_column, rows / 32, ends ? 0 : depth};
-      for (int64_t i = 0; i < strips(rows); ++i) {
-        const int64_t row = m + i * kSide;
-        const StripOfA a = packs ? StripOfA{packed_a + i * deep * kStep, kTileDepth, kTileNumbers, kStep}
-                                 : StripOfA{a_at(row, k), p.a_row, kTileRows * p.a_row, kTileDepth};
-        for (int64_t j = first; j < last; ++j) {
-          float* const to = sums + (plan.deep > kChunk ? i * plan.columns + j : 0) * kSide * kSide;
-          const Bf16* const b = packed_b + j * plan.deep * kStep;
-          const Bf16* const next = b + (ends ? 0 : k + deep) * kStep + i * deep * kStep / plan.rows;
-          if (ends) fetch_c(row, n + j * kSide);
-          multiply_strips(a, b + k * kStep, depth > 0 ? deep : 0, to, k > 0, next, ahead);
-          if (ends) finish(to, row, n + j * kSide);
-        }
+    const int64_t end = std::min(m + plan.rows * kSide, p.rows);
+    for (int64_t k = 0; k < plan.deep; k += kChunk)
+      for (int64_t row = m; row < end; row += kPackedRows)
+        multiply_chunk(row, std::min(kPackedRows, end - row), k, n, first, last, (row - m) / kSide);
+  }
+
+  // `rows` rows of it from m on, times the chunk of the depth from k on; `strip` strips of the task are before them.
+  void multiply_chunk(int64_t m, int64_t rows, int64_t k, int64_t n, int64_t first, int64_t last, int64_t strip) {
+    const int64_t deep = std::min(kChunk, plan.deep - k), depth = std::min(p.depth - k * kTileDepth, deep * kTileDepth);
+    const bool whole = depth > 0 && depth % kTileDepth == 0 && rows % kSide == 0, ends = k + deep == plan.deep;
+    const bool packs = !whole || p.a_column != 1 || p.a_row % kPage == 0;
+    if (packs) Packing<false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
+    for (int64_t i = 0; i < strips(rows); ++i) {
+      const int64_t row = m + i * kSide;
+      const StripOfA a = packs ? StripOfA{packed_a + i * deep * kStep, kTileDepth, kTileNumbers, kStep}
+                               : StripOfA{a_at(row, k), p.a_row, kTileRows * p.a_row, kTileDepth};
+      for (int64_t j = first; j < last; ++j) {
+        float* const to = sums + (plan.deep > kChunk ? (strip + i) * plan.columns + j : 0) * kSide * kSide;
+        if (ends) fetch_c(row, n + j * kSide);
+        multiply_strips(a, packed_b + (j * plan.deep + k) * kStep, depth > 0 ? deep : 0, to, k > 0);
+        if (ends) finish(to, row, n + j * kSide);
       }
     }
   }
