@@ -29,9 +29,10 @@ FASTLM_INLINE void add_products() {
   if constexpr (tall && wide) _tile_dpbf16ps(3, 5, 7);
 }
 
-// out [up to 32 rows, up to 2 tiles] = x · w over `deep` tiles of depth. Rows of out are ldo numbers apart.
-template <int parts, bool tall, bool wide>
-void tile_block(const PairRows& x, const Bf16* w, int64_t deep, float* out, int64_t ldo) {
+// out [up to 32 rows, up to 2 tiles] = x · w over `deep` tiles of depth. Rows of out are ldo numbers apart. Before each
+// tile of depth fetch() is called.
+template <int parts, bool tall, bool wide, class Fetch>
+FASTLM_INLINE void tile_block(const PairRows& x, const Bf16* w, int64_t deep, float* out, int64_t ldo, const Fetch& fetch) {
   constexpr int64_t step = (wide ? 2 : 1) * kTileNumbers;
   _tile_zero(0);
   if constexpr (wide) _tile_zero(1);
@@ -39,6 +40,7 @@ void tile_block(const PairRows& x, const Bf16* w, int64_t deep, float* out, int6
   if constexpr (tall && wide) _tile_zero(3);
   int64_t at = 0;
   for (int64_t k = 0; k < deep; ++k, at += x.next, w += parts * step) {
+    fetch();
     load_rows<tall>(x, at);
     if constexpr (parts == 2) {
       load_columns<wide>(w + step);
@@ -68,7 +70,9 @@ class Tiles {
   void multiply(PairRows x, int64_t rows, const Bf16* panel, int64_t depth, float* out, const Fetch& fetch) {
     constexpr int64_t ldo = count * 16;
     const int64_t deep = tiles_deep(depth);
-    fetch(0, 1);
+    const int64_t steps = (rows + 2 * kTileRows - 1) / (2 * kTileRows) * ((count + 1) / 2) * deep;
+    int64_t step = 0;
+    const auto fetch_some = [&] { fetch(step++, steps); };  // all at once would wait for memory
     __asm__ volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
     for (int64_t r = 0; r < rows; r += 2 * kTileRows, x.first += 2 * x.group, out += 2 * kTileRows * ldo) {
       const int left = int(rows - r < 2 * kTileRows ? rows - r : 2 * kTileRows);
@@ -77,11 +81,11 @@ class Tiles {
       for (int t = 0; t < count; t += 2) {
         const Bf16* w = panel + panel_numbers(t, depth, parts);
         if (t + 1 < count)
-          tall ? tile_block<parts, true, true>(x, w, deep, out + t * 16, ldo)
-               : tile_block<parts, false, true>(x, w, deep, out + t * 16, ldo);
+          tall ? tile_block<parts, true, true>(x, w, deep, out + t * 16, ldo, fetch_some)
+               : tile_block<parts, false, true>(x, w, deep, out + t * 16, ldo, fetch_some);
         else
-          tall ? tile_block<parts, true, false>(x, w, deep, out + t * 16, ldo)
-               : tile_block<parts, false, false>(x, w, deep, out + t * 16, ldo);
+          tall ? tile_block<parts, true, false>(x, w, deep, out + t * 16, ldo, fetch_some)
+               : tile_block<parts, false, false>(x, w, deep, out + t * 16, ldo, fetch_some);
       }
     }
   }

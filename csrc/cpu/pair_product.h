@@ -19,7 +19,7 @@ struct PairProduct {
   using Number = T;
   using Operand = Bf16;
   using Gate = std::conditional_t<sizeof(T) == 2, F16, T>;
-  using Functions = Math<float, sizeof(T) == 2 ? 5 : Simd<float>::kDegree>;  // the numbers have 8 or 11 bits
+  using Functions = std::conditional_t<sizeof(T) == 2, RoughMath, Math<float>>;
   static constexpr bool kInPlace = false;
   static constexpr bool kTakesX = sizeof(T) == 2;  // as it lies in memory, and rounds no product with it
   static constexpr int kRowsAhead = Way::kRowsAhead;  // whose products with x are made at once

@@ -184,9 +184,10 @@ FASTLM_INLINE T sum(const Vector<T>& v) {
 }
 
 // exp(x) = scale·(1 + p) with scale a power of two; p = exp(r) - 1 by its Taylor series, |r| ≤ ln 2 / 2.
-template <class T, int degree = Simd<T>::kDegree>
+template <class T>
 FASTLM_INLINE void split_exp(const Vector<T>& x, Vector<T>& scale, Vector<T>& p) {
   using S = Simd<T>;
+  constexpr int degree = S::kDegree;
   const Vector<T> shifted = x * S::kLog2e + S::kRound;
   const Vector<T> n = shifted - S::kRound;
   scale = (Vector<T>)(((typename S::Bits)shifted + S::kBias) << S::kMantissa);
@@ -202,13 +203,12 @@ FASTLM_INLINE void split_exp(const Vector<T>& x, Vector<T>& scale, Vector<T>& p)
   p = q * r * r + r;
 }
 
-template <bool exact = true, class V>
+template <class V>
 FASTLM_INLINE V quotient(const V& a, const V& b) {
 #if defined(__AVX512F__)
   // A gate would spend most of its time in the divider: a 14-bit estimate, and one Newton step of third order.
   if constexpr (std::is_same_v<V, Vector<float>>) {
     const V y = (V)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
-    if constexpr (!exact) return a * y;
     const V e = 1 - b * y;
     return a * (y + y * (e + e * e));
   }
@@ -225,25 +225,23 @@ FASTLM_INLINE V at_most(const V& x, const V& end) {
   return x > end ? end : x;
 }
 
-// Within 2.5 units in the last place, or, at a lower degree of the Taylor series, to 14 bits.
-template <class T, int degree = Simd<T>::kDegree>
+// Within 2.5 units in the last place.
+template <class T>
 struct Math {
-  static constexpr bool kExact = degree == Simd<T>::kDegree;
-
   FASTLM_INLINE Vector<T> sigmoid(const Vector<T>& x) {
     const Vector<T> end = Vector<T>{} + Simd<T>::kSigmoidEnd;
     Vector<T> scale, p;
-    split_exp<T, degree>(at_most(-at_most(x, end), end), scale, p);
-    return quotient<kExact>(Vector<T>{} + 1, 1 + (scale + scale * p));
+    split_exp<T>(at_most(-at_most(x, end), end), scale, p);
+    return quotient(Vector<T>{} + 1, 1 + (scale + scale * p));
   }
 
   FASTLM_INLINE Vector<T> tanh(const Vector<T>& x) {
     const Vector<T> a = at_most(x < 0 ? -x : x, Vector<T>{} + Simd<T>::kTanhEnd);
     Vector<T> scale, p;
-    split_exp<T, degree>(-2 * a, scale, p);
+    split_exp<T>(-2 * a, scale, p);
     const Vector<T> expm1 = scale * p + (scale - 1);  // of -2a
     // Near 1 the small distance from 1 is what must be exact: the gradient 1 - t² lives on it.
-    const Vector<T> part = quotient<kExact>(a > 1 ? 2 * (scale + scale * p) : -expm1, expm1 + 2);
+    const Vector<T> part = quotient(a > 1 ? 2 * (scale + scale * p) : -expm1, expm1 + 2);
     const Vector<T> t = a > 1 ? 1 - part : part;
     return x < 0 ? -t : t;
   }

@@ -1,13 +1,8 @@
-"""What lstm, gru and rnn need beyond the matrix of test_ops: arguments, dropout, threads, compilers, other CPUs."""
+"""What lstm, gru and rnn need beyond the matrix of test_ops: arguments, dropout, threads, compilers."""
 
 import functools
-import itertools
-import os
-import platform
-import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm import measure, ops
-from fastlm.ops import ALL, cpu, recurrent, recurrent_kernels, recurrent_rules
+from fastlm.ops import ALL, recurrent, recurrent_kernels
 from tests.parity import keep_error_rule
 
 CELLS = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
@@ -332,122 +327,6 @@ def test_opcheck(cell, options):
                           (grads, list(results), present, slots, True))
 
 
-# --- other CPUs ------------------------------------------------------------------------------------------------
-
-FAULTS = """
-import resource, statistics, torch, fastlm
-layer, x = fastlm.nn.LSTM(512, 512).bfloat16(), torch.randn(128, 32, 512).bfloat16().requires_grad_()
-counts = []
-for _ in range(14):
-    with fastlm.backend("native", "torch"):
-        torch.autograd.grad(layer(x)[0].sum(), [x, *layer.parameters()])
-    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(statistics.median(after - before for before, after in zip(counts[5:], counts[6:])))
-"""
-
-
-@native
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ,
-                    reason="other allocators have their own ways")
-def test_steps_of_training_need_no_new_pages():
-    """Once malloc has what a few steps took. Where it keeps nothing, 16,000 are new at each step."""
-    if not sys.modules["fastlm._native"].pairs:
-        pytest.skip("computes in float32 here, in larger blocks")
-    clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
-    assert float(subprocess.check_output([sys.executable, "-c", FAULTS], env=clean)) < 200
-
-
-@native
-def test_stock_runs_where_it_was_measured_to_win():
-    """Whatever the instruction set, a refusal is a reason and the default call agrees with stock."""
-    small, large = make("lstm", hidden=8), make("gru", steps=40, hidden=8)
-    import fastlm._native as extension
-    refusal = OPS["lstm"].implementations["native"].loses(*small)
-    taken = OPS["gru"].implementations["native"].loses(*large)
-    if extension.cpu in cpu.MEASURED:
-        assert "below 256 hidden units" in refusal
-        assert taken is None
-    else:
-        assert refusal == taken == f"not yet measured on this CPU ({extension.cpu})"
-
-
-AVX512 = {"cpu": "intel", "pairs": None, "bf16_arithmetic": False, "fp16_arithmetic": False}
-COOPER_LAKE = AVX512 | {"pairs": "avx512_bf16", "bf16_arithmetic": True}
-ZEN_5 = COOPER_LAKE | {"cpu": "zen5"}
-AVX2 = AVX512 | {"cpu": "avx2"}
-SAPPHIRE_RAPIDS = {"cpu": "intel", "pairs": "amx", "bf16_arithmetic": True, "fp16_arithmetic": True}
-
-
-@pytest.mark.parametrize(("dtype", "cpu", "precision", "expected"), [
-    (torch.float32, AVX512, "medium", None),
-    (torch.float32, SAPPHIRE_RAPIDS, "highest", None),
-    (torch.float32, SAPPHIRE_RAPIDS, "high", None),
-    (torch.bfloat16, SAPPHIRE_RAPIDS, "highest", None),
-    (torch.bfloat16, AVX512, "highest", None),
-    (torch.bfloat16, COOPER_LAKE, "highest", "not yet measured with avx512_bf16 in bfloat16"),
-    (torch.bfloat16, ZEN_5, "highest", None),
-    (torch.bfloat16, ZEN_5 | {"pairs": None}, "highest", "not yet measured on a CPU with bfloat16 arithmetic"),
-    (torch.float16, COOPER_LAKE, "highest", None),
-    (torch.float16, AVX2, "highest", None),
-    (torch.float16, SAPPHIRE_RAPIDS, "highest", "not yet measured on a CPU with float16 arithmetic"),
-])
-def test_reasons_on_cpus_with_16_bit_arithmetic(dtype, cpu, precision, expected):
-    args = recurrent.make_args(*CELLS["gru"], dtype, "cpu", steps=64, batch=4, hidden=32)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        assert recurrent_rules.losses(SimpleNamespace(**cpu), "gru", *args) == expected
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize(("cell", "dtype", "sizes", "wins"), [
-    ("lstm", torch.float32, dict(steps=64, batch=4, hidden=512), False),
-    ("lstm", torch.float32, dict(steps=4, batch=4, hidden=512), True),
-    ("lstm", torch.float32, dict(steps=1, batch=1, hidden=512), True),
-    ("lstm", torch.bfloat16, dict(steps=1, batch=1, hidden=512), False),
-    ("lstm", torch.bfloat16, dict(steps=64, batch=4, hidden=512), True),
-    ("gru", torch.float32, dict(steps=64, batch=4, hidden=512), True),
-])
-def test_what_runs_with_avx2(cell, dtype, sizes, wins):
-    """oneDNN takes the LSTM in float32, but for few rows; what stock does step by step is ours."""
-    with torch.no_grad():
-        args = recurrent.make_args(*CELLS[cell], dtype, "meta", **sizes)
-        assert (recurrent_rules.losses(SimpleNamespace(**AVX2), cell, *args) is None) == wins
-
-
-@pytest.mark.parametrize(("cell", "steps", "hidden", "wins"), [
-    ("lstm", 16, 256, True), ("lstm", 16, 128, False), ("lstm", 8, 512, False), ("gru", 16, 64, True),
-    ("gru", 8, 512, False), ("tanh", 16, 128, True), ("tanh", 16, 64, False), ("relu", 64, 512, False)])
-def test_rounded_float32_with_amx(cell, steps, hidden, wins):
-    args = recurrent.make_args(*CELLS.get(cell, (1, 1)), torch.float32, "meta", steps=steps, batch=16, hidden=hidden)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert (recurrent_rules.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), cell, *args) is None) == wins
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
-    (128, 32, 512, True), (128, 64, 512, True), (128, 128, 512, False), (8, 32, 256, False), (4, 32, 512, True),
-    (1, 1, 256, True), (1, 2, 512, False), (16, 1, 128, False), (32, 64, 64, False), (32, 64, 128, True)])
-def test_inference_with_amx(steps, batch, hidden, wins):
-    with torch.no_grad():
-        args = recurrent.make_args(*CELLS["lstm"], torch.bfloat16, "meta", steps=steps, batch=batch, hidden=hidden)
-        assert (recurrent_rules.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
-
-
-@pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
-    (4, 64, 256, True), (2, 64, 256, False), (16, 16, 128, True), (64, 64, 128, False), (64, 16, 64, True),
-    (16, 16, 64, False), (64, 1, 32, False)])
-def test_training_with_amx(steps, batch, hidden, wins):
-    args = recurrent.make_args(*CELLS["lstm"], torch.bfloat16, "meta", steps=steps, batch=batch, hidden=hidden)
-    for param in args[3]:
-        param.requires_grad_()
-    assert (recurrent_rules.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), "lstm", *args) is None) == wins
-
-
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_autocast_dtype_is_stocks_compiled_or_not(cell, backend):
@@ -497,21 +376,3 @@ def test_exchange(name, sample, dtype, exchange, device, poisoned, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0] + runs[0][2], runs[1][0] + runs[1][2], strict=True))
     for error in measure.errors(op, "native", whole):
         assert error.ok, error
-
-
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("cpu", [AVX2, AVX512, COOPER_LAKE, ZEN_5, SAPPHIRE_RAPIDS])
-def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision, monkeypatch):
-    """Layers look at sizes alone; the kernels' own rule must say the same on every CPU."""
-    monkeypatch.setattr(recurrent_rules, "exact_float32", lambda: precision == "highest")
-    at_once = 0
-    for (kind, cell), hidden in itertools.product((("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "tanh")), (8, 255, 256)):
-        layer = getattr(fastlm.nn, kind)(4, hidden)
-        for steps, batch, trains in itertools.product((1, 2, 15, 16, 127, 128), (1, 8, 64), (True, False)):
-            x, state = torch.empty(steps, batch, 4), [torch.empty(1, batch, hidden)] * (2 if kind == "LSTM" else 1)
-            with torch.set_grad_enabled(trains):
-                if layer._runs_stock(x, state, layer._flat_weights, steps):
-                    at_once += 1
-                    args = x, None, state, layer._flat_weights, *layer._settings[1:], layer.batch_first
-                    assert recurrent_rules.losses(SimpleNamespace(**cpu), cell, *args), (kind, steps, hidden, trains)
-    assert at_once > 50
