@@ -64,6 +64,7 @@ class Tiles {
  public:
   static constexpr int kParts = 2, kRowsAhead = 128;
   static constexpr bool kTiled = true;  // each line is a row of a tile; as fast as rows: benchmarks/LOG.md 2026-11-26
+  static constexpr int64_t panel_vectors(int64_t share) { return share < 16 ? 2 : share / 4; }  // stays in L1: LOG 2026-11-27
   static constexpr int units(int gates) { return gates == 3 ? 2 : 4 / gates; }  // an even number of tiles
 
   template <int parts, int count, class Fetch>

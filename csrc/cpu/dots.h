@@ -41,6 +41,7 @@ void dot_block(const Bf16* x, int64_t ld, const Bf16* panel, int64_t deep, float
 struct Dots {
   static constexpr int kParts = 1, kRowsAhead = 64;
   static constexpr bool kTiled = false;
+  static constexpr int64_t panel_vectors(int64_t share) { return share; }
   static constexpr int units(int gates) { return 4 / gates; }
 
   template <int parts, int count, class Fetch>

@@ -106,6 +106,7 @@ struct VectorProduct {
   static constexpr bool kTakesX = false;  // the products with x are the caller's
   static constexpr int kRowsAhead = 1;
   static constexpr int units(int gates) { return kPanel / gates; }  // vectors of units in a forward panel
+  static constexpr int64_t panel_vectors(int64_t share) { return share; }  // of a member that has so many
   struct Registers {};                    // what the products of one thread share
 
   int64_t depth;

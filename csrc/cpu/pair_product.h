@@ -24,6 +24,7 @@ struct PairProduct {
   static constexpr bool kTakesX = sizeof(T) == 2;  // as it lies in memory, and rounds no product with it
   static constexpr int kRowsAhead = Way::kRowsAhead;  // whose products with x are made at once
   static constexpr int units(int gates) { return Way::units(gates); }
+  static constexpr int64_t panel_vectors(int64_t share) { return Way::panel_vectors(share); }
   using Registers = Way;
 
   int64_t depth, padded;

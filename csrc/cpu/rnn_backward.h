@@ -172,7 +172,7 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
   const bool projects = cell == Cell::lstm && p.projection;
   Paces paces;
   parallel(team_size(p, lanes), [&](Member& me) {
-    Shares shares(me, paces, Panels<lanes, most>(out, me.count).count);
+    Shares shares(me, paces, Panels<P, most>(out, me.count).count);
     typename P::Registers registers;
     const P product(p, G * H, &registers), second(p, out, &registers);
     S* const scratch = space.scratch(me.index);
@@ -185,13 +185,13 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
         if (projects) second.pad(second.row(space.projected(), b));
       }
     if (at.begins()) {
-      for_units<lanes, most>(shares, out, false, [&](int64_t u, auto count, int64_t) {
+      for_units<P, most>(shares, out, false, [&](int64_t u, auto count, int64_t) {
         const int64_t n = out - u < count * lanes ? out - u : count * lanes;
         product.template pack_units<count>(a.w_hh, out, u, n, panel_of(u));
         for (int64_t b = 0; b < p.batch; ++b) std::memcpy(a.dh0 + b * out + u, a.dhn + b * out + u, n * sizeof(S));
       });
       if (cell == Cell::lstm)
-        for_units<lanes, most>(shares, H, false, [&](int64_t u, auto count, int64_t) {
+        for_units<P, most>(shares, H, false, [&](int64_t u, auto count, int64_t) {
           const int64_t n = H - u < count * lanes ? H - u : count * lanes;
           if (projects) second.template pack_units<count>(a.w_hr, H, u, n, second_panel_of(u));
           for (int64_t b = 0; b < p.batch; ++b) std::memcpy(a.dc0 + b * H + u, a.dcn + b * H + u, n * sizeof(S));
@@ -211,7 +211,7 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
     };
     for (; !at.done(); at.next(), back = !back, turn ^= 1) {
       auto* const dh_rows = a.dgates + at.row_in_block * a.ld + G * H;  // of a projection
-      for_units<lanes, most>(shares, out, back, [&](int64_t u, auto count, int64_t next) {
+      for_units<P, most>(shares, out, back, [&](int64_t u, auto count, int64_t next) {
         add_product(u, count, next);
         for (int64_t v = u; v < u + count * lanes && v < out; v += lanes) {
           const int left = lanes_left<lanes>(out, v);
@@ -239,7 +239,7 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
           dh = dh_rows;
         else
           dh = space.projected();
-        for_units<lanes, most>(shares, H, back, [&](int64_t u, auto count, int64_t next) {
+        for_units<P, most>(shares, H, back, [&](int64_t u, auto count, int64_t next) {
           backward_projection<P, count>(p, a, product, second, at, u, second_panel_of(u), second_panel_of(next), dh,
                                         space.operand(turn), scratch);
         });
@@ -251,7 +251,7 @@ void backward(const RnnProblem& p, const RnnBackward<typename P::Number>& a) {
         d = space.operand(turn);
       visited = at.rows();
     }
-    for_units<lanes, most>(shares, out, back, add_product);
+    for_units<P, most>(shares, out, back, add_product);
   });
 }
 

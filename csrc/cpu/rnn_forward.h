@@ -45,7 +45,7 @@ class Inputs {
         first = later.row < first ? later.row : first;
         end = later.row + later.rows() > end ? later.row + later.rows() : end;
       }
-      for_units<lanes, P::units(G)>(shares, p.hidden, false, [&](int64_t u, auto count, int64_t next) {
+      for_units<P, P::units(G)>(shares, p.hidden, false, [&](int64_t u, auto count, int64_t next) {
         product.template multiply<G * count>(product.rows_at(a.x + first * product.padded, product.padded),
                                              end - first, panel(u), panel(next), products(u),
                                              [](int64_t, int64_t) {});
@@ -184,7 +184,7 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
   const bool projects = cell == Cell::lstm && p.projection;
   Paces paces;
   parallel(team_size(p, lanes), [&](Member& me) {
-    Shares shares(me, paces, Panels<lanes, most>(H, me.count).count);
+    Shares shares(me, paces, Panels<P, most>(H, me.count).count);
     typename P::Registers registers;
     const P product(p, out, &registers), second(p, H, &registers);
     Inputs<P, cell> inputs(p, a, space, &registers);
@@ -197,14 +197,14 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
       if (projects) second.pad(second.row(space.projected(), b));
     }
     if (at.begins())
-      for_units<lanes, most>(shares, H, false, [&](int64_t u, auto count, int64_t) {
+      for_units<P, most>(shares, H, false, [&](int64_t u, auto count, int64_t) {
         product.template pack_gates<G, count>(a.w_hh, H, u, panel_of(u));
         inputs.template pack<count>(u);
         const int64_t n = H - u < count * lanes ? H - u : count * lanes;
         for (int64_t b = 0; b < p.batch && cell == Cell::lstm; ++b)
           std::memcpy(a.cn + b * H + u, a.c0 + b * H + u, n * sizeof(S));
       });
-    for_units<lanes, most_projected>(shares, out, false, [&](int64_t u, auto count, int64_t) {
+    for_units<P, most_projected>(shares, out, false, [&](int64_t u, auto count, int64_t) {
       if (projects && at.begins()) second.template pack_gates<1, count>(a.w_hr, out, u, second_panel_of(u));
       for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t v = u; v < u + count * lanes && v < out; v += lanes) {
@@ -220,13 +220,13 @@ void forward(const RnnProblem& p, const RnnForward<typename P::Number>& a) {
     for (bool back = true; !at.done(); at.next(), back = !back, turn ^= 1) {
       auto* const state = space.operand(turn ^ 1);
       inputs.make(shares, at);
-      for_units<lanes, most>(shares, H, back, [&](int64_t u, auto count, int64_t next) {
+      for_units<P, most>(shares, H, back, [&](int64_t u, auto count, int64_t next) {
         forward_units<P, cell, count>(p, a, product, second, inputs, at, u, panel_of(u), panel_of(next),
                                       space.operand(turn), projects ? space.projected() : state, scratch);
       });
       shares.meet();
       if (!projects) continue;
-      for_units<lanes, most_projected>(shares, out, back, [&](int64_t u, auto count, int64_t next) {
+      for_units<P, most_projected>(shares, out, back, [&](int64_t u, auto count, int64_t next) {
         project<P, count>(p, a, product, second, at, u, second_panel_of(u), second_panel_of(next), space.projected(),
                           state, scratch);
       });

@@ -143,22 +143,26 @@ int team_size(const RnnProblem& p, int lanes) {
   return int(n < worthwhile ? n : worthwhile);
 }
 
-// Panels are of `most` vectors of units, or less where that gives each member one; the last may be smaller.
-template <int lanes, int most>
+// Panels are of `most` vectors of units, or less where a member's share of the vectors asks for it; the last may be smaller.
+template <class P, int most>
 struct Panels {
+  static constexpr int lanes = kLanes<State<typename P::Number>>;
   int64_t vectors, wide, count;
 
-  Panels(int64_t units, int members)
-      : vectors(vectors_in(units, lanes)), wide(std::clamp<int64_t>((vectors + members - 1) / members, 1, most)),
-        count((vectors + wide - 1) / wide) {}
+  Panels(int64_t units, int members) : vectors(vectors_in(units, lanes)) {
+    const int64_t share = std::max<int64_t>((vectors + members - 1) / members, 1);
+    wide = std::min<int64_t>({P::panel_vectors(share), share, most});
+    count = (vectors + wide - 1) / wide;
+  }
 };
 
 // Calls f(u, count, next) for this member's share of the panels of `units`, each of `count` vectors from unit u on;
 // `next` is the unit that comes after, u at the end. Every other step runs `back`, so that it starts with the weights that the
 // caches still hold.
-template <int lanes, int most, class F>
+template <class P, int most, class F>
 void for_units(const Shares& shares, int64_t units, bool back, const F& f) {
-  const Panels<lanes, most> panels(units, shares.members());
+  const Panels<P, most> panels(units, shares.members());
+  constexpr int lanes = panels.lanes;
   const int64_t begin = shares.begin(panels.count), end = shares.end(panels.count);
   for (int64_t i = 0; i < end - begin; ++i) {
     const int64_t v = panels.wide * (back ? end - 1 - i : begin + i);
