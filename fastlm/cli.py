@@ -176,7 +176,7 @@ def bench(
         result = bench.run(suites, _device(device), dtype, 2.0 if full else None, only=only, full=full, every=every,
                            progress=lambda what, done: progress.update(task, description=what, completed=done),
                            keep=lambda result: report.save_partial(result, out, name))
-    wide = _console() if _console().is_terminal else Console(highlight=False, width=150)
+    wide = _console() if _console().is_terminal else Console(highlight=False, width=250)  # what a pipe shows whole
     for table in report.tables(result):
         wide.print(table)
     held = [row for row in result["rows"] if row["goal"]]
