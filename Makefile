@@ -76,8 +76,8 @@ sanitize: extension
 		FASTLM_LDFLAGS="-fsanitize=address,undefined" $(RUN) setup.py -q build_ext --build-lib build/sanitize
 	cp -rn fastlm build/sanitize/
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:../.. $(abspath $(RUN)) -m pytest ../../tests/test_ops.py ../../tests/cases/test_recurrent.py \
-		../../tests/cases/test_nn_steps.py -k "(error_rule and native) or (not compiled and not opcheck and \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:../.. $(abspath $(RUN)) -m pytest ../../tests/test_ops.py ../../tests/cases/test_nn_steps.py \
+		../../tests/cases/test_recurrent.py ../../tests/cases/test_recurrent_cpu.py -k "(error_rule and native) or (not compiled and not opcheck and \
 		(test_cell or test_stream or recurrent))" $(ARGS)
 	$(RUN) -m pytest tests/test_amx_sources.py --deep $(ARGS)
 
