@@ -99,7 +99,7 @@ def _losses_of_pairs(cell, dtype, steps, batch, hidden, trains, dense, tiles):
         wins = steps >= 16 and hidden >= {"lstm": 256, "tanh": 128}.get(cell, 1)
         return None if wins else f"slower than torch in few steps or units, or not measured: {ROUNDED}"
     if cell != "lstm" or not dense:
-        least = 8 if tiles else 16
+        least = (4 if dense else 8) if tiles else 16
         return f"slower than torch below {least} steps: {row}" if steps < least else None
     if dtype is torch.float32:
         return f"slower than torch's oneDNN below the highest precision, or not measured: {row}"

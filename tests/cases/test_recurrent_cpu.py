@@ -144,6 +144,12 @@ def test_rounded_float32_with_amx(cell, steps, hidden, wins):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize(("cell", "steps", "wins"), [("gru", 4, True), ("gru", 2, False), ("tanh", 4, True)])
+def test_few_steps_with_amx(cell, steps, wins):
+    args = recurrent.make_args(*CELLS.get(cell, (1, 1)), torch.bfloat16, "meta", steps=steps, batch=16, hidden=256)
+    assert (recurrent_rules.losses(SimpleNamespace(**SAPPHIRE_RAPIDS), cell, *args) is None) == wins
+
+
 @pytest.mark.parametrize(("steps", "batch", "hidden", "wins"), [
     (128, 32, 512, True), (128, 64, 512, True), (128, 128, 512, False), (8, 32, 256, False), (4, 32, 512, True),
     (1, 1, 256, True), (1, 2, 512, False), (16, 1, 128, False), (32, 64, 64, False), (32, 64, 128, True)])
