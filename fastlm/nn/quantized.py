@@ -51,7 +51,14 @@ class QuantizedLinear(nn.Module):
         return made.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return `[..., out_features]` for an input `[..., in_features]`, in its dtype or autocast's."""
+        """Return `[..., out_features]` for an input `[..., in_features]`, in its dtype or autocast's.
+
+        Raises:
+            RuntimeError: the input has other than `in_features` features.
+        """
+        if input.shape[-1:] != (self.in_features,):  # a byte of int4 holds two: the weight's shape alone does not tell
+            shape = list(input.shape)
+            raise RuntimeError(f"QuantizedLinear: input has shape {shape}, expected {self.in_features} features")
         return ops.quantized_linear(input, self.weight, self.scale, self.bias, mode=self.mode,
                                     group_size=self.group_size)
 

@@ -34,6 +34,7 @@ def _shortcut(module, input, hx=None):
         state = module._split(hx)
         module._check_state(state, (batch,))
     settings, found = (*module._settings, module.batch_first), None
+    module._check_input(input, settings[0])
     if module._runs_stock(input, state, settings[0], steps):
         found = module.op.implementations["torch"].run(input, None, state, *settings, *module._nonlinearity)
     elif steps == 1:

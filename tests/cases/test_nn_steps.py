@@ -241,3 +241,12 @@ def test_nothing_to_do_is_stock_s(cell, steps, batch):
         else:
             for found, near in zip(tensors(ours(x)), expected, strict=True):
                 torch.testing.assert_close(found, near)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 130])
+@pytest.mark.parametrize("features", [1, 4, 6, 40000])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_another_number_of_features_is_refused(kind, features, steps):
+    """By the shortcut too: oneDNN's LSTM, which it calls, reads past the input's end."""
+    with pytest.raises(RuntimeError, match=f"input has {features} features, expected 5"):
+        getattr(fastlm.nn, kind)(5, 8)(torch.randn(steps, 2, features))

@@ -318,3 +318,12 @@ def test_machine_code_makes_numbers_of_bytes(dtype):
 def test_only_a_linear_layer_is_quantized():
     with pytest.raises(TypeError, match=r"must be an nn\.Linear, got Conv1d"):
         QuantizedLinear.from_linear(nn.Conv1d(2, 2, 1))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8_dynamic", "int4"])
+@pytest.mark.parametrize("features", [1, 255, 257])
+def test_another_number_of_features_is_refused(mode, features):
+    """Two numbers of int4 are in a byte: 255 would fit the weight of 256."""
+    layer = fastlm.nn.QuantizedLinear.from_linear(torch.nn.Linear(256, 8), mode)
+    with pytest.raises(RuntimeError, match="expected 256 features"):
+        layer(torch.randn(3, features))
