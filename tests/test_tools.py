@@ -253,6 +253,11 @@ def test_profile_compares_three_variants(tmp_path):
     assert "GEMM peak" in str(found)
 
 
+def test_profile_of_a_module():
+    from fastlm.tools.profile import target
+    assert fastlm.profile(target("Linear")).flops > 0
+
+
 def test_profile_of_an_unknown_name_lists_what_there_is():
     from fastlm.tools.profile import target
 

@@ -102,6 +102,19 @@ def _operators(run, device, trace) -> list[Operator]:
     return sorted(found, key=lambda o: -o.seconds)
 
 
+def _training(subject) -> Callable[[], object]:
+    """Return a training step by `backward`: FlopCounterMode cannot follow modules through `torch.autograd.grad`."""
+    args, leaves = measure.leaves(subject.args, subject.constants)
+    leaves += getattr(subject.ours, "parameters", ())
+
+    def train():
+        results = [r for r in measure.floating(subject.ours(*args)) if r.requires_grad]
+        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+        for leaf in leaves:
+            leaf.grad = None
+    return train
+
+
 def target(name: str, device: str = "cpu") -> Callable[[], object]:
     """Return a training step of the op, module or model called `name`, as a function without arguments.
 
@@ -114,8 +127,7 @@ def target(name: str, device: str = "cpu") -> Callable[[], object]:
     cases = [c for suite in ("ops", "modules") for c in load(suite, device, [torch.float32])]
     found = next((c for c in cases if c.name == name), None)
     if found is not None:
-        subject = found.build()
-        return bench.step(subject.ours, subject, "training")
+        return _training(found.build())
     models = {"UnigramLM": "unigram", "RNNLM": "lstm", "TransformerLM": "transformer"}
     if name in models:
         return bench.trainer(models[name], "fastlm", device).step
