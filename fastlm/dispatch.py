@@ -103,7 +103,7 @@ class Op:
         """Return the implementation that takes this call, and the reasons of those that were asked before it."""
         wanted = [name for name in _order if name in self.implementations] if _order else []
         no_kernels = _mode() or _foreign(args)
-        declined: dict[str, str] = {}
+        declined = {} if wanted else {name: f"{self.name} has no such implementation" for name in _order}
         for name in wanted or self.default:
             implementation = self.implementations[name]
             reason = None if name in ("torch", "reference") else no_kernels

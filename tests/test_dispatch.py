@@ -92,6 +92,13 @@ def test_op_without_the_named_implementation_keeps_its_default():
         assert value(op, torch.zeros(2)) == 2
 
 
+def test_explain_says_that_an_op_lacks_the_named_implementation():
+    layer, x = fastlm.nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    with fastlm.backend("triton"):
+        (call,) = fastlm.explain(layer, x)
+    assert call.declined["triton"] == "lstm has no such implementation"
+
+
 def test_nested_backends():
     op = toy(triton=TRITON, native=NATIVE)
     with fastlm.backend("torch"):

@@ -253,6 +253,22 @@ def test_transformer_encoder_layer_parameters():
     meta.load_state_dict(made[0].state_dict())
 
 
+class Adapted(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+@pytest.mark.parametrize("made", [Adapted, lambda a, b: fastlm.nn.QuantizedLinear(a, b)])
+def test_parts_that_were_replaced_run_in_inference(made):
+    """Stock's fused layer would read their weights and leave out what they do."""
+    layer = fastlm.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    layer.linear1 = made(16, 32).eval()
+    x = torch.randn(2, 5, 16)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize("part", ["linear1", "self_attn", "norm2"])
 def test_hooks_on_the_parts_of_a_layer_are_called_in_inference(part):
     layer, seen = fastlm.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), []

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from fastlm import dispatch
 from fastlm.nn.attention import FUSED, MultiheadAttention
 from fastlm.nn.linear import Linear
+from fastlm.nn.norm import LayerNorm
+
+# What stock's fused layer may read weights of: a part that was replaced (quantized, adapted) has a forward of its own.
+PLAIN = nn.Linear, Linear, nn.LayerNorm, LayerNorm
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -56,6 +60,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """Tell whether stock's fused layer takes `src` and is faster; stock calls no hooks there, so none may wait."""
         frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
         return (frozen and not self.training and self.self_attn.fuses(src) and bool(self.activation_relu_or_gelu)
+                and all(type(m) in PLAIN for m in (self.linear1, self.linear2, self.norm1, self.norm2))
                 and self.norm1.eps == self.norm2.eps
                 and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()))
 
