@@ -88,6 +88,11 @@ def sweep_pairs():
     torch.manual_seed(0)
     for rows, depth, columns in itertools.product((0, 1, 16, 33, 130), (0, 1, 31, 64, 530), (0, 1, 17, 32, 70)):
         check(rows, depth, columns, dtype=torch.bfloat16)
+    # Where sums are long, those of a task's rows wait beside each other, and 128 rows of A are packed at a time: a task
+    # has 288 rows by one thread, and 256 of 1100 by two.
+    for rows in 288, 1100:
+        check(rows, 2100, 40, dtype=torch.bfloat16)
+        check(rows, 2080, 40, "columns", "columns", "rows apart", "add", torch.bfloat16, torch.float32)
     for of_a, of_b, of_out, start, sums in itertools.product(
             STRIDES, STRIDES, ("rows", "rows apart"), ("", "add", "bias"), (torch.float32, torch.bfloat16)):
         check(53, 71, 51, of_a, of_b, of_out, start, torch.bfloat16, sums)
