@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.models import RNNLM, RNNConfig, TransformerConfig, TransformerLM, UnigramConfig, UnigramLM
+from fastlm.nn import QuantizedLinear
 from fastlm.models.language_model import sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,6 +159,17 @@ def test_greedy_is_the_likeliest_token(name):
         assert torch.equal(model.logits(context)[:, -1].argmax(-1), found[:, t])
     for row in range(2):
         assert torch.equal(model.generate(x[row:row + 1], 10, temperature=0), found[row:row + 1])
+
+
+def test_a_model_with_quantized_layers_generates():
+    model, x = build("transformer", hidden_size=64), tokens(2, 3)
+    for module in list(model.blocks.modules()):
+        for name, part in list(module.named_children()):
+            if isinstance(part, torch.nn.Linear):
+                setattr(module, name, QuantizedLinear.from_linear(part))
+    found = model.eval().generate(x, 9, temperature=0)
+    for t in range(3, 12):
+        assert torch.equal(model.logits(found[:, :t])[:, -1].argmax(-1), found[:, t])
 
 
 @pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])

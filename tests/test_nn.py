@@ -258,7 +258,7 @@ class Adapted(nn.Linear):
         return super().forward(input) + 1
 
 
-@pytest.mark.parametrize("made", [Adapted, lambda a, b: fastlm.nn.QuantizedLinear(a, b)])
+@pytest.mark.parametrize("made", [Adapted, fastlm.nn.QuantizedLinear])
 def test_parts_that_were_replaced_run_in_inference(made):
     """Stock's fused layer would read their weights and leave out what they do."""
     layer = fastlm.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
@@ -267,6 +267,19 @@ def test_parts_that_were_replaced_run_in_inference(made):
     expected = layer(x)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_quantized_projection_of_attention():
+    """It has no weight that a product could read, so it is called; in training, and where stock's layer is fused."""
+    layer = fastlm.nn.TransformerEncoderLayer(64, 2, 32, batch_first=True, dropout=0.0)
+    exact = copy.deepcopy(layer)
+    layer.self_attn.out_proj = quantized = fastlm.nn.QuantizedLinear.from_linear(layer.self_attn.out_proj, "int4")
+    weight = quantized(torch.eye(64)) - quantized.bias
+    exact.self_attn.out_proj.weight.data = weight.T.contiguous()
+    x = torch.randn(2, 5, 64)
+    torch.testing.assert_close(layer(x), exact(x))
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), exact(x))
 
 
 @pytest.mark.parametrize("part", ["linear1", "self_attn", "norm2"])

@@ -96,7 +96,8 @@ class TransformerLM(LanguageModel):
             q, k, v = qkv.unflatten(2, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
             k, v = cache.update(k, v)
             attended = scaled_dot_product_attention(q, k, v, window_size=(-1, 0))
-            x = x + self.linear(attended.transpose(1, 2).flatten(2), attention.out_proj.weight,
-                                attention.out_proj.bias)
+            attended, out = attended.transpose(1, 2).flatten(2), attention.out_proj
+            linear = isinstance(out, torch.nn.Linear)  # else it was replaced, such as by a QuantizedLinear
+            x = x + (self.linear(attended, out.weight, out.bias) if linear else out(attended))
             x = x + block.linear2(block.activation(block.linear1(block.norm2(x))))
         return self.norm(x)

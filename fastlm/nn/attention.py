@@ -71,12 +71,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             allowed = ~mask if mask is not None and mask.dtype is torch.bool else mask
             attended, weights = ops.scaled_dot_product_attention(q, k, v, allowed, dropout, is_causal), None
         if self.batch_first and batched and not self.training:
-            return ops.linear(attended.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias), weights
+            return self.project_out(attended.transpose(1, 2).flatten(2)), weights
         # In memory [L, N, E] as in stock, whatever batch_first says: a dropout that follows draws the same mask.
-        output = ops.linear(attended.permute(2, 0, 1, 3).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        output = self.project_out(attended.permute(2, 0, 1, 3).flatten(2))
         if not batched:
             return output.squeeze(1), weights
         return output.transpose(0, 1) if self.batch_first else output, weights
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """Apply `out_proj`: as torch.nn does, a Linear's weight alone, whatever its forward; anything else as it is."""
+        out = self.out_proj
+        return ops.linear(x, out.weight, out.bias) if isinstance(out, nn.Linear) else out(x)
 
     def fuses(self, x: Tensor, need_weights: bool = False) -> bool:
         """Tell whether stock's fused function takes self-attention over `x` without masks, and is faster.
@@ -87,7 +92,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 self.batch_first and torch.backends.mha.get_fastpath_enabled() and dispatch.is_default()):
             return False
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if weight is None or bias is None or self.bias_k is not None or self.add_zero_attn or self.num_heads % 2:
+        if weight is None or bias is None or self.bias_k is not None or self.add_zero_attn or self.num_heads % 2 or (
+                not isinstance(self.out_proj, nn.Linear)):
             return False
         if x.size(2) != self.embed_dim or x.dtype != weight.dtype or autocasts("cpu") or transformed() or not (
                 plain((x, weight, bias))):
