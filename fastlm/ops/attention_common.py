@@ -166,7 +166,8 @@ def _check_tensor(name, x, query, shapes, op):
 # --- kernels for the CPU as differentiable functions -----------------------------------------------------------
 
 
-def differentiable(name: str, forward: Callable, backward: Callable, reference: Callable) -> Callable:
+def differentiable(name: str, forward: Callable, backward: Callable, reference: Callable,
+                   like_query: bool = False) -> Callable:
     """Return `call(tensors, options)`, which returns the output, with the log-sum-exp if the options ask for it.
 
     Between forward and backward a query that sees nothing has a log-sum-exp of +∞: exp(s - lse) is 0.
@@ -177,11 +178,16 @@ def differentiable(name: str, forward: Callable, backward: Callable, reference: 
         backward: `backward(tensors, options, saved, grads, needs) -> list`: the gradients of the first tensors, None
             where `needs` is False; the others are constants. `saved` and `grads` are each a pair for (out, lse).
         reference: `reference(tensors, options)` returns output and log-sum-exp, -∞ where nothing is seen.
+        like_query: whether the output lies in memory as the query does, as SDPA's on the CPU: where the heads of a token
+            are side by side there, they are here. Else it is contiguous.
     """
 
     def fake(tensors, needs, *options):
         query, _, value, *_ = tensors
-        out = query.new_empty(*query.shape[:-1], value.size(-1))
+        dims = range(query.dim() - 1)
+        order = sorted(dims, key=query.stride, reverse=True) if like_query else dims
+        out = torch.empty_permuted((*query.shape[:-1], value.size(-1)), (*order, query.dim() - 1), dtype=query.dtype,
+                                   device=query.device)
         return [out, query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))]
 
     def run_forward(tensors, needs, *options):

@@ -81,4 +81,4 @@ def _reference(tensors, options):
     return reference(*tensors, options)
 
 
-_attention = differentiable("attention_native", _forward, _backward, _reference)
+_attention = differentiable("attention_native", _forward, _backward, _reference, like_query=True)

@@ -42,6 +42,21 @@ def test_a_mask_and_causality_apply_together(implementation, device):
         torch.testing.assert_close(attention(q, k, v, mask, is_causal=True), expected.float())
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
+def test_the_output_lies_in_memory_as_stocks(order):
+    """People look at it as `[B, S, H·D]` without a copy where the query came from there."""
+    pytest.importorskip("fastlm._native")
+    sizes = [(2, 4, 40)[i] for i in order]
+    q = torch.randn(*sizes, 3, 16)[..., 1, :].permute(*(order.index(i) for i in range(3)), 3).requires_grad_()
+    expected = F.scaled_dot_product_attention(q, q, q)
+    with fastlm.backend("native"):
+        out = attention(q, q, q)
+        assert out.stride() == expected.stride() == attention(q, q, q, softcap=3.0).stride()
+        assert torch.compile(attention, backend="aot_eager")(q, q, q).stride() == expected.stride()
+    for mine, stock in zip(*(torch.autograd.grad(x.square().sum(), q) for x in (out, expected)), strict=True):
+        torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dim", [1, 15, 33])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_few_queries_of_odd_heads(queries, dim, implementation, device):
