@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import re
 import sys
 
@@ -233,6 +234,17 @@ def test_readme_is_filled_from_results(result, tmp_path):
         text = readme.read_text()
         assert bool(re.search(rf"^\| linear_cross_entropy \| {found} \|$", text, re.M)) == bool(found), text
         assert text.count("for: linear_cross_entropy.") == (not found)
+
+
+def test_readme_runs(capsys):
+    """Its Python from top to bottom, and what `explain` prints there."""
+    readme = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    assert len(blocks) > 5
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert capsys.readouterr().out.startswith("op    ran")
 
 
 def test_profile_compares_three_variants(tmp_path):
