@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.models import RNNLM, RNNConfig, TransformerConfig, TransformerLM, UnigramConfig, UnigramLM
-from fastlm.nn import QuantizedLinear
 from fastlm.models.language_model import sample
+from fastlm.nn import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 23

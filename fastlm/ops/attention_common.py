@@ -178,8 +178,8 @@ def differentiable(name: str, forward: Callable, backward: Callable, reference: 
         backward: `backward(tensors, options, saved, grads, needs) -> list`: the gradients of the first tensors, None
             where `needs` is False; the others are constants. `saved` and `grads` are each a pair for (out, lse).
         reference: `reference(tensors, options)` returns output and log-sum-exp, -∞ where nothing is seen.
-        like_query: whether the output lies in memory as the query does, as SDPA's on the CPU: where the heads of a token
-            are side by side there, they are here. Else it is contiguous.
+        like_query: whether the output lies in memory as the query does, as SDPA's on the CPU: where the heads of a
+            token are side by side there, they are here. Else it is contiguous.
     """
 
     def fake(tensors, needs, *options):
