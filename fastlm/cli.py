@@ -54,8 +54,20 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
     """Faster drop-in PyTorch layers for language models, with the proof beside each one."""
 
 
+def _usable(device: str | None) -> str | None:
+    """Return the device that was asked for; one that is not there is a bad option."""
+    if device is not None:
+        from fastlm.training.config import check_device
+
+        try:
+            check_device(device)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return device
+
+
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")]
+Device = Annotated[str | None, typer.Option(callback=_usable, help="cpu or cuda (default: cuda where there is one).")]
 
 
 def _device(name: str | None) -> str:

@@ -107,7 +107,6 @@ def test_interrupt_and_resume(text, monkeypatch):
 @pytest.mark.parametrize(("args", "message"), [
     (["train", "--model", "bert"], "model is 'bert', expected one of unigram, rnn, gru, lstm, transformer"),
     (["train", "--data", "nowhere.txt"], "nowhere.txt is not a file"),
-    (["train", "--device", "toaster"], "device is 'toaster'"),
     (["train", "--resume"], "--resume needs --out"),
     (["train", "--resume", "--out", "nowhere"], "nowhere holds no run"),
     (["eval", "nowhere"], "nowhere holds no run"),
@@ -120,6 +119,20 @@ def test_errors_are_one_line(tmp_path, monkeypatch, args, message):
     assert output.startswith("error: ")
     assert output.count("\n") == 1
     assert not list(tmp_path.iterdir()), "a command that failed left something behind"
+
+
+@pytest.mark.parametrize("command", [["train"], ["eval", "run"], ["generate", "run"], ["doctor"], ["bench"],
+                                     ["profile", "lstm"]])
+@pytest.mark.parametrize(("device", "message"), [
+    ("toaster", "device is 'toaster', expected cpu, cuda or cuda:1"),
+    ("meta", "device is 'meta', which PyTorch cannot use here"),
+    ("cuda:99", "device is 'cuda:99', which PyTorch cannot use here"),
+])
+def test_a_device_that_is_not_there_is_a_bad_option(tmp_path, monkeypatch, command, device, message):
+    monkeypatch.chdir(tmp_path)
+    output = fastlm(*command, "--device", device, status=2)
+    assert f"Invalid value for '--device': {message}" in " ".join(output.replace("│", "").split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_of_a_run(text):

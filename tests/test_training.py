@@ -161,7 +161,8 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
     ({"steps": 0}, "steps is 0, expected 1 or more"),
     ({"lr": -1.0}, "lr is -1.0"),
     ({"dropout": 1.0}, "dropout is 1.0"),
-    ({"device": "toaster"}, "device is 'toaster', which PyTorch cannot use here"),
+    ({"device": "toaster"}, "device is 'toaster', expected cpu, cuda or cuda:1"),
+    ({"device": "meta"}, "device is 'meta', which PyTorch cannot use here"),
 ])
 def test_bad_settings(given, message):
     with pytest.raises(ValueError, match=message):

@@ -90,11 +90,15 @@ def data_name(name: str) -> str:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError where PyTorch does not have the device."""
+    """Raise ValueError unless `name` is a device on which PyTorch can compute here."""
     try:
-        torch.empty(0, device=name)
+        torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}, expected cpu, cuda or cuda:1") from None
+    try:
+        torch.zeros(1, device=name).item()  # "meta" makes tensors too, but computes nothing
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]  # behind it, all that PyTorch was not built for
         raise ValueError(f"device is {name!r}, which PyTorch cannot use here: {reason}") from error
 
 
