@@ -171,7 +171,8 @@ def bench(
     only: Annotated[str, typer.Option(help="Measure only rows whose name and case contain this.")] = "",
     full: Annotated[bool, typer.Option("--full", help="Every shape of every op, and longer.")] = False,
     every: Annotated[bool, typer.Option("--every", help="Each implementation that can run, chosen or not.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and HTML results.")] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the JSON and HTML results.")
+                   ] = Path("benchmarks/results"),
 ):
     """Measure every op, module and model here against stock PyTorch: numbers, time, memory."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -182,7 +183,8 @@ def bench(
     name = "-".join(filter(None, (suite, only, "every" * every, "full" * full)))
     percentage, what = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
     columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
-    bench.check_suites(suites)  # before anything is drawn
+    bench.check(suites, dtype)  # before anything is drawn
+    out.mkdir(parents=True, exist_ok=True)  # fails before anything is measured
     with Progress(*columns, console=_console()) as progress:
         task = progress.add_task("", total=1.0)
         result = bench.run(suites, _device(device), dtype, 2.0 if full else None, only=only, full=full, every=every,

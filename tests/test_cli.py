@@ -1,4 +1,4 @@
-"""The commands train, eval and generate, as a user types them."""
+"""The commands, as a user types them."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastlm.cli import app
+from fastlm.tools import bench
 from fastlm.training import checkpoint, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,6 +134,17 @@ def test_a_device_that_is_not_there_is_a_bad_option(tmp_path, monkeypatch, comma
     output = fastlm(*command, "--device", device, status=2)
     assert f"Invalid value for '--device': {message}" in " ".join(output.replace("│", "").split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("args", "message", "status"), [
+    (["--out", "text.txt/results"], "Not a directory: 'text.txt/results'", 1),
+    (["--out", "text.txt"], "'text.txt' is a file", 2),
+    (["--dtype", "float7"], "error: bench: dtype is 'float7'", 1),
+    (["--suite", "nonsense"], "error: bench: unknown suite nonsense", 1),
+])
+def test_bench_looks_at_its_options_before_it_measures(text, monkeypatch, args, message, status):
+    monkeypatch.setattr(bench, "run", lambda *args, **options: pytest.fail("it measures"))
+    assert message in fastlm("bench", *args, status=status)
 
 
 def test_errors_of_a_run(text):

@@ -165,6 +165,7 @@ def test_a_capped_machine_is_named_so_and_caps_both_sides(monkeypatch):
 @pytest.mark.parametrize(("options", "message"), [
     (dict(suites=("nonsense",)), "ops, modules, models"),
     (dict(dtypes=["float7"]), "dtype is 'float7'"),
+    (dict(dtypes=["int64"], only="log_softmax"), "dtype is 'int64'"),
     (dict(only="nonsense"), "no case.*contains 'nonsense'"),
 ])
 def test_bad_options_are_named(options, message):
