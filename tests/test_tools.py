@@ -242,7 +242,7 @@ def test_profile_compares_three_variants(tmp_path):
 
     def step():
         return torch.autograd.grad(fastlm.ops.linear_cross_entropy(x, weight, target), (x, weight))
-    found = fastlm.profile(step, trace=tmp_path / "trace.json")
+    found = fastlm.profile(step, trace=tmp_path / "new/trace.json")
     assert set(found.seconds) == {"fastlm", "stock", "reference"}
     assert found.calls[0].ran in ("native", "blocked")
     assert found.flops >= 3 * 2 * 64 * 32 * 500
@@ -250,8 +250,15 @@ def test_profile_compares_three_variants(tmp_path):
     assert "aten::mm" in names
     assert any(name.startswith("fastlm::linear_cross_entropy") for name in names)
     assert any(name.startswith("fastlm::linear_cross_entropy") and name.endswith("_backward") for name in names)
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "new/trace.json").read_text())["traceEvents"]
     assert "GEMM peak" in str(found)
+
+
+def test_profile_runs_nothing_where_its_trace_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for trace in (tmp_path, tmp_path / "file/trace.json"):
+        with pytest.raises(OSError, match=str(tmp_path)):
+            fastlm.profile(lambda: pytest.fail("it runs"), trace=trace)
 
 
 def test_profile_of_a_module():
