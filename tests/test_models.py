@@ -258,7 +258,7 @@ def test_bad_configurations():
     with pytest.raises(ValueError, match=r"TransformerLM: max_seq_len is 1\.5, expected a whole number"):
         TransformerLM(TransformerConfig(VOCAB, max_seq_len=1.5))
     for smoothing in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"smoothing is {smoothing}"):
+        with pytest.raises(ValueError, match=f"^UnigramLM: smoothing is {smoothing}, expected 0 or more$"):
             UnigramLM(UnigramConfig(VOCAB, smoothing=smoothing))
     with pytest.raises(ValueError, match=r"targets is torch.int64\[3, 8\], expected int64 \[3, 9\]"):
         build("gru").loss(tokens(), tokens(3, 8))

@@ -159,8 +159,12 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
     ({"dtype": "int8"}, "dtype is 'int8'"),
     ({"layers": "slow"}, "layers is 'slow', expected one of fastlm, stock"),
     ({"steps": 0}, "steps is 0, expected 1 or more"),
-    ({"lr": -1.0}, "lr is -1.0"),
-    ({"dropout": 1.0}, "dropout is 1.0"),
+    ({"lr": -1.0}, "train: lr is -1.0, expected a finite number above 0$"),
+    ({"lr": math.nan}, "train: lr is nan, expected a finite number above 0$"),
+    ({"dropout": 1.0}, "train: dropout is 1.0, expected 0 to below 1$"),
+    ({"weight_decay": -1.0}, "train: weight_decay is -1.0, expected a finite number, 0 or more$"),
+    ({"grad_clip": 0.0}, "train: grad_clip is 0.0, expected more than 0$"),
+    ({"seed": 2**64}, f"train: seed is {2**64}, expected a number of 64 bits$"),
     ({"device": "toaster"}, "device is 'toaster', expected cpu, cuda or cuda:1"),
     ({"device": "meta"}, "device is 'meta', which PyTorch cannot use here"),
 ])
@@ -480,6 +484,8 @@ def test_continue_text(trained):
     assert "".join(continue_text(loaded, "the cat", 20, temperature=0)) == expected
     with pytest.raises(ValueError, match="prompt is empty"):
         next(continue_text(loaded, "", 5))
+    with pytest.raises(ValueError, match="seed is 18446744073709551616, expected a number of 64 bits"):
+        next(continue_text(loaded, "the", 5, seed=2**64))
 
 
 def test_streamed_bytes_make_whole_characters(settings, tmp_path):
