@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,18 @@ def test_interrupt_and_resume(text, monkeypatch):
     assert "The run is complete: 20 steps" in fastlm(*command, "--resume", "--out", "parts")
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"garbage")])
+def test_a_complete_run_that_is_resumed_is_whole_again(text, damage):
+    fastlm("train", "--model", "gru", "--data", text, "--out", "run", *SMALL)
+    weights, losses = checkpoint.load("run").model.state_dict(), Path("run/losses.csv").read_text()
+    for name in ("model.safetensors", "losses.csv"):
+        damage(Path("run", name))
+    fastlm("train", "--resume", "--out", "run")
+    again = checkpoint.load("run").model.state_dict()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert Path("run/losses.csv").read_text() == losses
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (["train", "--model", "bert"], "model is 'bert', expected one of unigram, rnn, gru, lstm, transformer"),
     (["train", "--data", "nowhere.txt"], "nowhere.txt is not a file"),
@@ -154,6 +167,7 @@ def test_errors_of_a_run(text):
     assert "seed is 5, the run in this folder has 0" in output
     assert "prompt is empty" in fastlm("generate", "run", "--prompt", "", status=1)
     assert "top_p is 2.0" in fastlm("generate", "run", "--top-p", 2, status=1)
+    assert f"seed is {2**64}, expected" in fastlm("generate", "run", "--seed", 2**64, status=1)
 
 
 def test_help_names_every_command_and_default():

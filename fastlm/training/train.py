@@ -187,13 +187,14 @@ def train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] = lambd
           save_seconds: float = 30.0) -> bool:
     """Train to the end; save every `save_seconds`, at the end and when interrupted.
 
+    A run that is complete already is saved again: its model may be damaged, missing or older than its last state.
     Ctrl-C and SIGTERM let the step that runs finish first; a second one stops at once, and what was saved last
     stays whole.
 
     Returns:
         Whether the run is complete.
     """
-    saved_at, saved_step = time.monotonic(), trainer.done
+    saved_at, saved_step = time.monotonic(), 0
     with interruptions() as caught:
         while trainer.done < trainer.steps and not caught:
             trainer.step()
