@@ -76,7 +76,9 @@ def test_eval_of_other_text(text, tmp_path):
     other.write_text("the cat sees the dog, purple elephants\n")
     output = fastlm("eval", "run", "--data", other)
     assert str(other) in output
-    assert re.search(r"[1-9][\d.]*% of them unknown", output)
+    assert "8 word tokens, 50.0% of them unknown" in output
+    other.write_text("unheard cat\n")  # the first token is not predicted, and does not count
+    assert "2 word tokens, 0.0% of them unknown" in fastlm("eval", "run", "--data", other)
 
 
 def test_default_folders(text):

@@ -125,7 +125,7 @@ def evaluate_run(console: Console, folder: Path, data: str | None, device: str) 
         text, what = read_text(name), name
     tokens = tokenizer.encode(text)
     nats = evaluate(loaded.model, tokens, config.seq_len, config.batch_size)
-    unknown = unknown_share(tokens, config.tokenizer)
+    unknown = unknown_share(tokens[1:], config.tokenizer)  # of those that are predicted
     console.print(f"{config.model} on {what}: [bold]perplexity {perplexity(nats):.2f}[/] ({nats:.4f} nats a token, "
                   f"{len(tokens) - 1:,} {config.tokenizer} tokens, {unknown:.1%} of them unknown)", soft_wrap=True)
     return nats
