@@ -246,6 +246,13 @@ def test_no_sequences(name):
     assert build(name).generate(torch.empty(0, 3, dtype=torch.int64), 2).shape == (0, 5)
 
 
+@pytest.mark.parametrize(("model", "config"), [
+    (UnigramLM, UnigramConfig), (RNNLM, RNNConfig), (TransformerLM, TransformerConfig)])
+def test_what_is_no_configuration_is_a_type_error_that_names_it(model, config):
+    with pytest.raises(TypeError, match=rf"^{model.__name__}: config is int, expected {config.__name__}: "):
+        model(1000)
+
+
 def test_bad_configurations():
     with pytest.raises(ValueError, match="layers is 'slow', expected one of fastlm, stock"):
         build("lstm", "slow")

@@ -135,6 +135,13 @@ def evaluating(model: torch.nn.Module):
             module.training = True
 
 
+def check_config(model: str, config, expected: type) -> None:
+    """Raise TypeError unless `config` is of the model's own class."""
+    if not isinstance(config, expected):
+        name = expected.__name__
+        raise TypeError(f"{model}: config is {type(config).__name__}, expected {name}: {model}({name}(vocab_size))")
+
+
 def check_sizes(model: str, **sizes: int) -> None:
     """Raise ValueError unless every size is a whole number of 1 or more."""
     for name, size in sizes.items():

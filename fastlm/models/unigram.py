@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlm.models.language_model import LanguageModel, check_sizes, namespace
+from fastlm.models.language_model import LanguageModel, check_config, check_sizes, namespace
 from fastlm.ops.cross_entropy import check_range
 
 IGNORED = -100  # the target that the other models' loss does not count either
@@ -33,6 +33,7 @@ class UnigramLM(LanguageModel):
 
     def __init__(self, config: UnigramConfig):
         super().__init__()
+        check_config("UnigramLM", config, UnigramConfig)
         namespace(config.layers)
         check_sizes("UnigramLM", vocab_size=config.vocab_size)
         if not 0 <= config.smoothing < float("inf"):
