@@ -18,7 +18,7 @@ def clear_errors(command):
     def run(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             message = str(error)
         except ModuleNotFoundError as error:
             if error.name not in ("safetensors", "tokenizers", "numpy"):
@@ -93,6 +93,7 @@ def train(
     hidden_size: Annotated[int | None, typer.Option(help="Width of the model (default: 256).")] = None,
     num_layers: Annotated[int | None, typer.Option(help="Depth of the model (default: 1; transformer: 2).")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout between layers (default: 0.3).")] = None,
+    grad_clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient (default: 1).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers (default: 0).")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast) (default: float32).")] = None,
@@ -104,8 +105,8 @@ def train(
     from fastlm.training import session
 
     given = dict(model=model, data=data, tokenizer=tokenizer, vocab_size=vocab_size, steps=steps, batch_size=batch_size,
-                 seq_len=seq_len, lr=lr, hidden_size=hidden_size, num_layers=num_layers, dropout=dropout, seed=seed,
-                 device=device, dtype=dtype, layers=layers)
+                 seq_len=seq_len, lr=lr, hidden_size=hidden_size, num_layers=num_layers, dropout=dropout,
+                 grad_clip=grad_clip, seed=seed, device=device, dtype=dtype, layers=layers)
     if not session.train(_console(), out, resume, given):
         raise typer.Exit(130)
 

@@ -108,6 +108,36 @@ def test_interrupt_and_resume(text, monkeypatch):
     assert "The run is complete: 20 steps" in fastlm(*command, "--resume", "--out", "parts")
 
 
+def test_divergence_is_an_error(text):
+    output = fastlm("train", "--data", text, "--out", "run", *SMALL, "--lr", 1e30, "--grad-clip", 2, status=1)
+    assert re.search(r"error: train: the loss of step \d is (nan|inf): training diverged", output)
+    assert "smaller learning rate (lr is 1e+30), or clip gradients at a smaller norm (grad_clip is 2)" in output
+    assert not Path("run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("step", "message"), [(31, "the loss of step 32 is nan"),
+                                               (40, "a weight is not finite after step 40")])
+def test_divergence_leaves_the_last_state_as_it_was(text, monkeypatch, step, message):
+    fastlm("train", "--model", "gru", "--data", text, "--out", "run", *SMALL)
+    before = {path: path.read_bytes() for path in Path("run").glob("*.safetensors")}
+    do_step = train.Trainer.step
+
+    def diverge(trainer):
+        loss = do_step(trainer)
+        if trainer.done == step:
+            trainer.model.head_bias.data.fill_(torch.nan)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", diverge)
+        output = fastlm("train", "--resume", "--out", "run", "--steps", 40, status=1)
+    assert message in output
+    assert "test perplexity" not in output
+    assert len(before) == 2
+    assert {path: path.read_bytes() for path in Path("run").glob("*.safetensors")} == before
+    assert "step 40/40" in fastlm("train", "--resume", "--out", "run")
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"garbage")])
 def test_a_complete_run_that_is_resumed_is_whole_again(text, damage):
     fastlm("train", "--model", "gru", "--data", text, "--out", "run", *SMALL)

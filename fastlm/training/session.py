@@ -1,6 +1,7 @@
 """What `fastlm train`, `eval` and `generate` do, and what they show on a terminal or in a log file."""
 
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class Display:
             return
         self.seconds = self._elapsed()
         loss = trainer.losses[-1].item()
+        if not math.isfinite(loss):
+            trainer.check()  # which raises, and names the first such step
         figures = f"loss {loss:.3f}  perplexity {perplexity(loss):.1f}  {speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=trainer.done, figures=figures)
         if report:

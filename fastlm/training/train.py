@@ -111,6 +111,23 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return calls
 
+    def check(self) -> None:
+        """Raise FloatingPointError where training has diverged: a loss or a weight is infinite or NaN.
+
+        It waits for the device, so it is for steps whose loss is read or whose state is saved.
+        """
+        wrong = torch.stack(self.losses).isfinite().logical_not().nonzero()
+        if len(wrong):
+            found = f"the loss of step {wrong[0].item() + 1} is {self.losses[wrong[0]].item()}"
+        elif all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            return
+        else:
+            found = f"a weight is not finite after step {self.done}"
+        raise FloatingPointError(
+            f"train: {found}: training diverged. What was saved before stays as it was. Start anew with a smaller "
+            f"learning rate (lr is {self.config.lr:g}), or clip gradients at a smaller norm (grad_clip is "
+            f"{self.config.grad_clip:g})")
+
     def state(self) -> dict[str, Tensor]:
         """Return all that changes during a run: weights, optimizer and losses, whose number is the position."""
         state = {"losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
@@ -193,17 +210,24 @@ def train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] = lambd
 
     Returns:
         Whether the run is complete.
+
+    Raises:
+        FloatingPointError: it diverged, which is noticed before anything is saved.
     """
+    def save():
+        trainer.check()
+        checkpoint.save(run, trainer.state())
+
     saved_at, saved_step = time.monotonic(), 0
     with interruptions() as caught:
         while trainer.done < trainer.steps and not caught:
             trainer.step()
             on_step(trainer)
             if time.monotonic() - saved_at >= save_seconds:
-                checkpoint.save(run, trainer.state())
+                save()
                 saved_at, saved_step = time.monotonic(), trainer.done
         if saved_step < trainer.done:
-            checkpoint.save(run, trainer.state())
+            save()
     return trainer.done >= trainer.steps
 
 
