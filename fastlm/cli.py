@@ -107,8 +107,8 @@ def train(
     given = dict(model=model, data=data, tokenizer=tokenizer, vocab_size=vocab_size, steps=steps, batch_size=batch_size,
                  seq_len=seq_len, lr=lr, hidden_size=hidden_size, num_layers=num_layers, dropout=dropout,
                  grad_clip=grad_clip, seed=seed, device=device, dtype=dtype, layers=layers)
-    if not session.train(_console(), out, resume, given):
-        raise typer.Exit(130)
+    if interrupted := session.train(_console(), out, resume, given):
+        raise typer.Exit(128 + interrupted)  # as a shell reports a process that a signal ended
 
 
 @app.command()

@@ -86,19 +86,22 @@ def test_default_folders(text):
         assert f"saved in {folder}" in fastlm("train", "--data", text, *SMALL)
 
 
-def test_interrupt_and_resume(text, monkeypatch):
+@pytest.mark.parametrize(("numbers", "status"), [([signal.SIGINT], 130), ([signal.SIGTERM], 143),
+                                                 ([signal.SIGTERM, signal.SIGTERM], 143)])
+def test_interrupt_and_resume(text, monkeypatch, numbers, status):
     command = ["train", "--model", "lstm", "--data", text, *SMALL]
     fastlm(*command, "--out", "whole")
     step = train.Trainer.step
 
     def interrupted(trainer):
         if trainer.done == 7:
-            os.kill(os.getpid(), signal.SIGINT)
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return step(trainer)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "step", interrupted)
-        output = fastlm(*command, "--out", "parts", status=130)
+        output = fastlm(*command, "--out", "parts", status=status)
     assert "Interrupted after step 8 of 20" in output
     assert "fastlm train --resume --out parts" in output
     output = fastlm("train", "--resume", "--out", "parts")
@@ -106,6 +109,12 @@ def test_interrupt_and_resume(text, monkeypatch):
     whole, parts = (checkpoint.load(folder).model.state_dict() for folder in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert "The run is complete: 20 steps" in fastlm(*command, "--resume", "--out", "parts")
+
+
+def test_a_second_interrupt_stops_at_once(text, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "step", lambda trainer: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert "Interrupted" not in fastlm("train", "--data", text, "--out", "run", *SMALL, status=130)
+    assert not Path("run/training.safetensors").exists()
 
 
 def test_divergence_is_an_error(text):

@@ -294,7 +294,7 @@ def same(a, b):
 @pytest.mark.parametrize("model", MODELS)
 def test_resumed_run_is_the_uninterrupted_run(settings, tmp_path, model):
     run, _, whole = begin(tmp_path / "whole", settings(model))
-    assert train(run, whole)
+    assert train(run, whole) is None
     run, _, first = begin(tmp_path / "parts", settings(model))
 
     def interrupt(trainer):
@@ -302,13 +302,13 @@ def test_resumed_run_is_the_uninterrupted_run(settings, tmp_path, model):
             os.kill(os.getpid(), signal.SIGINT)
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert not train(run, first, interrupt)
+    assert train(run, first, interrupt) == signal.SIGINT
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert first.done == 5
     torch.manual_seed(99)  # nothing may depend on what another process would not know
     run, _, second = resume(tmp_path / "parts")
     assert second.done == 5
-    assert train(run, second)
+    assert train(run, second) is None
     assert same(whole.state(), second.state())
     rows = (tmp_path / "parts/losses.csv").read_text().splitlines()
     assert rows[0] == "step,loss"
@@ -319,7 +319,7 @@ def test_resume_before_anything_was_saved(settings, tmp_path):
     begin(tmp_path, settings())
     run, _, trainer = resume(tmp_path)
     assert trainer.done == 0
-    assert train(run, trainer)
+    assert train(run, trainer) is None
     assert resume(tmp_path)[2].done == 12
     with pytest.raises(CheckpointError, match="holds a run already"):
         begin(tmp_path, settings())
@@ -327,20 +327,21 @@ def test_resume_before_anything_was_saved(settings, tmp_path):
 
 def test_resume_for_more_steps(settings, tmp_path):
     run, _, trainer = begin(tmp_path, settings(steps=4))
-    assert train(run, trainer)
+    assert train(run, trainer) is None
     run, _, trainer = resume(tmp_path, steps=7)
     assert (trainer.done, trainer.steps) == (4, 7)
-    assert train(run, trainer)
+    assert train(run, trainer) is None
     _, _, trainer = resume(tmp_path)  # the new number was kept
     assert (trainer.done, trainer.steps) == (7, 7)
 
 
 def test_resume_with_other_layers(settings, tmp_path):
     run, _, trainer = begin(tmp_path, settings())
-    train(run, trainer, lambda t: os.kill(os.getpid(), signal.SIGTERM) if t.done == 6 else None)
+    stop = train(run, trainer, lambda t: os.kill(os.getpid(), signal.SIGTERM) if t.done == 6 else None)
+    assert (stop, trainer.done) == (signal.SIGTERM, 6)
     run, _, trainer = resume(tmp_path, layers="stock")
     assert trainer.model.config.layers == "stock"
-    assert train(run, trainer)
+    assert train(run, trainer) is None
 
 
 def test_a_save_that_fails_leaves_the_last_one_whole(settings, tmp_path, monkeypatch):

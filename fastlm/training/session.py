@@ -66,8 +66,8 @@ class Display:
         return self.seconds + time.monotonic() - self.since
 
 
-def train(console: Console, out: Path | None, go_on: bool, given: dict) -> bool:
-    """Start a run, or go on with one, and report its test perplexity; return False where it was interrupted.
+def train(console: Console, out: Path | None, go_on: bool, given: dict) -> int | None:
+    """Start a run, or go on with one, and report its test perplexity; return the signal that interrupted it, if any.
 
     Args:
         out: the run's folder; None: a new one in runs/.
@@ -83,15 +83,15 @@ def train(console: Console, out: Path | None, go_on: bool, given: dict) -> bool:
         run, data, trainer = begin(out or new_folder(config.model), config)
     _introduce(console, run.folder, data, trainer)
     with Display(console, trainer, data) as display:
-        complete = train_run(run, trainer, display)
-    if not complete:
+        interrupted = train_run(run, trainer, display)
+    if interrupted:
         console.print(f"Interrupted after step {trainer.done} of {trainer.steps}; saved. To go on:\n"
                       f"  fastlm train --resume --out {run.folder}", soft_wrap=True)
-        return False
+        return interrupted
     nats = evaluate(trainer.model, data.test, trainer.config.seq_len, trainer.config.batch_size)
     console.print(f"[bold]test perplexity {perplexity(nats):.1f}[/] ({nats:.4f} nats a token, {len(data.test) - 1:,} "
                   f"{trainer.config.tokenizer} tokens); saved in {run.folder}", soft_wrap=True)
-    return True
+    return None
 
 
 def _introduce(console, folder, data, trainer):

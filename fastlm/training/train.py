@@ -201,15 +201,15 @@ def resume(folder: str | Path, device: str | None = None, layers: str | None = N
 
 
 def train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] = lambda trainer: None,
-          save_seconds: float = 30.0) -> bool:
+          save_seconds: float = 30.0) -> int | None:
     """Train to the end; save every `save_seconds`, at the end and when interrupted.
 
     A run that is complete already is saved again: its model may be damaged, missing or older than its last state.
-    Ctrl-C and SIGTERM let the step that runs finish first; a second one stops at once, and what was saved last
-    stays whole.
+    Ctrl-C and SIGTERM let the step that runs finish first; a second Ctrl-C stops at once, and what was saved last
+    stays whole. A second SIGTERM changes nothing: timeout(1) sends two.
 
     Returns:
-        Whether the run is complete.
+        None where the run is complete, else the number of the signal that interrupted it.
 
     Raises:
         FloatingPointError: it diverged, which is noticed before anything is saved.
@@ -228,17 +228,17 @@ def train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] = lambd
                 saved_at, saved_step = time.monotonic(), trainer.done
         if saved_step < trainer.done:
             save()
-    return trainer.done >= trainer.steps
+    return caught[0] if trainer.done < trainer.steps else None
 
 
 @contextlib.contextmanager
 def interruptions():
-    """Yield a list to which the first SIGINT or SIGTERM adds its number; the second raises KeyboardInterrupt."""
+    """Yield a list to which SIGINT and SIGTERM add their numbers; a second SIGINT raises KeyboardInterrupt."""
     caught: list[int] = []
 
     def handle(number, frame):
         caught.append(number)
-        if len(caught) > 1:
+        if caught.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
