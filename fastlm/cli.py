@@ -98,7 +98,8 @@ def train(
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast) (default: float32).")] = None,
     layers: Annotated[str | None, typer.Option(help="fastlm or stock (default: fastlm).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run (default: a new one in runs/).")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False,
+                                                   help="Folder of the run (default: a new one in runs/).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
 ):
     """Train a language model, and report its perplexity on text that it never saw."""

@@ -206,6 +206,7 @@ def test_errors_of_a_run(text):
     assert "holds a run already" in fastlm("train", "--data", text, "--out", "run", status=1)
     output = fastlm("train", "--resume", "--out", "run", "--seed", 5, status=1)
     assert "seed is 5, the run in this folder has 0" in output
+    assert "is a file" in fastlm("train", "--data", text, "--out", text, status=2)
     assert "prompt is empty" in fastlm("generate", "run", "--prompt", "", status=1)
     assert "top_p is 2.0" in fastlm("generate", "run", "--top-p", 2, status=1)
     assert f"seed is {2**64}, expected" in fastlm("generate", "run", "--seed", 2**64, status=1)

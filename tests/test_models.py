@@ -218,9 +218,10 @@ def test_top_k_and_top_p(top_k, top_p, temperature):
         assert abs(shares.get(i, 0) - share) <= 5 * (share * (1 - share) / len(draws)) ** 0.5 + 1e-9
 
 
-def test_a_tiny_temperature_is_greedy():
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature):
     logits = torch.randn(50, VOCAB)
-    assert torch.equal(sample(logits, 1e-40), logits.argmax(-1))
+    assert torch.equal(sample(logits, temperature), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(("given", "message"), [

@@ -162,7 +162,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
     """Draw one token `[B]` from the logits `[B, V]` of each sequence; see `LanguageModel.generate`."""
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or what is near to it in float32
         return logits.argmax(-1)
     logits = logits.float()
     # The maximum goes first, or a small temperature would make it infinite.
