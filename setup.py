@@ -36,7 +36,10 @@ def find_cxx():
     name = os.environ.get("CXX") or next((n for n in ("g++", "c++", "clang++") if shutil.which(n)), None)
     if name is None:
         raise Unavailable("no C++ compiler on PATH (looked for g++, c++, clang++)")
-    return shlex.split(name)
+    cxx = shlex.split(name)
+    if not accepts(cxx, []):
+        raise Unavailable(f"{name!r} compiles no C++: set the environment variable CXX to a compiler that does")
+    return cxx
 
 
 def find_nvcc():
@@ -54,8 +57,11 @@ def find_nvcc():
 
 
 def accepts(cxx, flags):
-    probe = subprocess.run([*cxx, *flags, "-x", "c++", "-c", "-", "-o", os.devnull],
-                           input="int main() {}", text=True, capture_output=True)
+    try:
+        probe = subprocess.run([*cxx, *flags, "-x", "c++", "-c", "-", "-o", os.devnull],
+                               input="int main() {}", text=True, capture_output=True)
+    except OSError:  # no such command
+        return False
     return probe.returncode == 0
 
 

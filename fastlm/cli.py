@@ -18,7 +18,7 @@ def clear_errors(command):
     def run(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             message = str(error)
         except ModuleNotFoundError as error:
             if error.name not in ("safetensors", "tokenizers", "numpy"):
@@ -54,8 +54,20 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
     """Faster drop-in PyTorch layers for language models, with the proof beside each one."""
 
 
+def _usable(device: str | None) -> str | None:
+    """Return the device that was asked for; one that is not there is a bad option."""
+    if device is not None:
+        from fastlm.training.config import check_device
+
+        try:
+            check_device(device)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return device
+
+
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")]
+Device = Annotated[str | None, typer.Option(callback=_usable, help="cpu or cuda (default: cuda where there is one).")]
 
 
 def _device(name: str | None) -> str:
@@ -81,21 +93,23 @@ def train(
     hidden_size: Annotated[int | None, typer.Option(help="Width of the model (default: 256).")] = None,
     num_layers: Annotated[int | None, typer.Option(help="Depth of the model (default: 1; transformer: 2).")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout between layers (default: 0.3).")] = None,
+    grad_clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient (default: 1).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers (default: 0).")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast) (default: float32).")] = None,
     layers: Annotated[str | None, typer.Option(help="fastlm or stock (default: fastlm).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run (default: a new one in runs/).")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False,
+                                                   help="Folder of the run (default: a new one in runs/).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
 ):
     """Train a language model, and report its perplexity on text that it never saw."""
     from fastlm.training import session
 
     given = dict(model=model, data=data, tokenizer=tokenizer, vocab_size=vocab_size, steps=steps, batch_size=batch_size,
-                 seq_len=seq_len, lr=lr, hidden_size=hidden_size, num_layers=num_layers, dropout=dropout, seed=seed,
-                 device=device, dtype=dtype, layers=layers)
-    if not session.train(_console(), out, resume, given):
-        raise typer.Exit(130)
+                 seq_len=seq_len, lr=lr, hidden_size=hidden_size, num_layers=num_layers, dropout=dropout,
+                 grad_clip=grad_clip, seed=seed, device=device, dtype=dtype, layers=layers)
+    if interrupted := session.train(_console(), out, resume, given):
+        raise typer.Exit(128 + interrupted)  # as a shell reports a process that a signal ended
 
 
 @app.command()
@@ -159,7 +173,8 @@ def bench(
     only: Annotated[str, typer.Option(help="Measure only rows whose name and case contain this.")] = "",
     full: Annotated[bool, typer.Option("--full", help="Every shape of every op, and longer.")] = False,
     every: Annotated[bool, typer.Option("--every", help="Each implementation that can run, chosen or not.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and HTML results.")] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the JSON and HTML results.")
+                   ] = Path("benchmarks/results"),
 ):
     """Measure every op, module and model here against stock PyTorch: numbers, time, memory."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -170,7 +185,8 @@ def bench(
     name = "-".join(filter(None, (suite, only, "every" * every, "full" * full)))
     percentage, what = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
     columns = (BarColumn(), percentage, TimeElapsedColumn(), what)
-    bench.check_suites(suites)  # before anything is drawn
+    bench.check(suites, dtype)  # before anything is drawn
+    out.mkdir(parents=True, exist_ok=True)  # fails before anything is measured
     with Progress(*columns, console=_console()) as progress:
         task = progress.add_task("", total=1.0)
         result = bench.run(suites, _device(device), dtype, 2.0 if full else None, only=only, full=full, every=every,

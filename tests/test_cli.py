@@ -1,16 +1,18 @@
-"""The commands train, eval and generate, as a user types them."""
+"""The commands, as a user types them."""
 
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from fastlm.cli import app
+from fastlm.tools import bench
 from fastlm.training import checkpoint, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +76,9 @@ def test_eval_of_other_text(text, tmp_path):
     other.write_text("the cat sees the dog, purple elephants\n")
     output = fastlm("eval", "run", "--data", other)
     assert str(other) in output
-    assert re.search(r"[1-9][\d.]*% of them unknown", output)
+    assert "8 word tokens, 50.0% of them unknown" in output
+    other.write_text("unheard cat\n")  # the first token is not predicted, and does not count
+    assert "2 word tokens, 0.0% of them unknown" in fastlm("eval", "run", "--data", other)
 
 
 def test_default_folders(text):
@@ -82,19 +86,22 @@ def test_default_folders(text):
         assert f"saved in {folder}" in fastlm("train", "--data", text, *SMALL)
 
 
-def test_interrupt_and_resume(text, monkeypatch):
+@pytest.mark.parametrize(("numbers", "status"), [([signal.SIGINT], 130), ([signal.SIGTERM], 143),
+                                                 ([signal.SIGTERM, signal.SIGTERM], 143)])
+def test_interrupt_and_resume(text, monkeypatch, numbers, status):
     command = ["train", "--model", "lstm", "--data", text, *SMALL]
     fastlm(*command, "--out", "whole")
     step = train.Trainer.step
 
     def interrupted(trainer):
         if trainer.done == 7:
-            os.kill(os.getpid(), signal.SIGINT)
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return step(trainer)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "step", interrupted)
-        output = fastlm(*command, "--out", "parts", status=130)
+        output = fastlm(*command, "--out", "parts", status=status)
     assert "Interrupted after step 8 of 20" in output
     assert "fastlm train --resume --out parts" in output
     output = fastlm("train", "--resume", "--out", "parts")
@@ -104,10 +111,57 @@ def test_interrupt_and_resume(text, monkeypatch):
     assert "The run is complete: 20 steps" in fastlm(*command, "--resume", "--out", "parts")
 
 
+def test_a_second_interrupt_stops_at_once(text, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "step", lambda trainer: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert "Interrupted" not in fastlm("train", "--data", text, "--out", "run", *SMALL, status=130)
+    assert not Path("run/training.safetensors").exists()
+
+
+def test_divergence_is_an_error(text):
+    output = fastlm("train", "--data", text, "--out", "run", *SMALL, "--lr", 1e30, "--grad-clip", 2, status=1)
+    assert re.search(r"error: train: the loss of step \d is (nan|inf): training diverged", output)
+    assert "smaller learning rate (lr is 1e+30), or clip gradients at a smaller norm (grad_clip is 2)" in output
+    assert not Path("run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("step", "message"), [(31, "the loss of step 32 is nan"),
+                                               (40, "a weight is not finite after step 40")])
+def test_divergence_leaves_the_last_state_as_it_was(text, monkeypatch, step, message):
+    fastlm("train", "--model", "gru", "--data", text, "--out", "run", *SMALL)
+    before = {path: path.read_bytes() for path in Path("run").glob("*.safetensors")}
+    do_step = train.Trainer.step
+
+    def diverge(trainer):
+        loss = do_step(trainer)
+        if trainer.done == step:
+            trainer.model.head_bias.data.fill_(torch.nan)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", diverge)
+        output = fastlm("train", "--resume", "--out", "run", "--steps", 40, status=1)
+    assert message in output
+    assert "test perplexity" not in output
+    assert len(before) == 2
+    assert {path: path.read_bytes() for path in Path("run").glob("*.safetensors")} == before
+    assert "step 40/40" in fastlm("train", "--resume", "--out", "run")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"garbage")])
+def test_a_complete_run_that_is_resumed_is_whole_again(text, damage):
+    fastlm("train", "--model", "gru", "--data", text, "--out", "run", *SMALL)
+    weights, losses = checkpoint.load("run").model.state_dict(), Path("run/losses.csv").read_text()
+    for name in ("model.safetensors", "losses.csv"):
+        damage(Path("run", name))
+    fastlm("train", "--resume", "--out", "run")
+    again = checkpoint.load("run").model.state_dict()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert Path("run/losses.csv").read_text() == losses
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (["train", "--model", "bert"], "model is 'bert', expected one of unigram, rnn, gru, lstm, transformer"),
     (["train", "--data", "nowhere.txt"], "nowhere.txt is not a file"),
-    (["train", "--device", "toaster"], "device is 'toaster'"),
     (["train", "--resume"], "--resume needs --out"),
     (["train", "--resume", "--out", "nowhere"], "nowhere holds no run"),
     (["eval", "nowhere"], "nowhere holds no run"),
@@ -122,13 +176,40 @@ def test_errors_are_one_line(tmp_path, monkeypatch, args, message):
     assert not list(tmp_path.iterdir()), "a command that failed left something behind"
 
 
+@pytest.mark.parametrize("command", [["train"], ["eval", "run"], ["generate", "run"], ["doctor"], ["bench"],
+                                     ["profile", "lstm"]])
+@pytest.mark.parametrize(("device", "message"), [
+    ("toaster", "device is 'toaster', expected cpu, cuda or cuda:1"),
+    ("meta", "device is 'meta', which PyTorch cannot use here"),
+    ("cuda:99", "device is 'cuda:99', which PyTorch cannot use here"),
+])
+def test_a_device_that_is_not_there_is_a_bad_option(tmp_path, monkeypatch, command, device, message):
+    monkeypatch.chdir(tmp_path)
+    output = fastlm(*command, "--device", device, status=2)
+    assert f"Invalid value for '--device': {message}" in " ".join(output.replace("│", "").split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("args", "message", "status"), [
+    (["--out", "text.txt/results"], "Not a directory: 'text.txt/results'", 1),
+    (["--out", "text.txt"], "'text.txt' is a file", 2),
+    (["--dtype", "float7"], "error: bench: dtype is 'float7'", 1),
+    (["--suite", "nonsense"], "error: bench: unknown suite nonsense", 1),
+])
+def test_bench_looks_at_its_options_before_it_measures(text, monkeypatch, args, message, status):
+    monkeypatch.setattr(bench, "run", lambda *args, **options: pytest.fail("it measures"))
+    assert message in fastlm("bench", *args, status=status)
+
+
 def test_errors_of_a_run(text):
     fastlm("train", "--model", "unigram", "--data", text, "--out", "run", *SMALL)
     assert "holds a run already" in fastlm("train", "--data", text, "--out", "run", status=1)
     output = fastlm("train", "--resume", "--out", "run", "--seed", 5, status=1)
     assert "seed is 5, the run in this folder has 0" in output
+    assert "is a file" in fastlm("train", "--data", text, "--out", text, status=2)
     assert "prompt is empty" in fastlm("generate", "run", "--prompt", "", status=1)
     assert "top_p is 2.0" in fastlm("generate", "run", "--top-p", 2, status=1)
+    assert f"seed is {2**64}, expected" in fastlm("generate", "run", "--seed", 2**64, status=1)
 
 
 def test_help_names_every_command_and_default():

@@ -230,9 +230,10 @@ def test_top_k_and_top_p(top_k, top_p, temperature):
         assert abs(shares.get(i, 0) - share) <= 5 * (share * (1 - share) / len(draws)) ** 0.5 + 1e-9
 
 
-def test_a_tiny_temperature_is_greedy():
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature):
     logits = torch.randn(50, VOCAB)
-    assert torch.equal(sample(logits, 1e-40), logits.argmax(-1))
+    assert torch.equal(sample(logits, temperature), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -258,6 +259,13 @@ def test_no_sequences(name):
     assert build(name).generate(torch.empty(0, 3, dtype=torch.int64), 2).shape == (0, 5)
 
 
+@pytest.mark.parametrize(("model", "config"), [
+    (UnigramLM, UnigramConfig), (RNNLM, RNNConfig), (TransformerLM, TransformerConfig)])
+def test_what_is_no_configuration_is_a_type_error_that_names_it(model, config):
+    with pytest.raises(TypeError, match=rf"^{model.__name__}: config is int, expected {config.__name__}: "):
+        model(1000)
+
+
 def test_bad_configurations():
     with pytest.raises(ValueError, match="layers is 'slow', expected one of fastlm, stock"):
         build("lstm", "slow")
@@ -270,7 +278,7 @@ def test_bad_configurations():
     with pytest.raises(ValueError, match=r"TransformerLM: max_seq_len is 1\.5, expected a whole number"):
         TransformerLM(TransformerConfig(VOCAB, max_seq_len=1.5))
     for smoothing in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"smoothing is {smoothing}"):
+        with pytest.raises(ValueError, match=f"^UnigramLM: smoothing is {smoothing}, expected 0 or more$"):
             UnigramLM(UnigramConfig(VOCAB, smoothing=smoothing))
     with pytest.raises(ValueError, match=r"targets is torch.int64\[3, 8\], expected int64 \[3, 9\]"):
         build("gru").loss(tokens(), tokens(3, 8))

@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,11 +58,36 @@ def test_doctor_says_why_and_how_to_mend(monkeypatch):
     assert "g++" in row.fix
 
 
+@pytest.mark.parametrize(("venv", "files", "fix"), [
+    (".venv", ["setup.py"], "make extension"),
+    ("elsewhere", ["setup.py"], "pip install -e . in fastlm's source folder"),
+    ("elsewhere", [], "pip install . in fastlm's source folder"),
+])
+def test_doctor_builds_the_extension_as_it_was_installed(tmp_path, monkeypatch, venv, files, fix):
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / venv))
+    skipped = {"cuda": "no NVIDIA GPU visible when fastlm was built (FASTLM_CUDA=1 builds without one)"}
+    for error, row, wanted in (("no C++ compiler", "extension", f"{fix} (needs g++ and python3-dev)"),
+                               (None, "extension, cuda", f"FASTLM_CUDA=1 {fix}")):
+        report = {"instruction_sets": [], "cuda": None, "skipped": skipped, "error": error}
+        monkeypatch.setattr(doctor, "build_report", lambda report=report: report)
+        assert next(c for c in doctor.environment() if c.name == row).fix == wanted
+
+
 def test_doctor_reports_a_failed_build(monkeypatch):
     broken = {"instruction_sets": [], "cuda": None, "skipped": {}, "error": "the build failed: x\nerror: y\n"}
     monkeypatch.setattr(doctor, "build_report", lambda: broken)
     row = next(c for c in doctor.environment() if c.name == "extension")
     assert (row.state, row.detail) == ("missing", "error: y")
+
+
+@pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
+def test_a_broken_compiler_ends_no_installation(tmp_path, cxx):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"CXX": cxx}, check=True)
+    assert json.loads((tmp_path / "fastlm/_build.json").read_text())["error"].startswith(f"'{cxx}' compiles no C++")
 
 
 def test_rows_tell_what_ran_and_how_well(result):
@@ -166,6 +194,7 @@ def test_a_capped_machine_is_named_so_and_caps_both_sides(monkeypatch):
 @pytest.mark.parametrize(("options", "message"), [
     (dict(suites=("nonsense",)), "ops, modules, models"),
     (dict(dtypes=["float7"]), "dtype is 'float7'"),
+    (dict(dtypes=["int64"], only="log_softmax"), "dtype is 'int64'"),
     (dict(only="nonsense"), "no case.*contains 'nonsense'"),
 ])
 def test_bad_options_are_named(options, message):
@@ -253,7 +282,7 @@ def test_profile_compares_three_variants(tmp_path):
 
     def step():
         return torch.autograd.grad(fastlm.ops.linear_cross_entropy(x, weight, target), (x, weight))
-    found = fastlm.profile(step, trace=tmp_path / "trace.json")
+    found = fastlm.profile(step, trace=tmp_path / "new/trace.json")
     assert set(found.seconds) == {"fastlm", "stock", "reference"}
     assert found.calls[0].ran in ("native", "blocked")
     assert found.flops >= 3 * 2 * 64 * 32 * 500
@@ -261,8 +290,15 @@ def test_profile_compares_three_variants(tmp_path):
     assert "aten::mm" in names
     assert any(name.startswith("fastlm::linear_cross_entropy") for name in names)
     assert any(name.startswith("fastlm::linear_cross_entropy") and name.endswith("_backward") for name in names)
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "new/trace.json").read_text())["traceEvents"]
     assert "GEMM peak" in str(found)
+
+
+def test_profile_runs_nothing_where_its_trace_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for trace in (tmp_path, tmp_path / "file/trace.json"):
+        with pytest.raises(OSError, match=str(tmp_path)):
+            fastlm.profile(lambda: pytest.fail("it runs"), trace=trace)
 
 
 def test_profile_of_a_module():

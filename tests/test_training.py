@@ -159,9 +159,14 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
     ({"dtype": "int8"}, "dtype is 'int8'"),
     ({"layers": "slow"}, "layers is 'slow', expected one of fastlm, stock"),
     ({"steps": 0}, "steps is 0, expected 1 or more"),
-    ({"lr": -1.0}, "lr is -1.0"),
-    ({"dropout": 1.0}, "dropout is 1.0"),
-    ({"device": "toaster"}, "device is 'toaster', which PyTorch cannot use here"),
+    ({"lr": -1.0}, "train: lr is -1.0, expected a finite number above 0$"),
+    ({"lr": math.nan}, "train: lr is nan, expected a finite number above 0$"),
+    ({"dropout": 1.0}, "train: dropout is 1.0, expected 0 to below 1$"),
+    ({"weight_decay": -1.0}, "train: weight_decay is -1.0, expected a finite number, 0 or more$"),
+    ({"grad_clip": 0.0}, "train: grad_clip is 0.0, expected more than 0$"),
+    ({"seed": 2**64}, f"train: seed is {2**64}, expected a number of 64 bits$"),
+    ({"device": "toaster"}, "device is 'toaster', expected cpu, cuda or cuda:1"),
+    ({"device": "meta"}, "device is 'meta', which PyTorch cannot use here"),
 ])
 def test_bad_settings(given, message):
     with pytest.raises(ValueError, match=message):
@@ -289,7 +294,7 @@ def same(a, b):
 @pytest.mark.parametrize("model", MODELS)
 def test_resumed_run_is_the_uninterrupted_run(settings, tmp_path, model):
     run, _, whole = begin(tmp_path / "whole", settings(model))
-    assert train(run, whole)
+    assert train(run, whole) is None
     run, _, first = begin(tmp_path / "parts", settings(model))
 
     def interrupt(trainer):
@@ -297,13 +302,13 @@ def test_resumed_run_is_the_uninterrupted_run(settings, tmp_path, model):
             os.kill(os.getpid(), signal.SIGINT)
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert not train(run, first, interrupt)
+    assert train(run, first, interrupt) == signal.SIGINT
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert first.done == 5
     torch.manual_seed(99)  # nothing may depend on what another process would not know
     run, _, second = resume(tmp_path / "parts")
     assert second.done == 5
-    assert train(run, second)
+    assert train(run, second) is None
     assert same(whole.state(), second.state())
     rows = (tmp_path / "parts/losses.csv").read_text().splitlines()
     assert rows[0] == "step,loss"
@@ -314,7 +319,7 @@ def test_resume_before_anything_was_saved(settings, tmp_path):
     begin(tmp_path, settings())
     run, _, trainer = resume(tmp_path)
     assert trainer.done == 0
-    assert train(run, trainer)
+    assert train(run, trainer) is None
     assert resume(tmp_path)[2].done == 12
     with pytest.raises(CheckpointError, match="holds a run already"):
         begin(tmp_path, settings())
@@ -322,20 +327,21 @@ def test_resume_before_anything_was_saved(settings, tmp_path):
 
 def test_resume_for_more_steps(settings, tmp_path):
     run, _, trainer = begin(tmp_path, settings(steps=4))
-    assert train(run, trainer)
+    assert train(run, trainer) is None
     run, _, trainer = resume(tmp_path, steps=7)
     assert (trainer.done, trainer.steps) == (4, 7)
-    assert train(run, trainer)
+    assert train(run, trainer) is None
     _, _, trainer = resume(tmp_path)  # the new number was kept
     assert (trainer.done, trainer.steps) == (7, 7)
 
 
 def test_resume_with_other_layers(settings, tmp_path):
     run, _, trainer = begin(tmp_path, settings())
-    train(run, trainer, lambda t: os.kill(os.getpid(), signal.SIGTERM) if t.done == 6 else None)
+    stop = train(run, trainer, lambda t: os.kill(os.getpid(), signal.SIGTERM) if t.done == 6 else None)
+    assert (stop, trainer.done) == (signal.SIGTERM, 6)
     run, _, trainer = resume(tmp_path, layers="stock")
     assert trainer.model.config.layers == "stock"
-    assert train(run, trainer)
+    assert train(run, trainer) is None
 
 
 def test_a_save_that_fails_leaves_the_last_one_whole(settings, tmp_path, monkeypatch):

@@ -135,6 +135,13 @@ def evaluating(model: torch.nn.Module):
             module.training = True
 
 
+def check_config(model: str, config, expected: type) -> None:
+    """Raise TypeError unless `config` is of the model's own class."""
+    if not isinstance(config, expected):
+        name = expected.__name__
+        raise TypeError(f"{model}: config is {type(config).__name__}, expected {name}: {model}({name}(vocab_size))")
+
+
 def check_sizes(model: str, **sizes: int) -> None:
     """Raise ValueError unless every size is a whole number of 1 or more."""
     for name, size in sizes.items():
@@ -155,7 +162,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
     """Draw one token `[B]` from the logits `[B, V]` of each sequence; see `LanguageModel.generate`."""
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or what is near to it in float32
         return logits.argmax(-1)
     logits = logits.float()
     # The maximum goes first, or a small temperature would make it infinite.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlm.models.language_model import LanguageModel, check_sizes, namespace
+from fastlm.models.language_model import LanguageModel, check_config, check_sizes, namespace
 
 CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
@@ -32,6 +32,7 @@ class RNNLM(LanguageModel):
 
     def __init__(self, config: RNNConfig):
         super().__init__()
+        check_config("RNNLM", config, RNNConfig)
         if config.cell not in CELLS:
             raise ValueError(f"RNNLM: cell is {config.cell!r}, expected one of {', '.join(CELLS)}")
         check_sizes("RNNLM", vocab_size=config.vocab_size, hidden_size=config.hidden_size,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlm.models.language_model import LanguageModel, check_sizes, namespace
+from fastlm.models.language_model import LanguageModel, check_config, check_sizes, namespace
 from fastlm.nn import KVCache
 from fastlm.ops import scaled_dot_product_attention
 
@@ -34,6 +34,7 @@ class TransformerLM(LanguageModel):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        check_config("TransformerLM", config, TransformerConfig)
         check_sizes("TransformerLM", vocab_size=config.vocab_size, hidden_size=config.hidden_size,
                     num_layers=config.num_layers, num_heads=config.num_heads, max_seq_len=config.max_seq_len)
         if config.hidden_size % config.num_heads:

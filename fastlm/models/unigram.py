@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlm.models.language_model import LanguageModel, namespace
+from fastlm.models.language_model import LanguageModel, check_config, check_sizes, namespace
 from fastlm.ops.cross_entropy import check_range
 
 IGNORED = -100  # the target that the other models' loss does not count either
@@ -33,10 +33,11 @@ class UnigramLM(LanguageModel):
 
     def __init__(self, config: UnigramConfig):
         super().__init__()
+        check_config("UnigramLM", config, UnigramConfig)
         namespace(config.layers)
-        if config.vocab_size < 1 or not 0 <= config.smoothing < float("inf"):
-            raise ValueError(f"UnigramLM: vocab_size is {config.vocab_size}, expected 1 or more; "
-                             f"smoothing is {config.smoothing}, expected 0 or more")
+        check_sizes("UnigramLM", vocab_size=config.vocab_size)
+        if not 0 <= config.smoothing < float("inf"):
+            raise ValueError(f"UnigramLM: smoothing is {config.smoothing}, expected 0 or more")
         self.config = config
         self.register_buffer("counts", torch.zeros(config.vocab_size, dtype=torch.int64))
 

@@ -27,6 +27,7 @@ from fastlm.tools.suites import EVERYTHING, SUITES, Case, Goal, Subject, load
 CAPS = {isa: dict(zip(("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"), caps, strict=True))
         for isa, caps in {"generic": ("default", "SSE41", "SSE4_2"), "avx2": ("avx2", "AVX2", "AVX2"),
                           "avx512": ("avx512", "AVX512_CORE", "AVX512")}.items()}
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MODELS = "unigram", "gru", "lstm", "transformer"  # what `curves` trains
 SAME_LOSSES = 1e-4  # the largest relative difference between two loss curves that counts as agreement
 
@@ -344,8 +345,7 @@ def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float | No
         progress: called with what is measured next and the share that is done.
         keep: called after each case with the result so far: a later one may fail, or time may run out.
     """
-    check_suites(suites)
-    dtypes = [_dtype(d) for d in dtypes or ()] or None
+    dtypes = check(suites, dtypes)
     seconds = seconds or (0.3 if device == "cpu" else 0.05)
     cases = [c for suite in suites if suite != "models" for c in _selected(suite, device, dtypes, only, full)]
     if not cases and (only or set(suites) != {"models"}):
@@ -373,16 +373,17 @@ def run(suites=EVERYTHING, device: str = "cpu", dtypes=None, seconds: float | No
     return result
 
 
-def check_suites(suites) -> None:
-    """Raise ValueError where one of the names is no suite's."""
+def check(suites, dtypes=None) -> list[torch.dtype] | None:
+    """Return the dtypes that are meant; raise ValueError where one of the names is no dtype's or no suite's."""
     unknown = set(suites) - set(SUITES)
     if unknown:
         raise ValueError(f"bench: unknown suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
+    return [_dtype(d) for d in dtypes or ()] or None
 
 
 def _dtype(name):
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype):
+    if dtype not in DTYPES:
         raise ValueError(f"bench: dtype is {name!r}, expected float32, bfloat16, float16 or float64")
     return dtype
 

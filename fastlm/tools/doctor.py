@@ -5,6 +5,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from fastlm.ops import ALL
 
 EXTRAS = {"typer": "cli", "rich": "cli", "safetensors": "cli", "tokenizers": "cli", "matplotlib": "report",
           "jinja2": "report", "pytest": "test"}
+ROOT = Path(__file__).resolve().parents[2]  # a checkout, or site-packages
 
 
 class Check(NamedTuple):
@@ -58,9 +61,16 @@ def implementations(device: str = "cpu") -> list[Check]:
     return rows
 
 
+def _build():
+    """Say how to build the extension where this fastlm is installed."""
+    if Path(sys.prefix).resolve() == ROOT / ".venv":  # the one that make sets up
+        return "make extension"
+    return f"pip install {'-e ' if (ROOT / 'setup.py').exists() else ''}. in fastlm's source folder"
+
+
 def _fix(reason):
     if "extension is missing" in reason:
-        return "make extension (needs g++ and python3-dev)"
+        return f"{_build()} (needs g++ and python3-dev)"
     if "Triton is not installed" in reason:
         return "pip install triton"
     return ""
@@ -103,14 +113,14 @@ def _extension():
     if report["error"]:
         lines = [line for line in report["error"].splitlines() if line.strip()]
         telling = next((line for line in lines if "error" in line), lines[0])
-        return [Check("extension", "missing", telling, "make extension (needs g++ and python3-dev)")]
+        return [Check("extension", "missing", telling, f"{_build()} (needs g++ and python3-dev)")]
     native = next(op.implementations["native"] for op in ALL if "native" in op.implementations)
     if native.run is None:
-        return [Check("extension", "missing", native.cannot(), "make extension (needs g++ and python3-dev)")]
+        return [Check("extension", "missing", native.cannot(), f"{_build()} (needs g++ and python3-dev)")]
     rows = [Check("extension", "ok", "built for " + ", ".join(report["instruction_sets"]))]
     if report["cuda"]:
         rows.append(Check("extension, CUDA", "ok", ", ".join(f"sm_{t}" for t in report["cuda"])))
-    rows += [Check(f"extension, {part}", "off", reason.splitlines()[0], "FASTLM_CUDA=1 make extension"
+    rows += [Check(f"extension, {part}", "off", reason.splitlines()[0], f"FASTLM_CUDA=1 {_build()}"
                    if part == "cuda" and "FASTLM_CUDA" in reason else "")
              for part, reason in report["skipped"].items()]
     return rows

@@ -68,7 +68,14 @@ def profile(fn: Callable, *args, device: str = "cpu", trace: str | Path | None =
         fn: anything that calls fastlm's ops: an op, a module, a training step.
         device: where it runs: "cuda" adds the GPU's kernels.
         trace: file to write a Chrome trace of fastlm's run to.
+
+    Raises:
+        OSError: there can be no such file; nothing has run then.
     """
+    if trace:
+        Path(trace).parent.mkdir(parents=True, exist_ok=True)
+        open(trace, "ab").close()  # PyTorch says nothing where it cannot write
+
     def variant(name):
         def run():
             if name is None:

@@ -1,6 +1,7 @@
 """All settings of one training run, and the model they describe."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fastlm.training.data import BUILT_IN, TOKENIZERS
 
 MODELS = ("unigram", "rnn", "gru", "lstm", "transformer")
 DTYPES = ("float32", "bfloat16")
+SEEDS = range(-2**63, 2**64)  # what torch takes
 
 # Chosen on python-docs, where each takes a minute or two on two cores.
 DEFAULTS = {
@@ -67,10 +69,14 @@ class RunConfig:
                 raise ValueError(f"train: {name} is {value}, expected 1 or more")
         if self.steps is None and self.model != "unigram":
             raise ValueError("train: steps is None, expected a number")
-        if not (self.lr > 0 and self.grad_clip > 0 and self.weight_decay >= 0 and 0 <= self.dropout < 1):
-            raise ValueError(f"train: lr is {self.lr}, expected more than 0; dropout is {self.dropout}, expected 0 to "
-                             f"below 1; weight_decay is {self.weight_decay}, expected 0 or more; grad_clip is "
-                             f"{self.grad_clip}, expected more than 0")
+        for name, fits, expected in (("lr", 0 < self.lr < math.inf, "a finite number above 0"),
+                                     ("dropout", 0 <= self.dropout < 1, "0 to below 1"),
+                                     ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number, 0 or more"),
+                                     ("grad_clip", self.grad_clip > 0, "more than 0"),
+                                     ("seed", self.seed in SEEDS, "a number of 64 bits")):
+            if not fits:
+                raise ValueError(f"train: {name} is {getattr(self, name)}, expected {expected}")
+
 
 def configure(model: str = "lstm", **given) -> RunConfig:
     """Return the settings of a run of `model`: those given (None counts as not given), else its defaults."""
@@ -90,11 +96,15 @@ def data_name(name: str) -> str:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError where PyTorch does not have the device."""
+    """Raise ValueError unless `name` is a device on which PyTorch can compute here."""
     try:
-        torch.empty(0, device=name)
+        torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}, expected cpu, cuda or cuda:1") from None
+    try:
+        torch.zeros(1, device=name).item()  # "meta" makes tensors too, but computes nothing
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]  # behind it, all that PyTorch was not built for
         raise ValueError(f"device is {name!r}, which PyTorch cannot use here: {reason}") from error
 
 

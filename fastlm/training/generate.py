@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from fastlm.training.checkpoint import Loaded
+from fastlm.training.config import SEEDS
 
 
 def continue_text(loaded: Loaded, prompt: str, tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -19,6 +20,8 @@ def continue_text(loaded: Loaded, prompt: str, tokens: int, temperature: float =
     ids = tokenizer.encode(prompt)
     if len(ids) == 0:
         raise ValueError("generate: prompt is empty, expected some text to continue")
+    if seed not in SEEDS:
+        raise ValueError(f"generate: seed is {seed}, expected a number of 64 bits")
     generator = torch.Generator(device).manual_seed(seed)
     new: list[int] = []
     shown = ""

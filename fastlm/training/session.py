@@ -1,6 +1,7 @@
 """What `fastlm train`, `eval` and `generate` do, and what they show on a terminal or in a log file."""
 
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class Display:
             return
         self.seconds = self._elapsed()
         loss = trainer.losses[-1].item()
+        if not math.isfinite(loss):
+            trainer.check()  # which raises, and names the first such step
         figures = f"loss {loss:.3f}  perplexity {perplexity(loss):.1f}  {speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=trainer.done, figures=figures)
         if report:
@@ -63,8 +66,8 @@ class Display:
         return self.seconds + time.monotonic() - self.since
 
 
-def train(console: Console, out: Path | None, go_on: bool, given: dict) -> bool:
-    """Start a run, or go on with one, and report its test perplexity; return False where it was interrupted.
+def train(console: Console, out: Path | None, go_on: bool, given: dict) -> int | None:
+    """Start a run, or go on with one, and report its test perplexity; return the signal that interrupted it, if any.
 
     Args:
         out: the run's folder; None: a new one in runs/.
@@ -80,15 +83,15 @@ def train(console: Console, out: Path | None, go_on: bool, given: dict) -> bool:
         run, data, trainer = begin(out or new_folder(config.model), config)
     _introduce(console, run.folder, data, trainer)
     with Display(console, trainer, data) as display:
-        complete = train_run(run, trainer, display)
-    if not complete:
+        interrupted = train_run(run, trainer, display)
+    if interrupted:
         console.print(f"Interrupted after step {trainer.done} of {trainer.steps}; saved. To go on:\n"
                       f"  fastlm train --resume --out {run.folder}", soft_wrap=True)
-        return False
+        return interrupted
     nats = evaluate(trainer.model, data.test, trainer.config.seq_len, trainer.config.batch_size)
     console.print(f"[bold]test perplexity {perplexity(nats):.1f}[/] ({nats:.4f} nats a token, {len(data.test) - 1:,} "
                   f"{trainer.config.tokenizer} tokens); saved in {run.folder}", soft_wrap=True)
-    return True
+    return None
 
 
 def _introduce(console, folder, data, trainer):
@@ -125,7 +128,7 @@ def evaluate_run(console: Console, folder: Path, data: str | None, device: str) 
         text, what = read_text(name), name
     tokens = tokenizer.encode(text)
     nats = evaluate(loaded.model, tokens, config.seq_len, config.batch_size)
-    unknown = unknown_share(tokens, config.tokenizer)
+    unknown = unknown_share(tokens[1:], config.tokenizer)  # of those that are predicted
     console.print(f"{config.model} on {what}: [bold]perplexity {perplexity(nats):.2f}[/] ({nats:.4f} nats a token, "
                   f"{len(tokens) - 1:,} {config.tokenizer} tokens, {unknown:.1%} of them unknown)", soft_wrap=True)
     return nats

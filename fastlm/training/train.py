@@ -111,6 +111,23 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return calls
 
+    def check(self) -> None:
+        """Raise FloatingPointError where training has diverged: a loss or a weight is infinite or NaN.
+
+        It waits for the device, so it is for steps whose loss is read or whose state is saved.
+        """
+        wrong = torch.stack(self.losses).isfinite().logical_not().nonzero()
+        if len(wrong):
+            found = f"the loss of step {wrong[0].item() + 1} is {self.losses[wrong[0]].item()}"
+        elif all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            return
+        else:
+            found = f"a weight is not finite after step {self.done}"
+        raise FloatingPointError(
+            f"train: {found}: training diverged. What was saved before stays as it was. Start anew with a smaller "
+            f"learning rate (lr is {self.config.lr:g}), or clip gradients at a smaller norm (grad_clip is "
+            f"{self.config.grad_clip:g})")
+
     def state(self) -> dict[str, Tensor]:
         """Return all that changes during a run: weights, optimizer and losses, whose number is the position."""
         state = {"losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
@@ -184,36 +201,44 @@ def resume(folder: str | Path, device: str | None = None, layers: str | None = N
 
 
 def train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] = lambda trainer: None,
-          save_seconds: float = 30.0) -> bool:
+          save_seconds: float = 30.0) -> int | None:
     """Train to the end; save every `save_seconds`, at the end and when interrupted.
 
-    Ctrl-C and SIGTERM let the step that runs finish first; a second one stops at once, and what was saved last
-    stays whole.
+    A run that is complete already is saved again: its model may be damaged, missing or older than its last state.
+    Ctrl-C and SIGTERM let the step that runs finish first; a second Ctrl-C stops at once, and what was saved last
+    stays whole. A second SIGTERM changes nothing: timeout(1) sends two.
 
     Returns:
-        Whether the run is complete.
+        None where the run is complete, else the number of the signal that interrupted it.
+
+    Raises:
+        FloatingPointError: it diverged, which is noticed before anything is saved.
     """
-    saved_at, saved_step = time.monotonic(), trainer.done
+    def save():
+        trainer.check()
+        checkpoint.save(run, trainer.state())
+
+    saved_at, saved_step = time.monotonic(), 0
     with interruptions() as caught:
         while trainer.done < trainer.steps and not caught:
             trainer.step()
             on_step(trainer)
             if time.monotonic() - saved_at >= save_seconds:
-                checkpoint.save(run, trainer.state())
+                save()
                 saved_at, saved_step = time.monotonic(), trainer.done
         if saved_step < trainer.done:
-            checkpoint.save(run, trainer.state())
-    return trainer.done >= trainer.steps
+            save()
+    return caught[0] if trainer.done < trainer.steps else None
 
 
 @contextlib.contextmanager
 def interruptions():
-    """Yield a list to which the first SIGINT or SIGTERM adds its number; the second raises KeyboardInterrupt."""
+    """Yield a list to which SIGINT and SIGTERM add their numbers; a second SIGINT raises KeyboardInterrupt."""
     caught: list[int] = []
 
     def handle(number, frame):
         caught.append(number)
-        if len(caught) > 1:
+        if caught.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
