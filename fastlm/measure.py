@@ -255,30 +255,42 @@ def peak_memory(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> i
         kept = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before - _bytes(kept)
+    return in_fresh_process(_resident_peak, make)
+
+
+def in_fresh_process(fn: Callable, *args) -> Any:
+    """Return `fn(*args)`, computed in a process of its own, in which nothing was allocated or freed before.
+
+    The function, its arguments and what it returns must be known to pickle.
+    """
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
     # The first torch.autograd.grad of a process imports sympy, 30 MB: not now.
     context.set_forkserver_preload(["fastlm", "torch.fx.experimental.symbolic_shapes"])
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_resident_peak, args=(make, send))
+    process = context.Process(target=_send, args=(send, fn, args))
     process.start()
     send.close()
     try:
         return receive.recv()
     except EOFError:
-        raise RuntimeError("peak_memory: the measuring process died; its error is above") from None
+        raise RuntimeError(f"{fn.__name__}: the measuring process died; its error is above") from None
     finally:
         process.join()
 
 
-def _resident_peak(make, send):
+def _send(connection, fn, args):
+    connection.send(fn(*args))
+
+
+def _resident_peak(make):
     call = make()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts again at what is resident now
     before = _status("VmRSS")
     kept = call()
-    send.send(max(0, _status("VmHWM") - before - _bytes(kept)))
+    return max(0, _status("VmHWM") - before - _bytes(kept))
 
 
 def _status(field):

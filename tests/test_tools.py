@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from fastlm import measure
 from fastlm.dispatch import Implementation
 from fastlm.ops import ALL
 from fastlm.tools import bench, doctor, report
-from fastlm.tools.suites import EVERYTHING, SUITES, Goal, load
+from fastlm.tools.suites import EVERYTHING, SUITES, Case, Goal, Subject, load
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +104,30 @@ def test_linear_cross_entropy_never_holds_all_logits():
     make = functools.partial(bench.memory_of, *key)
     ours, stock = (measure.peak_memory(functools.partial(make, stock)) for stock in (False, True))
     assert ours < 0.4 * stock
+
+
+def note_process(path):
+    """Make a Subject whose functions write down which process timed them."""
+    def write(x):
+        with open(path, "a") as file:
+            print(os.getpid(), torch.get_num_threads(), file=file)
+        return x
+    return Subject((torch.ones(1),), write, {"torch": write}, lambda ran: [measure.Error("result", 0.0, 0.0, 0.0)],
+                   whole=True)
+
+
+def test_fresh_cases_are_timed_together_in_a_process_of_their_own(tmp_path):
+    path = tmp_path / "calls"
+    case = Case("rnn-cpu", "x", "y", torch.float32, functools.partial(note_process, path), ("forward",),
+                fresh=True)
+    (row,) = bench.measure_case(case, "cpu", 0.01)
+    assert row.seconds > 0
+    checked, *timed = [line.split() for line in path.read_text().splitlines()]
+    assert checked[0] == str(os.getpid())
+    timed = [call for call in timed if call != checked]
+    assert len(timed) > 4
+    assert all(call == timed[0] for call in timed)
+    assert timed[0][1] == str(torch.get_num_threads())
 
 
 def test_a_stock_row_claims_nothing():
@@ -267,7 +290,7 @@ def test_readme_is_filled_from_results(result, tmp_path):
 
 def test_readme_runs(capsys):
     """Its Python from top to bottom, and what `explain` prints there."""
-    readme = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text()
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
     assert len(blocks) > 5
     names = {}

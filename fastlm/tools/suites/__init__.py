@@ -83,7 +83,8 @@ class Case:
     """One case of a suite. `build` makes its inputs only when they are wanted.
 
     `modes` are "forward" (without gradients) and "training" (forward and backward); `goals` has those of each mode;
-    `fast` names the implementations that `fastlm bench --every` forces, one by one.
+    `fast` names the implementations that `fastlm bench --every` forces, one by one. `fresh` cases are timed in a
+    process of their own, on the CPU: once malloc has seen large blocks freed, it keeps the next, which helps stock.
     """
 
     suite: str
@@ -95,6 +96,7 @@ class Case:
     goals: dict[str, Goal] = field(default_factory=dict)
     fast: tuple[str, ...] = ()
     forced: str | None = None
+    fresh: bool = False
 
 
 def load(suite: str, device: str, dtypes: Sequence[torch.dtype] | None = None) -> Iterator[Case]:
