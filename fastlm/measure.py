@@ -308,15 +308,22 @@ def _bytes(nest):
 @functools.cache
 def peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """Return this machine's measured (GEMM FLOP/s at `dtype`, torch or ours, copy bytes/s, read plus written)."""
+    multiply, flops, (a, b) = product(device, dtype)
+    source = torch.empty((1 << 30) if torch.device(device).type == "cuda" else (64 << 20), dtype=torch.int8,
+                         device=device)
+    target = torch.empty_like(source)
+    found = timings({"gemm": lambda: a @ b, "linear": multiply, "copy": lambda: target.copy_(source)}, device,
+                    seconds=0.5)
+    return flops / min(found["gemm"].low, found["linear"].low), 2 * source.numel() / found["copy"].low
+
+
+def product(device: str, dtype: torch.dtype) -> tuple[Callable, int, tuple[Tensor, Tensor]]:
+    """Return a product large enough to show the machine's peak: (call, its FLOPs, its factors)."""
     cuda = torch.device(device).type == "cuda"
     slow = not cuda and dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() != "AVX512"
     n = 8192 if cuda else 512 if slow else 2048  # torch multiplies 16 bits at about 1 GFLOP/s there
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.empty((1 << 30) if cuda else (64 << 20), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    found = timings({"gemm": lambda: a @ b, "linear": lambda: fastlm.ops.linear(a, b),
-                     "copy": lambda: target.copy_(source)}, device, seconds=0.5)
-    return 2 * n**3 / min(found["gemm"].low, found["linear"].low), 2 * source.numel() / found["copy"].low
+    return lambda: fastlm.ops.linear(a, b), 2 * n**3, (a, b)
 
 
 def floor(op: Op, args: tuple) -> float:

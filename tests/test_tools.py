@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,23 @@ def test_fresh_cases_are_timed_together_in_a_process_of_their_own(tmp_path):
     assert len(timed) > 4
     assert all(call == timed[0] for call in timed)
     assert timed[0][1] == str(torch.get_num_threads())
+
+
+def test_a_share_to_reach_is_of_a_product_beside_it(monkeypatch):
+    """Where that product is half as fast as the peak was, a call reaches twice the share of it."""
+    shares = []
+    for speed in (1e11, 0.5e11):
+        monkeypatch.setattr(measure, "product", lambda *_, speed=speed: (lambda: time.sleep(0.01), 0.01 * speed, ()))
+        subject = Subject((torch.ones(1),), lambda x: time.sleep(0.01), {"torch": lambda x: None},
+                          lambda ran: [measure.Error("result", 0.0, 0.0, 0.0)], floor=lambda: 0.005, products=True,
+                          whole=True)
+        case = Case("rnn-cpu", "x", "y", torch.float32, lambda subject=subject: subject, ("forward",),
+                    {"forward": Goal(share=0.8)})
+        (row,) = bench.measure_case(case, "cpu", 0.1)
+        shares.append(row.peak_share)
+        assert row.missed == ["share"] * (row.peak_share < 0.8)
+    assert 0.4 < shares[0] < 0.6
+    assert 0.8 < shares[1] < 1.2
 
 
 def test_a_stock_row_claims_nothing():

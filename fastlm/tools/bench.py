@@ -112,13 +112,18 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
         # An implementation may take one of the modes only.
         calls = explain(_no_grad(ours) if mode == "forward" else ours, *leaves)
         ran = "+".join(sorted({c.ran for c in calls})) or "torch"
+        goal = case.goals.get(mode)
         candidates, failed = _baselines(subject, mode)
         if ran != "torch" or subject.modules or subject.whole:  # a module is ours even where its ops run stock
             candidates["fastlm"] = step(ours, subject, mode)
+        beside = goal is not None and goal.share is not None and subject.products
+        if beside:
+            candidates["peak"], flops, _ = measure.product(device, case.dtype)
         if case.fresh:
             times = measure.in_fresh_process(_timings, case, mode, list(candidates), seconds, torch.get_num_threads())
         else:
             times = measure.timings(candidates, device, seconds)
+        peak = times.pop("peak", None)
         found = times.get("fastlm", times["torch"])
         baselines = {name: time.median for name, time in times.items() if name != "fastlm"}
         baseline = min(baselines, key=baselines.get)
@@ -130,12 +135,14 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
             # Backward costs about two forwards: of a product's arithmetic, of an elementwise op's bytes.
             training = subject.training_floor or (lambda: 3 * subject.floor())
             row.peak_share = (training if mode == "training" else subject.floor)() / found.median
+            if beside:
+                row.peak_share *= measure.peaks(device, case.dtype)[0] * peak.median / flops
             row.at_peak = row.ratio / row.peak_share
         if subject.reads is not None:
             row.bytes_per_s = subject.reads / found.median
         if mode == "training" and ran != "torch" and not subject.whole:
             add_memory(row, case, device)
-        if goal := case.goals.get(mode):
+        if goal:
             hold(row, goal)
         yield row
 

@@ -56,6 +56,8 @@ class Subject:
         constants: positions of floating-point arguments without a gradient.
         floor: returns the fewest seconds that the machine could take for a forward pass.
         training_floor: the same for forward and backward; three times `floor` where None.
+        products: the floor is the arithmetic of products: rows with a share of it to reach are held to a large product
+            that is timed in turn with them, because a shared machine has another peak a minute later.
         reads: bytes that one call must read, where reading is what takes the time.
         modules: put into training mode or out of it before each measurement.
         compiled: whether stock under torch.compile is worth a comparison.
@@ -71,6 +73,7 @@ class Subject:
     constants: tuple[int, ...] = ()
     floor: Callable[[], float] | None = None
     training_floor: Callable[[], float] | None = None
+    products: bool = False
     reads: int | None = None
     modules: tuple[torch.nn.Module, ...] = ()
     compiled: bool = False

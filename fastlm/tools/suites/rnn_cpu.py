@@ -88,7 +88,8 @@ def _layer(cell, dtype, steps, batch, hidden) -> Subject:
     stock, ours = pair(cell, hidden, hidden, dtype=dtype)
     work = 4 * GATES[cell] * hidden * hidden * steps * batch
     return module_subject(stock, ours, first, torch.randn(steps, batch, hidden).to(dtype),
-                          floor=lambda: work / measure.peaks("cpu", dtype)[0], warm=_warm(cell, dtype))
+                          floor=lambda: work / measure.peaks("cpu", dtype)[0], products=True,
+                          warm=_warm(cell, dtype))
 
 
 def _stream(cell, hidden, onednn=True) -> Subject:
