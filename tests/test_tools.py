@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -133,19 +132,18 @@ def test_fresh_cases_are_timed_together_in_a_process_of_their_own(tmp_path):
 
 def test_a_share_to_reach_is_of_a_product_beside_it(monkeypatch):
     """Where that product is half as fast as the peak was, a call reaches twice the share of it."""
-    shares = []
-    for speed in (1e11, 0.5e11):
-        monkeypatch.setattr(measure, "product", lambda *_, speed=speed: (lambda: time.sleep(0.01), 0.01 * speed, ()))
-        subject = Subject((torch.ones(1),), lambda x: time.sleep(0.01), {"torch": lambda x: None},
-                          lambda ran: [measure.Error("result", 0.0, 0.0, 0.0)], floor=lambda: 0.005, products=True,
-                          whole=True)
-        case = Case("rnn-cpu", "x", "y", torch.float32, lambda subject=subject: subject, ("forward",),
-                    {"forward": Goal(share=0.8)})
+    subject = Subject((torch.ones(1),), lambda x: x, {"torch": lambda x: x},
+                      lambda ran: [measure.Error("result", 0.0, 0.0, 0.0)], floor=lambda: 0.005, products=True,
+                      whole=True)
+    case = Case("rnn-cpu", "x", "y", torch.float32, lambda: subject, ("forward",), {"forward": Goal(share=0.8)})
+    monkeypatch.setattr(measure, "product", lambda *_: (lambda: None, 1e9, ()))
+    for seconds, share, missed in ((0.01, 0.5, ["share"]), (0.02, 1.0, [])):  # at the peak of 1e11 it is the first
+        times = {"torch": 0.01, "fastlm": 0.01, "peak": seconds}
+        monkeypatch.setattr(measure, "timings", lambda candidates, *_, times=times: {
+            name: measure.Timing(times[name], times[name], times[name]) for name in candidates})
         (row,) = bench.measure_case(case, "cpu", 0.1)
-        shares.append(row.peak_share)
-        assert row.missed == ["share"] * (row.peak_share < 0.8)
-    assert 0.4 < shares[0] < 0.6
-    assert 0.8 < shares[1] < 1.2
+        assert row.peak_share == pytest.approx(share)
+        assert row.missed == missed
 
 
 def test_a_stock_row_claims_nothing():
