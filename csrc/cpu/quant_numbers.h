@@ -40,6 +40,8 @@ FASTLM_INLINE void store_number(void* p, int64_t i, Number number, __mmask16 mas
 FASTLM_INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 FASTLM_INLINE __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
+constexpr uint32_t kInfinity = 0x7f800000;
+
 // Of a row that was rounded to 8 bits: its scale, and 128 · Σ_k x[k], what the weight's offset adds to each sum.
 struct RowOfX {
   float scale;
@@ -83,15 +85,20 @@ FASTLM_INLINE void for_vectors(const QuantizedLinear& p, int64_t row, int64_t pa
   for (; k < padded; k += 16) f(k, load_number(p.x, row * p.in + k, p.number, first(p.in - k)));
 }
 
-// Round a row to scale·x, laid out as above. A number that is not finite makes the scale, and so the row of y, NaN.
-inline RowOfX round_row(const QuantizedLinear& p, int64_t row, int64_t step, int8_t* x, int64_t stride) {
+// The bits of the largest magnitude in a row of x: magnitudes order as their bits do, and NaN is the last.
+inline uint32_t largest_of(const QuantizedLinear& p, int64_t row) {
   __m512i most = _mm512_setzero_si512();
   for_vectors(p, row, p.in, [&](int64_t, __m512 v) {
     most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
   });
-  const uint32_t largest = _mm512_reduce_max_epu32(most);  // magnitudes order as their bits do
+  return _mm512_reduce_max_epu32(most);
+}
+
+// Round a row to scale·x, laid out as above. A number that is not finite makes the scale, and so the row of y, NaN.
+inline RowOfX round_row(const QuantizedLinear& p, int64_t row, int64_t step, int8_t* x, int64_t stride) {
+  const uint32_t largest = largest_of(p, row);
   float s = std::numeric_limits<float>::quiet_NaN();
-  if (largest < 0x7f800000) {
+  if (largest < kInfinity) {
     std::memcpy(&s, &largest, 4);
     s = std::max(s / 127.f, std::numeric_limits<float>::min());
   }

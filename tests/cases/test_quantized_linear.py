@@ -62,6 +62,44 @@ def test_long_sums_keep_their_digits(rows, dtype, implementation, device):
     assert all(error.ok for error in found), found
 
 
+@pytest.mark.parametrize("inputs", [1, 63, 64, 200, 66000])
+@pytest.mark.parametrize("size", [1e-38, 1, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row(dtype, size, inputs, implementation, device):
+    """Which the C++ kernel takes as fixed-point numbers, unless one of them would leave the others too few digits."""
+    if implementation != "native":
+        pytest.skip("all rows are alike there")
+    weight, scale = quantize_weight(torch.randn(69, inputs), mode="int8")
+    weight[:, 0] = 0
+    x, bias = torch.randn(1, inputs) * size, torch.randn(69) * size
+    rows = [x, torch.cat([x[:, :1] * 1e6, x[:, 1:]], 1), x.sign() * size]
+    if inputs > 1:  # a number in five has nothing to multiply
+        rows.append(x * (torch.rand(1, inputs) < 0.8))
+    for row in rows:
+        args = row.to(dtype), weight, scale, bias, "int8", 64
+        found = measure.errors(OPS["quantized_linear"], implementation, args)
+        assert all(error.ok for error in found), found
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_sums_of_one_row(sign, implementation, device):
+    """The largest weight, and inputs whose lower bytes are all -128 as fixed-point numbers."""
+    inputs, value = (1 << 16) + 100, sign * float(0x3F7F7F80)
+    weight = torch.full((5, inputs), 127, dtype=torch.int8, device=device)
+    x = torch.full((1, inputs), value, device=device)
+    y = quantized_linear(x, weight, torch.ones(5, device=device), mode="int8")
+    torch.testing.assert_close(y.double(), y.new_full((1, 5), value).double() * 127 * inputs, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_row_that_is_not_finite(value, implementation, device):
+    weight, x = torch.randn(9, 300, device=device), torch.randn(1, 300, device=device)
+    weight[:, 280] = 1
+    x[0, 280] = value
+    y = quantized_linear(x, *quantize_weight(weight, mode="int8"), mode="int8")
+    torch.testing.assert_close(y, torch.full_like(y, value), equal_nan=True)
+
+
 @formats
 def test_each_weight_moves_by_half_a_scale_at_most(mode, group_size):
     weight = torch.randn(9, 100) * torch.logspace(-42, 4, 9, dtype=torch.float64)[:, None].float()
