@@ -263,11 +263,13 @@ FASTLM_INLINE V normal_cdf(const V& a, V& e) {
   return a < 0 ? q : 1 - q;
 }
 
+constexpr float kSiluEnd = 88.72284f;  // e to this is infinite: what is beyond must not get a sigmoid that is not 0
+
 // The gate's value, and its derivative where it is asked for.
 template <Gate kind>
 FASTLM_INLINE V gate(const V& a, V* slope = nullptr) {
   if (kind == Gate::silu) {
-    const V s = M::sigmoid(a);
+    const V s = a < -kSiluEnd ? V{} : M::sigmoid(a);
     if (slope) *slope = s + a * s * (1 - s);
     return a * s;
   }

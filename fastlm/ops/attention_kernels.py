@@ -47,7 +47,7 @@ class Kernels:
             out.zero_()
             lse.fill_(torch.inf) if self.sinks is None else lse.copy_(self.sinks[:, None])
             return
-        found = out if out.dtype is self.stored else torch.empty_like(out, dtype=self.stored)
+        found = out.to(self.stored)  # with what it holds where no sequence is: the kernel leaves that as it is
         self._call(False, found, lse)
         if found is not out:
             out.copy_(found)

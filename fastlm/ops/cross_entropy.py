@@ -19,7 +19,9 @@ LEAST_LOGITS = 4_000_000  # on the CPU: benchmarks/LOG.md 2026-11-24
 
 def _shortcut(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
               label_smoothing=0.0):
-    if input.numel() >= LEAST_LOGITS or not input.is_cpu or not 0 <= label_smoothing <= 1:
+    if not 0 < input.numel() < LEAST_LOGITS or not input.is_cpu or not 0 <= label_smoothing <= 1:
+        return None
+    if weight is not None and weight.dtype is not input.dtype:
         return None
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 

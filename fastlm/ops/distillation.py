@@ -237,7 +237,7 @@ def _forward_kl(logits, teacher_logits, temperature, reduction):
 def _kl(log_a, log_b):
     """Return Σ a·(log a - log b) over the last dimension; what has no probability adds nothing."""
     a = log_a.exp()
-    return (a * (log_a - log_b)).where(a > 0, 0).sum(-1)
+    return (a * (log_a - log_b)).where(a != 0, 0).sum(-1)
 
 
 def scatter_topk(log_probs, indices, out):

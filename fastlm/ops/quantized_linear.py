@@ -182,11 +182,17 @@ def forward(tensors, needs, mode, group_size):
         values, row_scale = round_rows(x.float())
         y = torch._int_mm(values.to(torch.int8), weight.t()).float().mul_(row_scale).mul_(scale)
     elif kernel == "_weight_int8pack_mm":  # the scales, in x's 16 bits, would cost accuracy
-        y = torch._weight_int8pack_mm(x.contiguous(), weight.contiguous(), torch.ones_like(scale, dtype=x.dtype))
+        y = torch._weight_int8pack_mm(_aligned(x), _aligned(weight), torch.ones_like(scale, dtype=x.dtype))
         y = y.float().mul_(scale)
     else:
         return [reference(x, weight, scale, bias, mode, group_size)]
     return [(y if bias is None else y.add_(bias)).to(x.dtype)]
+
+
+def _aligned(t):
+    """Return a contiguous tensor where that kernel, which dies elsewhere, can read it."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 64 == 0 else t.clone()
 
 
 def stock_kernel(x, weight, mode) -> str:

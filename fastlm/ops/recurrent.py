@@ -287,6 +287,7 @@ def _call_stock(cell, data, batch_sizes, hx, params, has_biases, num_layers, dro
         return torch.stack([h], 1 if batch_first else 0), h[None], c[None]
     if batch_sizes is None:
         return STOCK[cell](data, state, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    batch_sizes = batch_sizes.contiguous()  # others are misread there
     return STOCK[cell](data, batch_sizes, state, params, has_biases, num_layers, dropout, train, bidirectional)
 
 

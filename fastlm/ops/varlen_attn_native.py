@@ -93,6 +93,8 @@ def _forward(tensors, options, out, lse):
 
 
 def _backward(tensors, options, saved, grads, needs):
+    if not int(tensors[5][-1]):
+        return [torch.zeros_like(t) if need else None for t, need in zip(tensors[:4], needs, strict=False)]
     packed = _Packed(tensors, options)
     kernels, rows = packed.kernels, [_rows(x) for x in (*saved, *grads)]
     found = [t.new_zeros(t.size(2), t.size(1), t.size(3), dtype=kernels.stored) if need else None

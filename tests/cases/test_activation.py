@@ -25,6 +25,15 @@ def test_tails_of_gelu():
 def test_not_a_number_and_infinity(implementation):
     gate = torch.tensor([torch.nan, torch.inf, 1.0])
     torch.testing.assert_close(swiglu(gate, torch.ones(3)), F.silu(gate), equal_nan=True)
+    far = torch.tensor([-1e38, -3e38, -200.0, -torch.inf, -88.0], requires_grad=True)
+    for fn in (F.silu, lambda x: swiglu(x, torch.ones(5))):
+        found = fn(far)
+        assert (found[:3] == 0).all()
+        assert found[3].isnan()
+        assert -2e-36 < found[4] <= 0
+        slope, = torch.autograd.grad(found.sum(), far)
+        assert (slope[:3] == 0).all()
+        assert slope[3].isnan()
     found = geglu(gate, torch.ones(3), "tanh")
     torch.testing.assert_close(found, F.gelu(gate, approximate="tanh"), equal_nan=True)
     if implementation != "torch":  # which makes NaN of infinity

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import fastlm
 from fastlm.ops import linear_distillation
 from fastlm.ops.distillation import op
+from tests.parity import absent
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
@@ -44,6 +45,20 @@ def test_the_definition(kind, temperature, device):
     student = F.linear(x, weight, rest["student_bias"])
     wanted = expected(student, F.linear(rest["teacher_input"], rest["teacher_weight"]), kind, 0.3, temperature)
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["reference", "torch", "native", "triton"])
+def test_not_a_number_is_no_loss_of_zero(name, kind, who, device):
+    if reason := absent(op, name, device):
+        pytest.skip(reason)
+    x, weight, teacher = (torch.randn(shape, device=device) for shape in ((4, 8), (70, 8), (4, 70)))
+    (x if who == "student" else teacher)[1, 3] = torch.nan
+    with fastlm.backend(name):
+        for reduction in ("mean", "none"):
+            loss = linear_distillation(x, weight, teacher_logits=teacher, divergence=kind, reduction=reduction)
+            assert loss.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("sample", ["forward_kl, temperature", "jsd, hard", "reverse_kl, logits, none", "top-k"])

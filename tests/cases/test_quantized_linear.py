@@ -100,6 +100,22 @@ def test_one_row_that_is_not_finite(value, implementation, device):
     torch.testing.assert_close(y, torch.full_like(y, value), equal_nan=True)
 
 
+@pytest.mark.parametrize("apart", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_begins_at_any_address(dtype, apart, implementation, device):
+    """As a view of a flat buffer, or of a file in memory, may: torch's own kernel dies there."""
+    if implementation == "triton":
+        skip_misinterpreted(dtype)
+    x = torch.randn(2, 64, device=device).to(dtype)
+    weight = torch.randint(-127, 128, (17, 64), device=device).to(torch.int8)
+
+    def moved(t):
+        return torch.cat([t.new_zeros(apart), t.flatten()])[apart:].view(t.shape)
+    for args in ((x, weight), (moved(x), weight), (x, moved(weight))):
+        found = quantized_linear(*args, torch.ones(17, device=device))
+        torch.testing.assert_close(found, (x.float() @ weight.float().T).to(dtype), rtol=1e-2, atol=1e-2)
+
+
 @formats
 def test_each_weight_moves_by_half_a_scale_at_most(mode, group_size):
     weight = torch.randn(9, 100) * torch.logspace(-42, 4, 9, dtype=torch.float64)[:, None].float()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlm
 from fastlm import measure, ops
 from fastlm.ops import ALL, recurrent, recurrent_kernels
-from tests.parity import keep_error_rule
+from tests.parity import absent, keep_error_rule
 
 CELLS = {"lstm": (4, 2), "gru": (3, 1), "rnn": (1, 1)}
 OPS = {op.name: op for op in ALL}
@@ -99,6 +99,17 @@ def test_bad_batch_sizes(sizes, message):
     args = public("gru", make("gru", lengths=(3, 1, 1)))
     with pytest.raises(RuntimeError, match=message):
         ops.gru(*spoil(args, 1, torch.tensor(sizes, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("name", ["torch", "native"])
+def test_batch_sizes_that_lie_apart(name):
+    if reason := absent(OPS["gru"], name, "cpu"):
+        pytest.skip(reason)
+    args = public("gru", make("gru", lengths=(3, 1, 1)))
+    apart = torch.stack([args[1], torch.full_like(args[1], 7)], 1)[:, 0]
+    with fastlm.backend(name):
+        for found, expected in zip(ops.gru(*spoil(args, 1, apart)), ops.gru(*args), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_wrong_number_of_arguments():

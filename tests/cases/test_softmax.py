@@ -133,6 +133,7 @@ BAD = [
     (IndexError, "masked_softmax: dim 2 is out of range", lambda: masked_softmax(X, dim=2)),
     (IndexError, "log_softmax: dim -3 is out of range", lambda: log_softmax(X, -3)),
     (TypeError, "log_softmax: input must be floating point", lambda: log_softmax(X.int(), 0)),
+    (TypeError, "softmax: input must be floating point", lambda: softmax(X[:0].int(), 0)),
     (TypeError, "softmax: input must be a Tensor, got float", lambda: softmax(1.0, 0)),
 ]
 

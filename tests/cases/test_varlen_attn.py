@@ -133,12 +133,25 @@ def test_sequences_without_queries_have_gradients_of_zero(implementation):
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), args[:3]))
 
 
-def test_queries_behind_the_last_sequence_attend_to_nothing(implementation):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_queries_behind_the_last_sequence_attend_to_nothing(dtype, poisoned, implementation):
     q, k, v, cu_q, cu_k, *longest = packed()
-    q = torch.cat([q, torch.ones(2, 4, 8)])
-    out, lse = varlen_attn(q, k, v, cu_q, cu_k, *longest, enable_gqa=True, return_aux=varlen.AuxRequest(lse=True))
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (torch.cat([q, torch.ones(2, 4, 8)]), k, v))
+    sinks = torch.randn(4, dtype=dtype, requires_grad=True)
+    out, lse = varlen_attn(q, k, v, cu_q, cu_k, *longest, enable_gqa=True, sinks=sinks,
+                           return_aux=varlen.AuxRequest(lse=True))
     assert (out[-2:] == 0).all()
     assert (lse[-2:] == -torch.inf).all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v, sinks))
+    assert (grads[0][-2:] == 0).all()
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_tokens_of_no_sequence_have_gradients_of_zero(implementation):
+    x, cu = torch.randn(4, 2, 16, requires_grad=True), torch.zeros(1, dtype=torch.int32)
+    out = varlen_attn(x, x, x, cu, cu, 0, 0, softcap=20.0)
+    assert (out == 0).all()
+    assert (torch.autograd.grad(out.sum(), x)[0] == 0).all()
 
 
 BAD = {
