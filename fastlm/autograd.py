@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
+from fastlm.dispatch import transformed
 from fastlm.flops import teach
 
 _library = torch.library.Library("fastlm", "DEF")
@@ -33,7 +34,7 @@ class Differentiable:
         backward: `backward(grads, saved, tensors, needs, *statics) -> list`: one contiguous gradient for each
             tensor, of its shape and dtype, None where `needs` is False.
         reference: `reference(tensors, *statics) -> sequence`: the results in twice-differentiable PyTorch.
-        reads_results: backward needs the results too; then they come first in its `saved`.
+        reads: how many of the results, the first ones, backward needs too; then they come first in its `saved`.
         keep: `keep(tensors, outputs, needs, *statics) -> list`: what backward and `reference` get in place of the
             tensors, to hold less memory until then: an output on which alone the gradients depend, `blank` for a
             tensor on which they do not.
@@ -47,12 +48,12 @@ class Differentiable:
     """
 
     def __init__(self, name: str, *, statics: str = "", outputs: int, forward: Callable, fake: Callable,
-                 backward: Callable, reference: Callable | None = None, reads_results: bool = False,
+                 backward: Callable, reference: Callable | None = None, reads: int = 0,
                  keep: Callable | None = None, gradient: Callable | None = None,
                  borrowed: dict[int, Callable] | None = None, spends: bool = False):
         self.name, self.outputs, self.reference, self.gradient = name, outputs, reference, gradient
         self.keep, self.borrowed, self.spends = keep, borrowed or {}, spends
-        self.first_saved = 0 if reads_results else outputs
+        self.reads = reads
         statics = f", {statics}" if statics else ""
 
         def run_forward(tensors, slots, *statics):
@@ -113,8 +114,14 @@ class Differentiable:
         found = self.keep(_unpack(tensors, slots), outputs, [s == NEEDED for s in slots], *statics)
         return [t for t in found if t is not None]
 
+    def saved(self, output):
+        """Return what backward gets of what `forward` returned."""
+        return *output[: self.reads], *output[self.outputs:]
+
     def pull(self, grads, saved, tensors, slots, statics, spent=False):
         """Return the gradients of the tensors that are present, themselves differentiable where that is wanted."""
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
+            return _one_by_one(grads, lambda one: self.pull(one, saved, tensors, slots, statics))
         args = self, self.asked(slots), statics, len(grads), len(saved), *grads, *saved, *tensors
         # A transform that has ended leaves its wrappers.
         wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, args[5:]))
@@ -137,7 +144,8 @@ class Differentiable:
     def _compiled_setup(self, ctx, inputs, output):
         tensors, ctx.slots, *ctx.statics = inputs
         ctx.count = len(tensors)
-        ctx.save_for_backward(*self.kept(tensors, output, ctx.slots, ctx.statics), *output)
+        ctx.save_for_backward(*self.kept(tensors, output, ctx.slots, ctx.statics), *self.saved(output))
+        ctx.results = _kinds(output[: self.outputs])
 
     def _compiled_backward(self, ctx, grads):
         present = (slot for slot in ctx.slots if slot != ABSENT)
@@ -145,10 +153,9 @@ class Differentiable:
             raise RuntimeError(f"fastlm::{self.name}: an input needs a gradient now and needed none when the graph was "
                                "made: export it with gradients enabled")
         kept = ctx.saved_tensors  # once: a checkpoint unpacks them only once
-        tensors, results = kept[: ctx.count], kept[ctx.count:]
-        grads = [torch.zeros_like(r) if g is None else g
-                 for g, r in zip(grads, results[: self.outputs], strict=False)]
-        found = self.backward_op(grads, results[self.first_saved:], tensors, self.asked(ctx.slots), *ctx.statics)
+        tensors, saved = kept[: ctx.count], kept[ctx.count:]
+        grads = _no_none(grads, ctx.results)
+        found = self.backward_op(grads, saved, tensors, self.asked(ctx.slots), *ctx.statics)
         return self.lend(grads, found, ctx.slots), *[None] * (1 + len(ctx.statics))
 
 
@@ -163,10 +170,10 @@ class _Forward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.kernels, ctx.slots, ctx.statics, *tensors = inputs
         ctx.set_materialize_grads(False)  # or autograd would make zeros for all that is saved
-        ctx.results = [(r.shape, r.dtype, r.device) for r in output[: ctx.kernels.outputs]]
+        ctx.results = _kinds(output[: ctx.kernels.outputs])
         ctx.mark_non_differentiable(*output[ctx.kernels.outputs:])
         kept = ctx.kernels.kept(tensors, output, ctx.slots, ctx.statics)
-        ctx.save_for_backward(*kept, *output[ctx.kernels.first_saved:])
+        ctx.save_for_backward(*kept, *ctx.kernels.saved(output))
         ctx.count = len(tensors)
         if ctx.kernels.spends:
             ctx.turn, ctx.freed, ctx.owned = threading.Lock(), False, _owns_saved()
@@ -186,8 +193,7 @@ class _Forward(torch.autograd.Function):
     def pull(ctx, grads, spent):
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count:]
-        grads = [torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-                 for g, (shape, dtype, device) in zip(grads, ctx.results, strict=False)]
+        grads = _no_none(grads, ctx.results)
         return None, None, None, *ctx.kernels.pull(grads, saved, tensors, ctx.slots, ctx.statics, spent)
 
     @staticmethod
@@ -285,6 +291,28 @@ def _define(name, schema, run, fake):
     return getattr(torch.ops.fastlm, name).default
 
 
+def _one_by_one(grads, pull):
+    """Return what `pull` makes of each element of batched gradients (`torch.autograd.grad(is_grads_batched=True)`)."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batched = [torch._C._functorch.is_legacy_batchedtensor(g) for g in grads]
+    whole = [torch._remove_batch_dim(g, level, 0, 0) if b else g for g, b in zip(grads, batched, strict=True)]
+    count = next(len(g) for g, b in zip(whole, batched, strict=True) if b)
+    found = zip(*(pull([g[i] if b else g for g, b in zip(whole, batched, strict=True)]) for i in range(count)),
+                strict=True)
+    return [None if one[0] is None else torch._add_batch_dim(torch.stack(one), 0, level) for one in found]
+
+
+def _kinds(results):
+    return [(r.shape, r.dtype, r.device) for r in results]
+
+
+def _no_none(grads, results):
+    """Return a gradient for each of the results whose shape, dtype and device are given: zeros where there is none."""
+    return [torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+            for g, (shape, dtype, device) in zip(grads, results, strict=False)]
+
+
 def _labelled(label, run):
     """Let the profiler see a kernel that is called without the dispatcher."""
     def labelled(*args, **options):
@@ -305,11 +333,6 @@ def _slots(tensors, grad_enabled, assume=False):
 def _unpack(tensors, slots):
     tensors = iter(tensors)
     return [None if slot == ABSENT else next(tensors) for slot in slots]
-
-
-def transformed() -> bool:
-    """Tell whether a functorch transform or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def own(tensors) -> list[Tensor]:

@@ -104,7 +104,7 @@ class Op:
         wanted = [name for name in _order if name in self.implementations] if _order else []
         no_kernels = _mode() or _foreign(args)
         declined = {} if wanted else {name: f"{self.name} has no such implementation" for name in _order}
-        for name in wanted or self.default:
+        for name in wanted or self._order():
             implementation = self.implementations[name]
             reason = None if name in ("torch", "reference") else no_kernels
             reason = reason or implementation.cannot(*args)
@@ -115,6 +115,10 @@ class Op:
             declined[name] = reason
         reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
         raise CannotRun(f"{self.name}: backend{tuple(wanted)} was asked for and cannot run: {reasons}")
+
+    def _order(self):
+        """Return the default order; stock's operators that the compiler does not see into know no transform."""
+        return (*self.fast, "reference") if not self.exports and in_graph() and transformed() else self.default
 
     def _loses(self, name, args):
         # Torch 2.11 traces `is_exporting()` as True wherever it compiles, so the flag itself is read.
@@ -274,14 +278,30 @@ def triton_can_run() -> bool:
 
 def forward_mode() -> str | None:
     """Return why no kernel of ours runs while dual numbers are about (it has no such derivative), else None."""
-    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation (jvp, hessian)"
-    return None
+    return "forward-mode differentiation (jvp, hessian)" if _dual() else None
+
+
+def in_graph() -> bool:
+    """Tell whether the compiler traces this, but not for an export."""
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+
+
+@assume_constant
+def transformed() -> bool:
+    """Tell whether a functorch transform or forward-mode differentiation is active, in a graph that is traced too."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or _dual()
+
+
+@assume_constant
+def _dual() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _mode() -> str | None:
     """Return the reason why no kernel of ours runs: dual numbers, or a tracer that would record none of its work."""
-    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+    if torch.compiler.is_compiling():
+        return "a transform of torch.func in a compiled graph" if transformed() else None
+    if torch._C._is_tracing():
         return "torch.jit.trace records torch's own operators alone"
     return forward_mode()
 

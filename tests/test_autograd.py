@@ -66,7 +66,7 @@ def exponential_reference(tensors):
 exponential = Differentiable(
     "test_exponential", outputs=2, forward=lambda tensors, needs: list(exponential_reference(tensors)),
     fake=lambda tensors, needs: [t.new_empty(t.shape) for t in exponential_reference(tensors)],
-    backward=exponential_backward, reference=exponential_reference, reads_results=True)
+    backward=exponential_backward, reference=exponential_reference, reads=2)
 
 
 def call(x, w, b=None, power=3, flip=True):

@@ -136,6 +136,48 @@ def test_mapped_over_a_batch(op, name, device):
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("op", "name"), FAST, ids=lambda x: getattr(x, "name", x))
+def test_batched_upstream_gradients(op, name, device):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them, by a vmap of its own."""
+    implementation = op.implementations[name]
+    sample = next(s for s in op.samples("test", torch.float32, device) if s.name in implementation.accepts or
+                  implementation.run is None)
+    if implementation.run is None or implementation.cannot(*sample.args):
+        pytest.skip("not available here")
+    args, inputs = measure.leaves(sample.args, op.constants)
+    with fastlm.backend(name):
+        results = [r for r in measure.floating(op(*args)) if r.requires_grad]
+        upstream = [torch.randn(3, *r.shape, dtype=r.dtype, device=device) for r in results]
+        found = torch.autograd.grad(results, inputs, upstream, is_grads_batched=True, retain_graph=True,
+                                    allow_unused=True)
+        for i in range(3):
+            each = torch.autograd.grad(results, inputs, [g[i] for g in upstream], retain_graph=True, allow_unused=True)
+            for a, b in zip(found, each, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a[i], b)
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_transforms_inside_a_compiled_graph(op, device):
+    """There kernels would have no gradient, or tangents that are zero without a word: they decline."""
+    torch._dynamo.reset()
+    x, *rest = next(s.args for s in op.samples("test", torch.float32, device) if s.args[0].numel() > 50)
+
+    def loss(x):
+        return sum(r.square().sum() for r in measure.floating(op(x, *rest)))
+
+    def of_graph(x, v):
+        return torch.func.grad(loss)(x), torch.func.jvp(loss, (x,), (v,))[1]
+    v = torch.randn_like(x)
+    with fastlm.backend("reference"):
+        expected = of_graph(x, v)
+    with fastlm.backend(*op.fast, "reference"):
+        found = torch.compile(of_graph, backend="aot_eager")(x, v)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert expected[1] != 0
+
+
 @pytest.mark.parametrize(("op", "name"), FAST + STOCK, ids=lambda x: getattr(x, "name", x))
 def test_torchs_defaults_are_not_those_of_buffers(op, name, device):
     """What a kernel makes for itself is neither of the default dtype nor on the default device."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import ABSENT, FROZEN, NEEDED, Differentiable, autocast, mapped, transformed
-from fastlm.dispatch import Op, Sample, at_once
+from fastlm.dispatch import Op, Sample, at_once, forward_mode
 from fastlm.ops.attention_common import (
     Options,
     check_floats,
@@ -271,10 +271,10 @@ def stock(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, k
 
     SDPA refuses a mask beside `is_causal`, misreads a float32 mask beside halves (cuDNN) and beside float64 (CPU), and
     returns None for an empty batch (cuDNN); its CPU kernel wants the last dimension contiguous, has no second
-    derivative, and gives NaN for `is_causal` with a scale of 0 or less; on a GPU a mask's is to be contiguous.
+    derivative in forward mode, and gives NaN for `is_causal` with a scale of 0 or less; on a GPU a mask's is to be
+    contiguous.
     """
-    forward_mode = torch.autograd.forward_ad._current_level >= 0  # SDPA's kernels have none
-    if options.softcap or sinks is not None or options.return_lse or forward_mode or not query.size(0):
+    if options.softcap or sinks is not None or options.return_lse or forward_mode() or not query.size(0):
         return reference(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options)
     is_causal = options.is_causal
     dense = any(x is not None for x in (slopes, key_lengths, query_ids)) or options.left >= 0 or options.right >= 0
@@ -364,7 +364,7 @@ def _flash_reference(tensors, is_causal, scale):
 
 # SDPA's CPU kernel with a second derivative.
 _flash = Differentiable("sdpa_flash", statics="bool is_causal, float scale", outputs=1, forward=_flash_forward,
-                        fake=_flash_fake, backward=_flash_backward, reference=_flash_reference, reads_results=True)
+                        fake=_flash_fake, backward=_flash_backward, reference=_flash_reference, reads=1)
 FLASH = "ScaledDotProductFlashAttentionForCpuBackward0"
 
 

@@ -209,7 +209,7 @@ def differentiable(name: str, forward: Callable, backward: Callable, reference: 
     function = Differentiable(
         name, statics="float dropout_p, bool is_causal, float scale, int left, int right, float softcap, "
         "bool return_lse", outputs=2, forward=run_forward, fake=fake, backward=run_backward, reference=run_reference,
-        reads_results=True)
+        reads=2)
 
     def call(tensors, options):
         out, lse = function(tensors, *options)

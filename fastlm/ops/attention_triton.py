@@ -79,4 +79,4 @@ def _reference(tensors, *options):
 _attention = Differentiable(
     "attention_triton", statics="float dropout_p, bool is_causal, float scale, int left, int right, float softcap, "
     "bool return_lse", outputs=2, forward=_forward, fake=_fake, backward=_backward, reference=_reference,
-    reads_results=True)
+    reads=2)

@@ -39,7 +39,7 @@ class CudaLayers:
         self.most_packed = 0 if self.missing else native.cuda.packed_sequences
         self.kernels = Differentiable(
             f"{cell}_layer_cuda", statics="str exchange", outputs=1 + self.states, forward=self.forward, fake=self.fake,
-            backward=self.backward, reference=self.reference, reads_results=True)
+            backward=self.backward, reference=self.reference, reads=1)
 
     def cannot(self, data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
                batch_first) -> str | None:
@@ -147,7 +147,7 @@ class CudaLayers:
         x, batch_sizes, hx, weights = self.unpack(tensors)
         count, batch, hidden = hx[0].shape
         rows, wide = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), self.gates * hidden
-        y, kept = saved[0].reshape(rows.shape[0], count * hidden), iter(saved[1 + self.states:])
+        y, kept = saved[0].reshape(rows.shape[0], count * hidden), iter(saved[1:])
         gates = None if self.gates == 1 else next(kept)
         c = next(kept) if self.cell == "lstm" else None
         before = None if batch_sizes is None else next(kept)

@@ -45,7 +45,7 @@ class Layers:
         self.cuda = CudaLayers(native, cell, step)
         self.kernels = Differentiable(
             f"{cell}_layer", statics="bool reverse", outputs=1 + self.states, forward=self.forward, fake=self.fake,
-            backward=self.backward, reference=self.reference, reads_results=True, spends=True)
+            backward=self.backward, reference=self.reference, reads=1, spends=True)
 
     def cannot(self, data, batch_sizes, hx, params, *options) -> str | None:
         if data.is_cuda:
@@ -82,7 +82,10 @@ class Layers:
             return self.kernels([x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, w_hr], reverse)
 
         layer = recurrent.directions(one, has_biases, options[3])
-        return cast(recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options), result)
+        found = recurrent.stack(layer, data, batch_sizes, hx, params, has_biases, *options)
+        if projects:  # stock's cell state stays as it is under autocast
+            return *cast(found[:2], result), *cast(found[2:], hx[1].dtype)
+        return cast(found, result)
 
     def at_once(self, *args):
         """Return what `run` makes of a call as it came, unchecked; None where that is no step of a stream or not ours.
@@ -212,7 +215,7 @@ class Layers:
 
     def backward(self, grads, saved, tensors, needs, reverse, spent):
         x, batch_sizes, *states, w_ih, w_hh, _, _, w_hr = tensors
-        y, *saved = saved[:1] + saved[1 + self.states:]
+        y, *saved = saved
         gates, c = saved[:2] or None, saved[2] if len(saved) > 2 else None
         wide, out, hidden = *w_hh.shape, states[-1].shape[-1]
         h0, states = states[0], as_states(states)

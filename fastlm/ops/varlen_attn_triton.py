@@ -78,4 +78,4 @@ def _reference(tensors, max_q, max_k, splits, scale, left, right, softcap):
 _varlen_attn = Differentiable(
     "varlen_attn_triton",
     statics="SymInt max_q, SymInt max_k, int splits, float scale, int left, int right, float softcap", outputs=2,
-    forward=_forward, fake=_fake, backward=_backward, reference=_reference, reads_results=True)
+    forward=_forward, fake=_fake, backward=_backward, reference=_reference, reads=2)

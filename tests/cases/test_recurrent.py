@@ -221,6 +221,29 @@ def test_backward_mapped_over_upstream_gradients(name):
 
 
 @native
+@each_cell
+@pytest.mark.parametrize("compiled", [False, True])
+def test_last_states_may_be_changed_in_place(name, compiled):
+    """As where an episode ends and its state begins anew: backward does not read them."""
+    def changed(*args):
+        y, *states = OPS[name](*args)
+        for state in states:
+            state[:, 0] = 0
+        return y.sum() + sum(state.square().sum() for state in states)
+
+    def left(*args):
+        y, *states = OPS[name](*args)
+        return y.sum() + sum(state[:, 1:].square().sum() for state in states)
+    args = make(name, hidden=20, batch=3)
+    grads = []
+    with fastlm.backend("native"):
+        for fn in (torch.compile(changed, backend="aot_eager") if compiled else changed, left):
+            x = args[0].detach().requires_grad_()
+            grads.append(torch.autograd.grad(fn(x, *args[1:]), x)[0])
+    torch.testing.assert_close(*grads)
+
+
+@native
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_gradients_summed_over_many_steps(name):
     """Gradients of weights and biases are sums over all steps: float32 must not lose more digits than stock does."""
@@ -339,9 +362,9 @@ def test_opcheck(cell, options):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
-@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_autocast_dtype_is_stocks_compiled_or_not(cell, backend):
-    ours, stock = (getattr(namespace, cell)(6, 5) for namespace in (fastlm.nn, torch.nn))
+@pytest.mark.parametrize(("cell", "options"), [("LSTM", {}), ("LSTM", {"proj_size": 3}), ("GRU", {}), ("RNN", {})])
+def test_autocast_dtype_is_stocks_compiled_or_not(cell, options, backend):
+    ours, stock = (getattr(namespace, cell)(6, 5, **options) for namespace in (fastlm.nn, torch.nn))
     x = torch.randn(20, 3, 6)
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
