@@ -312,14 +312,14 @@ def _foreign(args) -> str | None:
     for arg in args:
         if type(arg) in STATIC:
             continue
-        if isinstance(arg, list | tuple) and arg:
-            arg = arg[0]
-        if isinstance(arg, torch.Tensor):
-            first = arg if first is None else first
-            if arg.layout is not torch.strided or arg.is_nested:
-                return f"nested, or of layout {arg.layout}: kernels read dense tensors"
-            if not compiling and type(arg) not in PLAIN and hasattr(type(arg), "__tensor_flatten__"):
-                return f"{type(arg).__name__} is made of other tensors (sharded, quantized): it knows torch's ops"
+        for part in arg if isinstance(arg, list | tuple) else (arg,):
+            if not isinstance(part, torch.Tensor):
+                continue
+            first = part if first is None else first
+            if part.layout is not torch.strided or part.is_nested:
+                return f"nested, or of layout {part.layout}: kernels read dense tensors"
+            if not compiling and type(part) not in PLAIN and hasattr(type(part), "__tensor_flatten__"):
+                return f"{type(part).__name__} is made of other tensors (sharded, quantized): it knows torch's ops"
     if first is None:
         return None
     if first.device.type not in ("cpu", "cuda"):

@@ -81,6 +81,14 @@ def test_eval_of_other_text(text, tmp_path):
     assert "2 word tokens, 0.0% of them unknown" in fastlm("eval", "run", "--data", other)
 
 
+def test_eval_says_that_the_text_has_changed(text):
+    fastlm("train", "--model", "unigram", "--data", text, "--out", "run", *SMALL)
+    assert "is not the text that this run began with" not in fastlm("eval", "run")
+    with open(text, "a") as file:
+        file.write("and more of it\n")
+    assert "is not the text that this run began with" in fastlm("eval", "run")
+
+
 def test_default_folders(text):
     for folder in ("runs/lstm", "runs/lstm-2"):
         assert f"saved in {folder}" in fastlm("train", "--data", text, *SMALL)

@@ -1,5 +1,7 @@
 """backend() and explain(): which implementation runs, why the others do not, and what the compiler makes of it."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -373,6 +375,9 @@ def test_tensors_made_of_others_run_stock():
     torch.testing.assert_close(fastlm.ops.linear(x, Wrapper(weight)), torch.nn.functional.linear(x, weight))
     with fastlm.backend("native"), pytest.raises(fastlm.dispatch.CannotRun, match=r"Wrapper|extension"):
         fastlm.ops.linear(x, Wrapper(weight))
+    ran, declined = toy(native=NATIVE).choose(([x, Wrapper(weight)],))  # anywhere in a list
+    assert ran == "torch"
+    assert "Wrapper is made of other tensors" in declined["native"]
 
 
 # --- small calls -----------------------------------------------------------------------------------------------
@@ -401,3 +406,18 @@ def test_at_once_comes_before_checks_but_not_before_explain_backend_and_compiler
             assert value(call) == expected
     torch._dynamo.reset()
     assert torch.compile(call, backend="eager", fullgraph=True)(X)[0] == 3
+
+
+def test_torchs_newer_names_of_precision():
+    """Once one is set, the older function raises; layers must not. In a process of its own: it cannot be undone."""
+    code = """
+import torch, fastlm
+from fastlm.ops.tensors import matmul_precision
+assert matmul_precision("cpu") == matmul_precision("cuda") == "highest"
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert (matmul_precision("cpu"), matmul_precision("cuda")) == ("medium", "high")
+x = torch.randn(40, 8, 256)
+fastlm.nn.Linear(256, 256)(x), fastlm.nn.GRU(256, 256)(x), fastlm.nn.LSTM(256, 256)(x)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

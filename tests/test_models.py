@@ -119,6 +119,11 @@ def test_unigram_counts():
     assert model.logits(text[None]).untyped_storage().nbytes() == 4 * VOCAB
 
 
+def test_unigram_counts_no_negative_token():
+    with pytest.raises(ValueError, match="tokens has -1, expected 0 to 22"):
+        build("unigram").count(torch.tensor([3, -1]))
+
+
 def test_unigram_without_smoothing_is_the_relative_frequency():
     model = UnigramLM(UnigramConfig(4, smoothing=0.0))
     model.count(torch.tensor([[0, 1], [1, 3]]))
@@ -170,6 +175,26 @@ def test_a_model_with_quantized_layers_generates():
     found = model.eval().generate(x, 9, temperature=0)
     for t in range(3, 12):
         assert torch.equal(model.logits(found[:, :t])[:, -1].argmax(-1), found[:, t])
+
+
+@pytest.mark.parametrize("name", ["rnn", "lstm", "transformer"])
+def test_a_state_may_be_continued_twice(name):
+    """As a search does that follows several texts."""
+    model = build(name).eval()
+    with torch.no_grad():
+        _, state = model.step(tokens(2, 3), None)
+        ends = [torch.full((2, 1), i) for i in (4, 5, 4)]
+        first, other, again = (model.step(end, state) for end in ends)
+        torch.testing.assert_close(again[0], first[0])
+        assert not torch.allclose(other[0], first[0])
+        torch.testing.assert_close(model.step(ends[1], first[1])[0], model.step(ends[1], again[1])[0])
+
+
+@pytest.mark.parametrize("name", NEURAL)
+def test_generation_under_autocast(name):
+    model = build(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(tokens(2, 3), 4).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])

@@ -69,10 +69,13 @@ class TransformerLM(LanguageModel):
     def step(self, tokens: Tensor, state) -> tuple[Tensor, object]:
         """Return the logits after the last `max_seq_len` tokens.
 
-        The state is these tokens and a cache for each block, or None once tokens have dropped out: then all the
-        others have other positions, and are computed again.
+        The state is these tokens and a cache for each block, or None where they are computed again: once tokens have
+        dropped out, when all others have other positions, or where a state is continued a second time, because its
+        caches belong to the first continuation.
         """
         seen, caches = (tokens[:, :0], self._empty_caches(tokens.size(0))) if state is None else state
+        if caches and caches[0].length != seen.size(1):
+            caches = None
         seen = torch.cat([seen, tokens], 1)
         if caches is None or seen.size(1) > self.config.max_seq_len:
             seen, caches = seen[:, -self.config.max_seq_len:], None
@@ -95,7 +98,7 @@ class TransformerLM(LanguageModel):
             attention = block.self_attn
             qkv = self.linear(block.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
             q, k, v = qkv.unflatten(2, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            k, v = cache.update(k, v)
+            k, v = cache.update(k.to(cache.key.dtype), v.to(cache.key.dtype))  # autocast may have lowered them
             attended = scaled_dot_product_attention(q, k, v, window_size=(-1, 0))
             attended, out = attended.transpose(1, 2).flatten(2), attention.out_proj
             linear = isinstance(out, torch.nn.Linear)  # else it was replaced, such as by a QuantizedLinear

@@ -47,6 +47,8 @@ class UnigramLM(LanguageModel):
         Raises:
             ValueError: a token lies outside the vocabulary.
         """
+        if (tokens < 0).any():
+            raise ValueError(f"UnigramLM: tokens has {tokens.min()}, expected 0 to {self.config.vocab_size - 1}")
         found = torch.bincount(tokens.flatten(), minlength=self.config.vocab_size)
         if len(found) > self.config.vocab_size:
             raise ValueError(f"UnigramLM: tokens has {len(found) - 1}, expected 0 to {self.config.vocab_size - 1}")

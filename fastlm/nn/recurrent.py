@@ -338,8 +338,8 @@ class _Cell:
 def _cell_shortcut(stock):
     """Let a cell try torch.nn's, the faster one in training and for few hidden units, or one call of C++."""
     def shortcut(self, input, hx=None):
-        if "weight_hh" not in self._parameters:  # made of others, perhaps at random: to be read once a call
-            return None
+        if "weight_hh" not in self._parameters or "weight_ih" not in self._parameters:
+            return None  # they are made of others, perhaps at random: to be read once a call
         weights, states = self._weights(), hx if hx is None or self._pair else (hx,)
         if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weights[0].requires_grad):
             for t in (weights[0], input, *(states or ())):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.autograd import autocasts
 from fastlm.nn.linear import Linear
 
 
@@ -152,6 +153,8 @@ class SelfAttention(nn.Module):
             cos, sin = self._angles(0 if cache is None else cache.length, x)
             q, k = ops.rotary_embedding(q, cos, sin), ops.rotary_embedding(k, cos, sin)
         if cache is not None:
+            if autocasts(x.device.type):  # which lowers them here, but not the cache
+                k, v = k.to(cache.key.dtype), v.to(cache.value.dtype)
             k, v = cache.update(k, v)
         window = (-1 if self.window is None else self.window, 0) if self.is_causal else (-1, -1)
         out = ops.scaled_dot_product_attention(

@@ -110,7 +110,7 @@ def check_window(window_size, op: str) -> tuple[int, int]:
             isinstance(x, int | torch.SymInt) and x >= -1 for x in window_size):
         raise ValueError(f"{op}: window_size is {window_size}, expected two integers (left, right), each -1 "
                          "(unbounded) or more")
-    return tuple(window_size)
+    return tuple(min(x, 1 << 40) if type(x) is int else x for x in window_size)  # sums of positions fit in 64 bits
 
 
 def check_softcap(softcap: float | None, op: str) -> float:

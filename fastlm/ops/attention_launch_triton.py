@@ -12,6 +12,7 @@ from fastlm.ops.attention_common import Options
 from fastlm.ops.attention_forward_kernels_triton import combine_kernel
 from fastlm.ops.attention_kernels_triton import attention_kernel
 from fastlm.ops.attention_score_kernels_triton import documents_kernel
+from fastlm.ops.tensors import matmul_precision
 from fastlm.ops.triton_kernels import INTERPRETED, cannot_here, generation, launch, multiprocessors
 
 LOG2_E = 1.4426950408889634
@@ -358,7 +359,7 @@ def _near(call):
 
 def _exact(x):
     """Tell whether products are IEEE float32."""
-    return x.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return x.dtype is torch.float32 and matmul_precision("cuda") == "highest"
 
 
 def _bound(x):

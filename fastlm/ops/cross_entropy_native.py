@@ -5,7 +5,7 @@ import torch
 import fastlm._native as _native
 from fastlm.autograd import Differentiable
 from fastlm.ops.cpu import cannot_here, unmeasured
-from fastlm.ops.cross_entropy import LEAST_LOGITS, reference
+from fastlm.ops.cross_entropy import LEAST_LOGITS, check_range, reference
 from fastlm.ops.linear_cross_entropy import counts_of
 from fastlm.ops.loss_kernels import Logits, LossKernels, Targets, new_sums
 from fastlm.ops.tensors import accumulator, adjacent
@@ -58,6 +58,8 @@ def _rows(x):
 
 def forward(tensors, needs, ignore_index, reduction, smoothing):
     logits, target, weight = tensors
+    if not target.is_floating_point():  # a graph or a vmap comes here unchecked
+        check_range("cross_entropy: target", target, logits.size(1), ignore_index)
     call = _Rows(logits, target, weight, ignore_index, smoothing)
     sums = new_sums(len(logits), call.dtype, logits.device)
     _kernels.read(call.logits, call.targets, sums)

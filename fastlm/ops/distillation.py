@@ -97,12 +97,17 @@ def linear_distillation(student_input: Tensor, student_weight: Tensor, *, teache
     for i, t in rows.items():
         if t is not None:
             args[i] = t.reshape(shape.numel(), *t.shape[len(shape):])
-    for name, index, ignored in (("target", args[9], ignore_index), ("teacher_topk's indices", args[8], 0)):
-        if index is not None:
-            check_range(f"linear_distillation: {name}", index, classes, ignored)
+    check_indices(args[9], args[8], classes, ignore_index)
     loss = op(*args, divergence, float(beta), float(temperature), float(hard_weight), ignore_index, reduction)
     loss = loss.reshape(shape) if reduction == "none" else loss
     return loss.float() if autocasts(device) and loss.dtype is not torch.float64 else loss
+
+
+def check_indices(target, indices, classes, ignore_index):
+    """Raise IndexError where a target or an index of the teacher that may be read is no class."""
+    for name, index, ignored in (("target", target, ignore_index), ("teacher_topk's indices", indices, 0)):
+        if index is not None:
+            check_range(f"linear_distillation: {name}", index, classes, ignored)
 
 
 def _pair(teacher_topk):

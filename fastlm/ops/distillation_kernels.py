@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable
-from fastlm.ops.distillation import DIVERGENCES, reference, scatter_topk
+from fastlm.ops.distillation import DIVERGENCES, check_indices, reference, scatter_topk
 from fastlm.ops.head import Head, gradient_dtypes
 from fastlm.ops.loss_kernels import Logits
 from fastlm.ops.tensors import accumulator
@@ -45,6 +45,7 @@ class Sweep:
 
     def forward(self, tensors, needs, divergence, beta, temperature, hard_weight, ignore_index, reduction, single):
         x, target = tensors[0], tensors[9]
+        check_indices(target, tensors[8], tensors[1].shape[0], ignore_index)  # a graph or a vmap comes here unchecked
         sums = accumulator(x.dtype)
         now = needs[:3] if reduction != "none" else [False] * 3
         early = self.products(x) is not torch.float16  # which gradients of logits would underflow if scaled down here

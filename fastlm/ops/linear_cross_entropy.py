@@ -6,6 +6,7 @@ never holds all of them. Two terms of large models: a softcap c replaces each lo
 z-loss adds z·lse² with lse = log Σ_c exp(logit_c) to each loss that counts (PaLM, arXiv 2204.02311).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
     soft = target.is_floating_point()
     if soft and ignore_index is not None:
         raise RuntimeError("linear_cross_entropy: ignore_index does not go with probabilities as target")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"linear_cross_entropy: softcap must be positive or None, got {softcap}")
     if return_aux and soft:
         raise ValueError("linear_cross_entropy: return_aux needs class indices as target, got probabilities")
@@ -96,6 +97,7 @@ def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, *
     _check_group(process_group, linear_weight, soft)
     autocasting = autocasts(input.device.type)
     input, linear_weight, linear_bias = autocast(input.device.type, input, linear_weight, linear_bias)
+    target = target if soft else target.long()  # in 8 bits 156 equals -100
     shape = input.shape[:-1]
     if input.dim() != 2:
         input = input.reshape(-1, input.shape[-1])
@@ -189,6 +191,7 @@ def loss_of_logits(logits, target, weight, reduction, ignore_index, label_smooth
     """Return the loss of logits `[N, V, …]` before their softcap, and where asked the fields of `Auxiliary`."""
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    weight = None if weight is None else weight.to(logits.dtype)  # torch's takes no other
     soft = target.is_floating_point()
     options = {} if soft else dict(ignore_index=ignore_index)
     options["label_smoothing"] = label_smoothing

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm.dispatch import assume_constant
-from fastlm.ops.tensors import addresses
+from fastlm.ops.tensors import addresses, matmul_precision
 
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
 LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
@@ -50,7 +50,7 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
 @assume_constant
 def exact_float32() -> bool:
     """Tell whether products of float32 may not be made of fewer bits, which torch's then are."""
-    return torch.get_float32_matmul_precision() == "highest"
+    return matmul_precision("cpu") == "highest"
 
 
 def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:

@@ -20,7 +20,7 @@ from fastlm.ops.cpu import MEASURED, keep_freed_memory
 from fastlm.ops.products import exact_float32, mm
 from fastlm.ops.recurrent import CELLS, GATES, IN_PLACE, pair, split_biases
 from fastlm.ops.recurrent_cuda import CudaLayers
-from fastlm.ops.tensors import FLOATS
+from fastlm.ops.tensors import FLOATS, matmul_precision
 
 DTYPES = FLOATS
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
@@ -322,7 +322,7 @@ class Layers:
         _, batch, hidden = states[-1].shape
         projection = 0 if w_hr is None else w_hr.shape[0]
         steps, sizes = recurrent.steps_of(self.cell, x, batch_sizes, batch)
-        precision = PRECISIONS[torch.get_float32_matmul_precision()]
+        precision = PRECISIONS[matmul_precision("cpu")]
         return (CELLS[self.cell], reverse, steps, batch, hidden, projection, x.shape[-1] if fused else 0, sizes,
                 torch.get_num_threads(), precision)
 

@@ -43,6 +43,21 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and plain((x,))
 
 
+PRECISIONS = {"ieee": "highest", "none": "highest", "tf32": "high", "bf16": "medium"}
+
+
+def matmul_precision(device: str) -> str:
+    """Return what `torch.get_float32_matmul_precision` does, for products on "cpu" or "cuda".
+
+    That raises once somebody has set it by torch's newer names, such as `torch.backends.fp32_precision`.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+        return PRECISIONS[backend.matmul.fp32_precision]
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that sums are kept in: float64 for itself, else float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlm.dispatch import STATIC
 from fastlm.ops.gpu import unmeasured
+from fastlm.ops.tensors import matmul_precision
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ def launch(plan: Callable, *args) -> None:
     where these lie: `plan` reads metadata only, and its arguments hold no tensors but those that it was given.
     """
     tensors, addresses = [], []
-    key = [plan, torch.get_float32_matmul_precision()]
+    key = [plan, matmul_precision("cuda")]
     _describe(args, key, tensors, addresses)
     device = tensors[0].get_device()
     key = (device, *key)

@@ -88,7 +88,7 @@ def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_
         seqused_k: `[N]` integers: how many keys of a sequence count.
         block_table: `[N, max_pages]` integers: the pages of each sequence. Needs `seqused_k`.
         num_splits: on a GPU, how many parts the keys are split into; 1 makes results independent of the rest of the
-            batch, which on the CPU they always are.
+            batch. On the CPU each implementation's are, but which one runs depends on how much there is to compute.
         softcap, alibi_slopes, sinks: as in `scaled_dot_product_attention`; slopes are `[H]` or `[N, H]`.
 
     Raises:

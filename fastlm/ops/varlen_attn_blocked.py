@@ -83,7 +83,11 @@ def _backward(tensors, options, saved, grads, needs):
             for total, part in ((dkey, dk), (dvalue, dv)):
                 if total is not None:
                     total = unpaged(total)[:, lane.heads]
-                    total[keys] = total[keys] + part[0].transpose(0, 1)
+                    part = part[0].transpose(0, 1)
+                    if isinstance(keys, slice):
+                        total[keys] += part
+                    else:  # a sequence may list a page twice
+                        total.index_add_(0, keys, part.to(total.dtype))
             if dsinks is not None:
                 dsinks[lane.query_heads] += ds
 

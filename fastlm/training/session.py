@@ -123,7 +123,11 @@ def evaluate_run(console: Console, folder: Path, data: str | None, device: str) 
     config, tokenizer = loaded.run.config, loaded.run.tokenizer
     name = data_name(data) if data else config.data
     if name in BUILT_IN or name == config.data:
-        text, what = load_corpus(name).test, f"the test text of {name}"
+        corpus = load_corpus(name)
+        text, what = corpus.test, f"the test text of {name}"
+        if name == config.data and corpus.fingerprint != loaded.run.corpus:
+            console.print(f"[yellow]{name} is not the text that this run began with: it may have been trained on parts "
+                          "of what is now the test text.[/]", soft_wrap=True)
     else:
         text, what = read_text(name), name
     tokens = tokenizer.encode(text)

@@ -1,6 +1,7 @@
 """Attention beyond the matrix of tests/test_ops.py: masks, shapes, dtypes and errors, on every implementation."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def test_the_output_lies_in_memory_as_stocks(order):
         assert torch.compile(attention, backend="aot_eager")(q, q, q).stride() == expected.stride()
     for mine, stock in zip(*(torch.autograd.grad(x.square().sum(), q) for x in (out, expected)), strict=True):
         torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_without_an_end(implementation, device):
+    q = torch.randn(1, 2, 8, 16, device=device)
+    found = attention(q, q, q, window_size=(2, sys.maxsize))
+    torch.testing.assert_close(found, attention(q, q, q, window_size=(2, -1)))
 
 
 @pytest.mark.parametrize("dim", [1, 15, 33])

@@ -166,6 +166,13 @@ def test_autocast_gives_float32_as_stock_does(device):
         assert cross_entropy(x.bfloat16(), target, torch.ones(9, device=device).bfloat16()).dtype is torch.float32
 
 
+@pytest.mark.parametrize("backend", [("native", "torch"), ("torch",)])
+def test_a_target_out_of_range_is_an_error_in_a_graph_too(backend):
+    torch._dynamo.reset()
+    with fastlm.backend(*backend), pytest.raises((IndexError, RuntimeError)):
+        torch.compile(cross_entropy, backend="aot_eager")(torch.zeros(3, 4), torch.tensor([1, 4, 3]))
+
+
 X, Y = torch.zeros(3, 4), torch.tensor([1, 2, 3])
 BAD = [
     (IndexError, r"target\[2\] is 4, expected 0 to 3", lambda: cross_entropy(X, torch.tensor([1, 2, 4]))),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import fastlm
 from fastlm.ops import linear_cross_entropy, shift_targets
 from fastlm.ops.linear_cross_entropy import op
-from tests.parity import skip_misinterpreted
+from tests.parity import absent, skip_misinterpreted
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,25 @@ def problem(n=33, h=12, v=70, dtype=torch.float32, device="cpu"):
 
 def grads(loss, *inputs, **kwargs):
     return torch.autograd.grad(loss, inputs, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"return_aux": True}])
+@pytest.mark.parametrize("name", ["torch", "native", "blocked"])
+def test_class_156_in_8_bits_is_not_ignored(name, options):
+    """Where -100 becomes 156."""
+    if reason := absent(op, name, "cpu"):
+        pytest.skip(reason)
+    x, weight, target = torch.randn(3, 4), torch.randn(200, 4), torch.tensor([156, 3, 5])
+    with fastlm.backend(name):
+        found, expected = (linear_cross_entropy(x, weight, t, **options) for t in (target.to(torch.uint8), target))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_float32_class_weight_of_halves():
+    x, weight, factors = torch.randn(5, 8).bfloat16(), torch.randn(7, 8).bfloat16(), torch.rand(7)
+    target = torch.randint(7, (5,))
+    found = linear_cross_entropy(x, weight, target, weight=factors)
+    torch.testing.assert_close(found, linear_cross_entropy(x, weight, target, weight=factors.bfloat16()))
 
 
 def test_runs_a_block_at_a_time_by_default(monkeypatch):
@@ -357,6 +376,7 @@ def test_classes_shared_by_two_processes(weighted, tmp_path):
 
 BAD = {
     "softcap": (dict(softcap=-1.0), ValueError, "softcap must be positive"),
+    "no softcap": (dict(softcap=torch.inf), ValueError, "softcap must be positive"),
     "aux of probabilities": (dict(target=torch.rand(6, 7), return_aux=True), ValueError, "needs class indices"),
     "ignored probabilities": (dict(target=torch.rand(6, 7), ignore_index=1), RuntimeError, "ignore_index does not go"),
     "process group": (dict(process_group="world"), TypeError, "process_group must be"),

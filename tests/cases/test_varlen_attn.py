@@ -126,6 +126,18 @@ def test_a_page_that_sequences_share_gets_the_gradient_of_each(implementation):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+def test_a_page_that_one_sequence_lists_twice_gets_both_gradients(implementation):
+    q = torch.randn(3, 2, 16)
+    pages = torch.randn(3, 4, 2, 16, requires_grad=True)
+    args = (q, pages, pages, torch.tensor([0, 3]), None, 3, 8)
+    options = dict(seqused_k=torch.tensor([8]), block_table=torch.tensor([[1, 1]]))
+    grads = []
+    for name in (implementation, "reference"):
+        with fastlm.backend(name):
+            grads += torch.autograd.grad(varlen_attn(*args, **options).square().sum(), pages)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_sequences_without_queries_have_gradients_of_zero(implementation):
     args = packed(queries=(0, 0, 0))
     out = varlen_attn(*args, enable_gqa=True)
