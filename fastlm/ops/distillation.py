@@ -15,10 +15,10 @@ from torch import Tensor
 from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.cross_entropy import check_range
+from fastlm.ops.linear_cross_entropy import REDUCTIONS
 from fastlm.ops.tensors import check_tensors, readable
 
-REDUCTIONS = ("none", "mean", "sum")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")  # their numbers are those of csrc/loss.h
 LEAST_LOGITS, LEAST = 1 << 16, 1 << 25  # logits and multiplications, below both of which `_forward_kl` is no slower
 
 

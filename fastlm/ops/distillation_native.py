@@ -10,11 +10,11 @@ from fastlm.ops.cpu import cannot_here, unmeasured
 from fastlm.ops.distillation import LEAST, LEAST_LOGITS, short
 from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
 from fastlm.ops.head import few_on_avx2, products_on_cpu
+from fastlm.ops.linear_cross_entropy import ROW
 from fastlm.ops.loss_kernels import LossKernels
 from fastlm.ops.tensors import FLOATS
 
 DTYPES = FLOATS
-ROW = "benchmarks/LOG.md 2026-11-26, small calls"
 
 
 def cannot(student, weight, *rest):
