@@ -103,6 +103,14 @@ def test_topk_of_all_classes_is_the_teacher(kind, device):
         torch.testing.assert_close(a, b)
 
 
+def test_biases_of_any_stride(device):
+    x, weight, rest = problem(device=device)
+    apart = [torch.randn(62, device=device)[::2] for _ in range(2)]
+    found, expected = (linear_distillation(x, weight, **rest | dict(student_bias=a, teacher_bias=b)) for a, b in (
+        apart, [t.contiguous() for t in apart]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(device):
     x, weight, _ = problem(device=device)
     for kind in KINDS:

@@ -130,6 +130,8 @@ def test_kernels_check_batch_sizes_again():
         OPS["gru"].implementations["native"].run(args[0], torch.tensor([1, 3, 1]), *args[2:])
     with pytest.raises(RuntimeError, match="hx is for 3 sequences, batch_sizes for 2"):
         OPS["gru"].implementations["native"].run(args[0], torch.tensor([2, 2, 1]), *args[2:])
+    with pytest.raises(RuntimeError, match="batch_sizes must be contiguous, got stride 2"):
+        OPS["gru"].implementations["native"].run(args[0], torch.tensor([3, 9, 1, 9, 1, 9])[::2], *args[2:])
 
 
 # --- numbers beyond the error rule -----------------------------------------------------------------------------
