@@ -282,6 +282,24 @@ def test_a_quantized_projection_of_attention():
         torch.testing.assert_close(layer.eval()(x), exact(x))
 
 
+def test_two_norms_of_another_eps():
+    """Stock's fused layer takes one eps for both."""
+    theirs, ours = pair("TransformerEncoderLayer", 8, 2, 16, batch_first=True)
+    for layer in (theirs, ours):
+        layer.eval().norm2.eps = 0.5
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_frozen_attention_leaves_the_gradients_of_the_rest():
+    layer = fastlm.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer.self_attn.requires_grad_(False)
+    layer(torch.randn(3, 5, 8)).sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
+        name for name, _ in layer.named_parameters() if not name.startswith("self_attn")}
+
+
 @pytest.mark.parametrize("part", ["linear1", "self_attn", "norm2"])
 def test_hooks_on_the_parts_of_a_layer_are_called_in_inference(part):
     layer, seen = fastlm.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), []
@@ -439,6 +457,17 @@ def test_linear_cross_entropy_loss_is_the_loss_of_the_logits(device):
     for wrong in ({"weight": torch.ones(3)}, {"label_smoothing": 1.5}):
         with pytest.raises(RuntimeError, match=f"LinearCrossEntropyLoss: {next(iter(wrong))}"):
             fastlm.nn.LinearCrossEntropyLoss(4, 7, **wrong)
+
+
+@pytest.mark.parametrize("option", [
+    {"reduction": "sum"}, {"weight": torch.arange(7) / 7}, {"ignore_index": 3}, {"label_smoothing": 0.2},
+    {"z_loss": 0.3}, {"softcap": 0.5}, {"return_aux": True}], ids=str)
+def test_linear_cross_entropy_loss_passes_on(option):
+    module, x, target = fastlm.nn.LinearCrossEntropyLoss(4, 7, **option), torch.randn(9, 4), torch.arange(9) % 7
+    found = module(x, target)
+    torch.testing.assert_close(found, fastlm.ops.linear_cross_entropy(x, module.linear.weight, target, **option))
+    plain = fastlm.ops.linear_cross_entropy(x, module.linear.weight, target)
+    assert "return_aux" in option or not torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("name", ["CrossEntropyLoss", "LinearCrossEntropyLoss"])

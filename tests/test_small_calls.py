@@ -59,10 +59,14 @@ def test_small_calls_end_a_checkpoint(call):
     (lambda x: torch.no_grad()(fastlm.ops.quantized_linear)(x, x.new_zeros(3, 8).char(), x.new_ones(3), mode="int3"),
      ValueError),
     (lambda x: fastlm.ops.linear_distillation(x, x.new_ones(9, 8), teacher_logits=x.new_ones(1, 9)), ValueError),
+    (lambda x: fastlm.ops.linear_distillation(x, x.new_ones(9, 8), teacher_logits=x.new_ones(1, 4, 9)), ValueError),
+    (lambda x: fastlm.ops.linear_distillation(x, x.new_ones(9, 8), teacher_logits=x.new_ones(4, 9),
+                                              student_bias=x.new_ones(1)), ValueError),
     (lambda x: fastlm.ops.linear_distillation(x, x.new_ones(9, 8), teacher_logits=x.new_ones(4, 9), reduction="all"),
      ValueError),
     (lambda x: fastlm.ops.varlen_attn(*[x.view(4, 2, 4)] * 3, *[torch.tensor([0, 2, 4])] * 2, 1, 2), ValueError),
     (lambda x: fastlm.ops.varlen_attn(*[x.view(4, 2, 4)] * 3, *[torch.tensor([0, 3, 2, 4])] * 2, 3, 3), ValueError),
+    (lambda x: fastlm.ops.varlen_attn(*[x.view(4, 2, 4)] * 3, *[torch.tensor([1, 2, 4])] * 2, 2, 2), ValueError),
     (lambda x: fastlm.ops.varlen_attn(*[x.view(4, 2, 4)] * 3, *[torch.tensor([0.0, 4.0])] * 2, 4, 4), RuntimeError),
 ])
 def test_small_calls_are_refused_like_others(call, error):

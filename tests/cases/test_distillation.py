@@ -168,6 +168,17 @@ def test_module(device):
     assert "divergence='jsd', beta=0.2" in repr(module)
 
 
+@pytest.mark.parametrize("option", [
+    {"divergence": "jsd"}, {"divergence": "jsd", "beta": 0.2}, {"temperature": 2.0}, {"hard_weight": 0.3},
+    {"ignore_index": 5}, {"reduction": "sum"}], ids=str)
+def test_module_passes_on(option, device):
+    x, weight, rest = problem(device=device)
+    rest["target"] = torch.arange(12, device=device)
+    found = fastlm.nn.LinearDistillationLoss(**option)(x, weight, **rest)
+    torch.testing.assert_close(found, linear_distillation(x, weight, **option, **rest))
+    assert not torch.equal(found, linear_distillation(x, weight, **rest))
+
+
 def test_all_ignored_gives_nan_and_zero_gradients(device):
     x, weight, rest = problem(device=device)
     loss = linear_distillation(x, weight, target=torch.full((12,), -100, device=device), hard_weight=0.5, **rest)

@@ -332,9 +332,11 @@ def ranks_of_two(rank, path, problem, classes, options, results):
 def test_classes_shared_by_two_processes(weighted, tmp_path):
     """Loss, auxiliary numbers and gradients are those of one process, on uneven shards."""
     x, weight, target = problem()
-    target[:4] = -100
+    ignored = 7 if weighted else -100  # a class of the first shard, which has a weight
+    target[:4] = ignored
     bias, class_weight = torch.randn(70), torch.rand(70) if weighted else None
-    options = dict(reduction="none" if weighted else "mean", label_smoothing=0.1, z_loss=0.01, softcap=4.0)
+    options = dict(reduction="mean" if weighted else "none", ignore_index=ignored, label_smoothing=0.1, z_loss=0.01,
+                   softcap=4.0)
     inputs = [x.detach(), weight.detach(), bias, class_weight, target]
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()

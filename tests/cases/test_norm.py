@@ -133,7 +133,7 @@ def test_a_float32_residual_of_bfloat16_rows(add_norm):
         expected = add_norm(x, residual, (512,))
     with fastlm.backend("native", "torch"):
         torch.testing.assert_close(add_norm(x, residual, (512,)), expected, rtol=0, atol=0)
-    with fastlm.backend("native"), pytest.raises(CannotRun, match="residual is torch.float32"):
+    with fastlm.backend("native"), pytest.raises(CannotRun, match=r"residual is torch\.float32"):
         add_norm(x, residual, (512,))
 
 

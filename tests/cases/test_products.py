@@ -185,7 +185,7 @@ def test_wrong_input(make, message):
 def test_a_wrong_bias_and_another_device():
     with pytest.raises(RuntimeError, match="rows of out and the bias must be contiguous"):
         products.multiply(extension, torch.randn(3, 4), torch.randn(4, 5), bias=torch.randn(10)[::2])
-    with pytest.raises(RuntimeError, match="expected tensors of torch.float32 on the CPU"):
+    with pytest.raises(RuntimeError, match=r"expected tensors of torch\.float32 on the CPU"):
         products.multiply(extension, torch.randn(0, 4), torch.empty(4, 5, device="meta"))
 
 

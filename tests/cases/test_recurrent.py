@@ -122,6 +122,12 @@ def test_wrong_number_of_arguments():
         ops.gru(*spoil(args, 2, ["w", *args[2][1:]]))
 
 
+def _layer(args, batch_sizes):
+    """Call the operator of one layer of GRU."""
+    tensors = [args[0], batch_sizes, *args[2], *args[3]]
+    return torch.ops.fastlm.gru_layer.default(tensors, [0] * len(tensors) + [-1], False)
+
+
 @native
 def test_kernels_check_batch_sizes_again():
     """Compiled callers reach the kernel without the public function's look at the values."""
@@ -131,7 +137,8 @@ def test_kernels_check_batch_sizes_again():
     with pytest.raises(RuntimeError, match="hx is for 3 sequences, batch_sizes for 2"):
         OPS["gru"].implementations["native"].run(args[0], torch.tensor([2, 2, 1]), *args[2:])
     with pytest.raises(RuntimeError, match="batch_sizes must be contiguous, got stride 2"):
-        OPS["gru"].implementations["native"].run(args[0], torch.tensor([3, 9, 1, 9, 1, 9])[::2], *args[2:])
+        _layer(args, torch.tensor([3, 9, 1, 9, 1, 9])[::2])
+    _layer(args, torch.tensor([3, 1, 1]))
 
 
 # --- numbers beyond the error rule -----------------------------------------------------------------------------
