@@ -282,6 +282,24 @@ def test_a_quantized_projection_of_attention():
         torch.testing.assert_close(layer.eval()(x), exact(x))
 
 
+def test_two_norms_of_another_eps():
+    """Stock's fused layer takes one eps for both."""
+    theirs, ours = pair("TransformerEncoderLayer", 8, 2, 16, batch_first=True)
+    for layer in (theirs, ours):
+        layer.eval().norm2.eps = 0.5
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_frozen_attention_leaves_the_gradients_of_the_rest():
+    layer = fastlm.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer.self_attn.requires_grad_(False)
+    layer(torch.randn(3, 5, 8)).sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
+        name for name, _ in layer.named_parameters() if not name.startswith("self_attn")}
+
+
 @pytest.mark.parametrize("part", ["linear1", "self_attn", "norm2"])
 def test_hooks_on_the_parts_of_a_layer_are_called_in_inference(part):
     layer, seen = fastlm.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), []

@@ -190,6 +190,53 @@ def test_goals_are_held_row_by_row_and_in_the_mean():
     assert f"MISSED (at peak: {forward.at_peak:.2f}×)" in report.cells(vars(forward))[7]
 
 
+@pytest.fixture
+def timed(monkeypatch):
+    """A case of a module with two baselines, whose times are given, and a list of the modes that it was timed in."""
+    module, modes, seconds = torch.nn.Dropout(), [], dict(torch=3.0, other=1.0, fastlm=2.0)
+    subject = Subject((torch.randn(3),), lambda x: module(x), {"torch": torch.sin, "other": torch.cos},
+                      lambda ran: [measure.Error("result", 0.0, 0.0, 1.0)], modules=(module,), whole=True)
+    case = Case("ops", "sine", "small", torch.float32, lambda: subject)
+
+    def timings(candidates, *_):
+        modes.append(module.training)
+        return {name: measure.Timing(*[seconds[name]] * 3) for name in candidates}
+
+    monkeypatch.setattr(measure, "timings", timings)
+    monkeypatch.setattr(bench, "load", lambda *_: [case])
+    return case, modes
+
+
+def test_the_best_baseline_counts(timed):
+    for row in bench.measure_case(timed[0], "cpu", 0.01):
+        assert row.baselines == {"torch": 3.0, "other": 1.0}
+        assert (row.baseline, row.baseline_seconds, row.seconds, row.ratio) == ("other", 1.0, 2.0, 0.5)
+
+
+def test_slack_forgives_a_ratio_up_to_so_many_seconds(timed):
+    for slack, missed in ((0.0, ["ratio"]), (0.5, ["ratio"]), (1.5, [])):
+        goals = {"forward": Goal(0.9, slack=slack)}
+        (row,) = bench.measure_case(dataclasses.replace(timed[0], modes=("forward",), goals=goals), "cpu", 0.01)
+        assert row.missed == missed
+
+
+def test_modules_are_timed_in_their_mode(timed):
+    case, modes = timed
+    list(bench.measure_case(case, "cpu", 0.01))
+    for mode in ("forward", "training"):
+        bench._timings(case, mode, ["torch"], 0.01, torch.get_num_threads())
+    assert modes == [False, True] * 2
+    for mode in ("forward", "training"):
+        bench.memory_of("ops", "sine", "small", "float32", mode, "cpu", None, stock=False)
+        assert case.build().modules[0].training == (mode == "training")
+
+
+def test_a_mean_is_met_from_what_is_wanted_on():
+    for found, said in ((0.9, "MISSED"), (1.0, "met"), (1.1, "met")):
+        mean = {"name": "group", "rows": 2, "least": 0.5, "found": found, "wanted": 1.0}
+        assert report.mean_cells(mean)[-1] == f"≥1.00× {said}"
+
+
 def test_every_forces_each_implementation_that_can_run():
     """What cannot run here yields no row: nothing is passed off as something else."""
     rows = bench.run(("ops",), only="log_softmax", seconds=0.01, every=True)["rows"]

@@ -7,6 +7,7 @@ import torch
 
 import fastlm
 from fastlm import measure
+from fastlm.ops import attention_tiles
 from fastlm.ops import scaled_dot_product_attention as attention
 from fastlm.ops.attention_common import Options
 from tests.parity import keep_error_rule
@@ -174,10 +175,94 @@ def _large(shape, options, seed=0):
     return *tensors, bias, sinks, None, lengths, *ids, Options(scale=dim**-0.5, **options)
 
 
-def test_operators_refuse_what_the_kernel_would_read_beyond():
+BEYOND = {"heads": {"key": (2, 3, 5, 8), "value": (2, 3, 5, 8)},
+          "no heads": {"key": (2, 0, 5, 8), "value": (2, 0, 5, 8)},
+          "head size": {"key": (2, 4, 5, 7)}, "values": {"value": (2, 4, 4, 8)}, "mask": {"mask": (2, 4, 5, 4)},
+          "mask of one row": {"mask": (2, 4, 2, 5)}, "sinks": {"sinks": (3,)}, "slopes": {"slopes": (1, 3)},
+          "slopes of rows": {"slopes": (3, 4)}, "ids of queries": {"query_ids": (2, 4), "key_ids": (2, 5)},
+          "ids of keys": {"query_ids": (2, 5), "key_ids": (1, 5)}}
+
+
+@pytest.mark.parametrize("shapes", BEYOND.values(), ids=BEYOND)
+def test_operators_refuse_what_the_kernel_would_read_beyond(shapes):
     pytest.importorskip("fastlm._native")
-    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 3, 5, 8)
-    call = torch.ops.fastlm.attention_native.default
-    slots = [0, 0, 0, *[-1] * 6]
+    names = ("query", "key", "value", "mask", "sinks", "slopes", "lengths", "query_ids", "key_ids")
+    shapes = dict.fromkeys(names[:3], (2, 4, 5, 8)) | shapes
+    tensors = [torch.ones(shapes[name]) for name in names if name in shapes]
     with pytest.raises(RuntimeError, match="no call that the kernel can take"):
-        call([q, k, k], slots, *Options())
+        torch.ops.fastlm.attention_native.default(tensors, [0 if n in shapes else -1 for n in names], *Options())
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 900], [-4, 3, 5], [0, 6, 5]], ids=str)
+def test_a_compiled_call_refuses_sequences_beyond_the_tokens(offsets):
+    """A graph does not know the numbers; who runs it does."""
+    pytest.importorskip("fastlm._native")
+    x, places = torch.randn(5, 4, 8), torch.tensor([0, 3, 5])
+    torch._dynamo.reset()
+    compiled = torch.compile(fastlm.ops.varlen_attn, fullgraph=True, backend="aot_eager")
+    with fastlm.backend("native"):
+        compiled(x, x, x, places, places, 5, 5)
+        with pytest.raises(RuntimeError, match="no call that the kernel can take"):
+            compiled(x, x, x, places, torch.tensor(offsets), 5, 5)
+
+
+def agree(tensors, options, upstream=None, name="native"):
+    """Hold output, log-sum-exp and gradients of all that requires one to those of the reference."""
+    leaves = [t for t in (*tensors, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+    found = []
+    for backend in (name, "reference"):
+        with fastlm.backend(backend):
+            results = attention(*tensors, **options)
+        results = results if isinstance(results, tuple) else (results,)
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(results, leaves, [torch.randn_like(r) for r in results])
+        found.append([*results, *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["mask", "documents"])
+def test_tiles_of_a_window_that_differ_in_more_than_their_place(option):
+    """The mask of one tile serves another only where nothing but the window bars keys."""
+    options = {"mask": {"attn_mask": torch.rand(600, 600) > 0.3},
+               "documents": {"document_ids": torch.randint(2, (1, 600))}}[option]
+    agree(leaves(*[(1, 2, 600, 8)] * 3), dict(window_size=(40, 0), **options), name="blocked")
+
+
+@pytest.mark.parametrize("options", [{"document_ids": torch.arange(600)[None] // 200},
+                                     {"key_lengths": torch.tensor([250])}], ids=["documents", "lengths"])
+def test_a_learned_mask_of_which_part_is_never_seen(options, poisoned):
+    """The kernel passes over what no query sees, where the gradient is 0."""
+    pytest.importorskip("fastlm._native")
+    *tensors, mask = leaves(*[(1, 2, 600, 8)] * 3, (1, 2, 600, 600))
+    agree(tensors, dict(attn_mask=mask, **options))
+
+
+def test_a_learned_mask_of_queries_beside_sinks_and_the_log_sum_exp():
+    pytest.importorskip("fastlm._native")
+    *tensors, mask, sinks = leaves(*[(2, 4, 20, 8)] * 3, (2, 4, 20, 1), (4,))
+    agree(tensors, dict(attn_mask=mask, sinks=sinks, return_lse=True))
+
+
+def test_lanes_draw_dropout_of_their_own(monkeypatch):
+    monkeypatch.setattr(fastlm.ops.attention_lanes, "LANE_SCORES", 0)
+    q, k, v = (t.detach() for t in leaves(*[(1, 2, 30, 8)] * 3))
+    call = attention_tiles.Call(q, k, v, *[None] * 6, torch.tensor(5), Options(scale=1.0, dropout_p=0.5))
+    first, second = attention_tiles.dropped(call)[0]
+    assert 0 < first.count_nonzero() < first.numel()
+    assert not torch.equal(first, second)
+
+
+def test_threads_between_forward_and_backward_leave_dropout_as_it_is(monkeypatch):
+    monkeypatch.setattr(fastlm.ops.attention_lanes, "LANE_SCORES", 0)
+    tensors, found, threads = leaves(*[(1, 4, 20, 8)] * 3), [], torch.get_num_threads()
+    for later in (1, 3):
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        with fastlm.backend("blocked"):
+            out = attention(*tensors, dropout_p=0.5)
+        torch.set_num_threads(later)
+        found.append(torch.autograd.grad(out.sum(), tensors))
+        torch.set_num_threads(threads)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.dispatch import CannotRun
 from fastlm.ops import cross_entropy
 from tests.parity import INTERPRETED, forced
 
@@ -132,6 +133,16 @@ def test_probabilities_as_targets(device):
     x, _ = case(device, 4, 9)
     agree(x, torch.rand(4, 9, device=device), weight=torch.rand(9, device=device), label_smoothing=0.1)
     agree(torch.randn(9, requires_grad=True, device=device), torch.rand(9, device=device))
+
+
+def test_the_kernel_gives_probabilities_no_gradient_and_says_so():
+    pytest.importorskip("fastlm._native")
+    x, target = torch.randn(4, 9), torch.rand(4, 9, requires_grad=True)
+    with fastlm.backend("native"), pytest.raises(CannotRun, match="the target needs a gradient"):
+        cross_entropy(x, target)
+    with fastlm.backend("native", "torch"):
+        found, expected = (torch.autograd.grad(fn(x, target), target)[0] for fn in (cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -103,6 +103,14 @@ def test_topk_of_all_classes_is_the_teacher(kind, device):
         torch.testing.assert_close(a, b)
 
 
+def test_biases_of_any_stride(device):
+    x, weight, rest = problem(device=device)
+    apart = [torch.randn(62, device=device)[::2] for _ in range(2)]
+    found, expected = (linear_distillation(x, weight, **rest | dict(student_bias=a, teacher_bias=b)) for a, b in (
+        apart, [t.contiguous() for t in apart]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(device):
     x, weight, _ = problem(device=device)
     for kind in KINDS:
@@ -158,6 +166,17 @@ def test_module(device):
     torch.testing.assert_close(module(x, weight, **rest), linear_distillation(
         x, weight, divergence="jsd", beta=0.2, temperature=2.0, **rest))
     assert "divergence='jsd', beta=0.2" in repr(module)
+
+
+@pytest.mark.parametrize("option", [
+    {"divergence": "jsd"}, {"divergence": "jsd", "beta": 0.2}, {"temperature": 2.0}, {"hard_weight": 0.3},
+    {"ignore_index": 5}, {"reduction": "sum"}], ids=str)
+def test_module_passes_on(option, device):
+    x, weight, rest = problem(device=device)
+    rest["target"] = torch.arange(12, device=device)
+    found = fastlm.nn.LinearDistillationLoss(**option)(x, weight, **rest)
+    torch.testing.assert_close(found, linear_distillation(x, weight, **option, **rest))
+    assert not torch.equal(found, linear_distillation(x, weight, **rest))
 
 
 def test_all_ignored_gives_nan_and_zero_gradients(device):

@@ -331,6 +331,17 @@ def test_accumulation_over_1000_steps_does_not_drift(device):
     assert (whole - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
+@pytest.mark.parametrize("option", [
+    {"reduction": "sum"}, {"weight": torch.arange(7) / 7}, {"ignore_index": 3}, {"label_smoothing": 0.2},
+    {"z_loss": 0.3}, {"softcap": 0.5}, {"return_aux": True}], ids=str)
+def test_module_passes_on(option):
+    module, x, target = fastlm.nn.LinearCrossEntropyLoss(4, 7, **option), torch.randn(9, 4), torch.arange(9) % 7
+    found = module(x, target)
+    torch.testing.assert_close(found, linear_cross_entropy(x, module.linear.weight, target, **option))
+    plain = linear_cross_entropy(x, module.linear.weight, target)
+    assert "return_aux" in option or not torch.equal(found, plain)
+
+
 def ranks_of_two(rank, path, problem, classes, options, results):
     """Run one rank of a process group of two, which share the classes, and put its numbers into `results`."""
     torch.set_num_threads(1)
@@ -351,9 +362,11 @@ def ranks_of_two(rank, path, problem, classes, options, results):
 def test_classes_shared_by_two_processes(weighted, tmp_path):
     """Loss, auxiliary numbers and gradients are those of one process, on uneven shards."""
     x, weight, target = problem()
-    target[:4] = -100
+    ignored = 7 if weighted else -100  # a class of the first shard, which has a weight
+    target[:4] = ignored
     bias, class_weight = torch.randn(70), torch.rand(70) if weighted else None
-    options = dict(reduction="none" if weighted else "mean", label_smoothing=0.1, z_loss=0.01, softcap=4.0)
+    options = dict(reduction="mean" if weighted else "none", ignore_index=ignored, label_smoothing=0.1, z_loss=0.01,
+                   softcap=4.0)
     inputs = [x.detach(), weight.detach(), bias, class_weight, target]
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -66,6 +66,13 @@ def make(**options):
     return module
 
 
+def test_dropout_in_training_alone():
+    module, x = make(dropout=0.5), torch.randn(2, 5, 16)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
 @pytest.mark.parametrize("options", combinations(OPTIONS))
 def test_a_cache_gives_what_the_whole_sequence_gives(options, device):
     module, x = make(device=device, **options), torch.randn(2, 11, 16, device=device)

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastlm
+from fastlm.dispatch import CannotRun
 from fastlm.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from tests.parity import forced, hold, leaf, pair
 
@@ -120,6 +122,19 @@ def test_a_float32_weight_of_16_bit_rows(dtype):
                         (layer_norm(x, (64,), w, w), F.layer_norm(x, (64,), w, w))):
         assert ours.dtype is stock.dtype is dtype
         torch.testing.assert_close(ours, stock, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("add_norm", [add_rms_norm, add_layer_norm])
+def test_a_float32_residual_of_bfloat16_rows(add_norm):
+    """No kernel reads two dtypes: the call is torch's."""
+    pytest.importorskip("fastlm._native")
+    x, residual = torch.randn(256, 512).bfloat16(), torch.randn(256, 512)
+    with fastlm.backend("torch"):
+        expected = add_norm(x, residual, (512,))
+    with fastlm.backend("native", "torch"):
+        torch.testing.assert_close(add_norm(x, residual, (512,)), expected, rtol=0, atol=0)
+    with fastlm.backend("native"), pytest.raises(CannotRun, match=r"residual is torch\.float32"):
+        add_norm(x, residual, (512,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -182,6 +182,13 @@ def test_wrong_input(make, message):
         products.multiply(extension, *make(torch.randn(3, 4), torch.randn(4, 5)))
 
 
+def test_a_wrong_bias_and_another_device():
+    with pytest.raises(RuntimeError, match="rows of out and the bias must be contiguous"):
+        products.multiply(extension, torch.randn(3, 4), torch.randn(4, 5), bias=torch.randn(10)[::2])
+    with pytest.raises(RuntimeError, match=r"expected tensors of torch\.float32 on the CPU"):
+        products.multiply(extension, torch.randn(0, 4), torch.empty(4, 5, device="meta"))
+
+
 @pytest.mark.parametrize("native", [None, extension])
 @pytest.mark.parametrize("start", ["", "add", "bias"])
 def test_mm_is_the_same_by_torch(native, start):

@@ -381,3 +381,21 @@ def test_another_number_of_features_is_refused(mode, features):
     layer = fastlm.nn.QuantizedLinear.from_linear(torch.nn.Linear(256, 8), mode)
     with pytest.raises(RuntimeError, match="expected 256 features"):
         layer(torch.randn(3, features))
+
+
+def test_sums_that_would_overflow_are_not_taken(monkeypatch):
+    native = pytest.importorskip("fastlm.ops.quantized_linear_native")
+    monkeypatch.setattr(native, "vnni", True)
+    x = torch.zeros(1, 131073)
+    assert native.cannot(x, None, None, None, "int8_dynamic", 64) == "more than 131072 inputs would overflow 32 bits"
+    assert native.cannot(x[:, 1:], None, None, None, "int8_dynamic", 64) is None
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_quantized_layer_has_a_bias_of_its_own(trains):
+    linear = torch.nn.Linear(8, 3)
+    linear.bias.requires_grad_(trains)
+    made = fastlm.nn.QuantizedLinear.from_linear(linear)
+    assert made.bias.requires_grad is trains
+    made.bias.data.add_(1)
+    torch.testing.assert_close(made.bias - 1, linear.bias)

@@ -122,6 +122,12 @@ def test_wrong_number_of_arguments():
         ops.gru(*spoil(args, 2, ["w", *args[2][1:]]))
 
 
+def _layer(args, batch_sizes):
+    """Call the operator of one layer of GRU."""
+    tensors = [args[0], batch_sizes, *args[2], *args[3]]
+    return torch.ops.fastlm.gru_layer.default(tensors, [0] * len(tensors) + [-1], False)
+
+
 @native
 def test_kernels_check_batch_sizes_again():
     """Compiled callers reach the kernel without the public function's look at the values."""
@@ -130,6 +136,9 @@ def test_kernels_check_batch_sizes_again():
         OPS["gru"].implementations["native"].run(args[0], torch.tensor([1, 3, 1]), *args[2:])
     with pytest.raises(RuntimeError, match="hx is for 3 sequences, batch_sizes for 2"):
         OPS["gru"].implementations["native"].run(args[0], torch.tensor([2, 2, 1]), *args[2:])
+    with pytest.raises(RuntimeError, match="batch_sizes must be contiguous, got stride 2"):
+        _layer(args, torch.tensor([3, 1, 1, 1, 1, 1])[::2])
+    _layer(args, torch.tensor([3, 1, 1]))
 
 
 # --- numbers beyond the error rule -----------------------------------------------------------------------------
@@ -358,7 +367,7 @@ def test_opcheck(cell, options):
     results = forward(present, slots, True)
     grads = [torch.ones_like(r) for r in results[:1 + len(hx)]]
     torch.library.opcheck(getattr(torch.ops.fastlm, f"{cell}_layer_backward").default,
-                          (grads, list(results), present, slots, True))
+                          (grads, [results[0], *results[1 + len(hx):]], present, slots, True))
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])

@@ -166,6 +166,9 @@ def test_tokens_of_no_sequence_have_gradients_of_zero(implementation):
     assert (torch.autograd.grad(out.sum(), x)[0] == 0).all()
 
 
+PAGES = torch.tensor([[0], [2], [1]])
+POOL = dict(key=torch.zeros(2, 4, 2, 8), value=torch.zeros(2, 4, 2, 8), cu_seq_k=None,
+            seqused_k=torch.tensor([3, 4, 2]))
 BAD = {
     "cu_seq_q is": (ValueError, dict(cu_seq_q=torch.tensor([0, 5, 3, 10]))),
     "expected to rise from 0 to at most 15": (ValueError, dict(cu_seq_k=torch.tensor([0, 5, 9, 16]))),
@@ -180,6 +183,10 @@ BAD = {
     "sinks has shape": (RuntimeError, dict(sinks=torch.randn(3))),
     "alibi_slopes has shape": (RuntimeError, dict(alibi_slopes=torch.randn(2, 4))),
     "seqused_k is": (ValueError, dict(seqused_k=torch.tensor([6, 0, 0]))),
+    r"cu_seq_q is \[1, 3, 3, 10\]": (ValueError, dict(cu_seq_q=torch.tensor([1, 3, 3, 10]))),
+    r"seqused_k is \[-1, 0, 0\]": (ValueError, dict(seqused_k=torch.tensor([-1, 0, 0]))),
+    "block_table has pages 0 to 2, expected 0 to 1": (ValueError, POOL | dict(block_table=PAGES)),
+    "block_table has pages -1 to 1, expected 0 to 1": (ValueError, POOL | dict(block_table=PAGES - 1)),
     "needs seqused_k|key has shape": (RuntimeError, dict(block_table=torch.zeros(3, 2, dtype=torch.int32))),
     "cu_seq_k is None": (RuntimeError, dict(cu_seq_k=None)),
     "key is torch.float16": (RuntimeError, dict(key=torch.zeros(15, 2, 8).half())),
