@@ -122,6 +122,7 @@ class Kernels:
         kv_heads, keys = key.shape[1:3]
         fits = key.shape == (batch, kv_heads, keys, dim) and value.shape[:3] == (batch, kv_heads, keys)
         fits &= kv_heads > 0 and heads % kv_heads == 0
+        fits &= self.spans is None or batch == 1 or len(self.spans) == batch  # packed sequences share one row
         whole, rows = (batch, heads, queries, keys), batch if self.spans is None else self.spans.size(0)
         fits &= mask is None or all(size in (1, n) for size, n in zip(mask.shape, whole, strict=True))
         fits &= self.sinks is None or self.sinks.shape == (heads,)

@@ -222,6 +222,10 @@ class Layers:
         w_hh, w_hr = as_weights(w_hh, w_hr)
         dy, d_last = grads[0].contiguous(), as_states(grads[1:])
         rows, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, out)
+        kept = sum(map(len, gates)) if gates else len(rows)
+        if len(y) != len(rows) or kept != len(rows) or (c is not None and c.shape != (len(rows), hidden)) or (
+                gates and min(g.shape[1] for g in gates) < self.columns(hidden)):
+            raise RuntimeError(f"{self.cell}: what backward is given is not what forward has saved")
         # dgates begins with the gates of GRU in the order n r z, so that those of either product lie side by side; in
         # 16 bits in that of W_ih, because dX as a sum of two products would be rounded twice.
         turn, of_u = 0, [(slice(0, wide), slice(0, wide))]  # rows of W_hh and their columns of dgates

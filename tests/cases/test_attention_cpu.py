@@ -180,7 +180,7 @@ BEYOND = {"heads": {"key": (2, 3, 5, 8), "value": (2, 3, 5, 8)},
           "head size": {"key": (2, 4, 5, 7)}, "values": {"value": (2, 4, 4, 8)}, "mask": {"mask": (2, 4, 5, 4)},
           "mask of one row": {"mask": (2, 4, 2, 5)}, "sinks": {"sinks": (3,)}, "slopes": {"slopes": (1, 3)},
           "slopes of rows": {"slopes": (3, 4)}, "ids of queries": {"query_ids": (2, 4), "key_ids": (2, 5)},
-          "ids of keys": {"query_ids": (2, 5), "key_ids": (1, 5)}}
+          "ids of keys": {"query_ids": (2, 5), "key_ids": (1, 5)}, "lengths": {"lengths": (3,)}}
 
 
 @pytest.mark.parametrize("shapes", BEYOND.values(), ids=BEYOND)

@@ -368,6 +368,12 @@ def test_opcheck(cell, options):
     grads = [torch.ones_like(r) for r in results[:1 + len(hx)]]
     torch.library.opcheck(getattr(torch.ops.fastlm, f"{cell}_layer_backward").default,
                           (grads, [results[0], *results[1 + len(hx):]], present, slots, True))
+    backward = getattr(torch.ops.fastlm, f"{cell}_layer_backward").default
+    with pytest.raises(RuntimeError, match=r"is not what forward has saved|shape"):
+        backward(grads, [results[0][:-1], *results[1 + len(hx):]], present, slots, True)
+    if len(results) > 1 + len(hx):
+        with pytest.raises(RuntimeError, match=r"is not what forward has saved|shape"):
+            backward(grads, list(results), present, slots, True)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
