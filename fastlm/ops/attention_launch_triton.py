@@ -81,7 +81,8 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         lse: `[B, H, Sq]`, float32, a view of contiguous memory laid out like `out`.
     """
     call = _compact(call)
-    packed, splits = call.cu_q is not None, _splits(call) if out.numel() else 1
+    packed, any_rows = call.cu_q is not None, out.numel() and call.rows and call.longest[0]
+    splits = _splits(call) if any_rows else 1
     if splits > 1:
         parts = out.new_empty(splits, *out.shape, dtype=torch.float32)
         part_lse = lse.new_empty(splits, lse.numel())
@@ -89,10 +90,10 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
             part_lse.fill_(-torch.inf)  # of rows of no sequence
         launch(plan_forward, call, parts, part_lse, lse, splits, _ranges_of_queries(call, "forward"))
         return launch(plan_combine, parts, part_lse, out, lse, splits)
-    if packed or not out.numel():
+    if packed or not any_rows:
         out.zero_()
         lse.fill_(-torch.inf)
-    if not out.numel():
+    if not any_rows:
         return
     if hopper.takes(call) and not hopper.narrow(call.options, hopper.NARROW[call.query.size(3)]):
         return launch(hopper.plan, call, out, lse, _longest(call))
@@ -122,7 +123,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, n
     found = [None if not n else t.new_empty(t.shape) if whole else t.new_zeros(t.shape)
              for t, n in zip(like, needs, strict=True)]
     dq, dk, dv, dmask, dsinks = found
-    if not out.numel():
+    if not (out.numel() and call.rows and call.longest[0]):
         return found
     if constant:
         dq = dk = dmask = None
