@@ -104,7 +104,7 @@ class Op:
         wanted = [name for name in _order if name in self.implementations] if _order else []
         no_kernels = _mode() or _foreign(args)
         declined = {} if wanted else {name: f"{self.name} has no such implementation" for name in _order}
-        for name in wanted or self._order():
+        for name in wanted or self._default_order():
             implementation = self.implementations[name]
             reason = None if name in ("torch", "reference") else no_kernels
             reason = reason or implementation.cannot(*args)
@@ -116,7 +116,7 @@ class Op:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
         raise CannotRun(f"{self.name}: backend{tuple(wanted)} was asked for and cannot run: {reasons}")
 
-    def _order(self):
+    def _default_order(self):
         """Return the default order; stock's operators that the compiler does not see into know no transform."""
         return (*self.fast, "reference") if not self.exports and in_graph() and transformed() else self.default
 
@@ -261,6 +261,8 @@ def _load(files: str, name: str) -> Implementation:
             raise ImportError("this PyTorch has no CUDA (TRITON_INTERPRET=1 interprets kernels on the CPU)")
         module = importlib.import_module(f"fastlm.ops.{files}_{name}")
     except ImportError as error:
+        if (error.name or "").startswith("fastlm.") and error.name != "fastlm._native":
+            raise  # a fault of ours is no missing requirement
         reason = str(error)
         if name == "native" and "_native" in reason:
             reason = f"the C++ extension is missing: {build_report()['error'] or reason}"

@@ -1,5 +1,7 @@
 """backend() and explain(): which implementation runs, why the others do not, and what the compiler makes of it."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 import threading
@@ -378,6 +380,31 @@ def test_tensors_made_of_others_run_stock():
     ran, declined = toy(native=NATIVE).choose(([x, Wrapper(weight)],))  # anywhere in a list
     assert ran == "torch"
     assert "Wrapper is made of other tensors" in declined["native"]
+
+
+@pytest.mark.parametrize(("missing", "reason"), [
+    ("fastlm._native", "the C\\+\\+ extension is missing"), ("fastlm.ops.head", None), ("other", "no module")])
+def test_a_fault_of_ours_is_no_missing_requirement(missing, reason, monkeypatch):
+    """Such as a circular import, which would have stock run for ever."""
+    def fail(name):
+        raise ImportError(f"no module {missing}", name=missing)
+    monkeypatch.setattr(fastlm.dispatch.importlib, "import_module", fail)
+    if reason is None:
+        with pytest.raises(ImportError, match="no module"):
+            fastlm.dispatch._load("softmax", "native")
+    else:
+        made = fastlm.dispatch._load("softmax", "native")
+        assert made.run is None
+        assert re.match(reason, made.cannot())
+
+
+def test_what_is_installed_is_loaded():
+    """Blocked implementations need nothing; one extension serves all ops, and so does one Triton."""
+    there = {"blocked": True, "native": importlib.util.find_spec("fastlm._native") is not None,
+             "triton": fastlm.dispatch.triton_can_run() and importlib.util.find_spec("triton") is not None}
+    for op in fastlm.ops.ALL:
+        for name in op.fast:
+            assert (op.implementations[name].run is not None) == there[name], (op.name, name)
 
 
 # --- small calls -----------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
 from fastlm.ops.cross_entropy import check_range
 from fastlm.ops.linear_cross_entropy import REDUCTIONS
+from fastlm.ops.loss_kernels import DIVERGENCES
 from fastlm.ops.tensors import check_tensors, readable
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")  # their numbers are those of csrc/loss.h
 LEAST_LOGITS, LEAST = 1 << 16, 1 << 25  # logits and multiplications, below both of which `_forward_kl` is no slower
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastlm.autograd import Differentiable
-from fastlm.ops.distillation import DIVERGENCES, check_indices, reference, scatter_topk
+from fastlm.ops.distillation import check_indices, reference, scatter_topk
 from fastlm.ops.head import Head, gradient_dtypes
-from fastlm.ops.loss_kernels import Logits
+from fastlm.ops.loss_kernels import DIVERGENCES, Logits
 from fastlm.ops.tensors import accumulator
 
 STATICS = ("str divergence, float beta, float temperature, float hard_weight, int ignore_index, str reduction, "

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlm.ops.distillation import DIVERGENCES
 from fastlm.ops.distillation_kernels import ACCEPTS, Sweep
 from fastlm.ops.head_kernels_triton import scaled, width
+from fastlm.ops.loss_kernels import DIVERGENCES
 from fastlm.ops.math_kernels_triton import exp
 from fastlm.ops.triton_kernels import DTYPES, cannot_here, launch, loses
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops.distillation import DIVERGENCES
 from fastlm.ops.head import scaled
 from fastlm.ops.tensors import addresses
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")  # in the order of csrc/loss.h
 
 
 class Logits(NamedTuple):
