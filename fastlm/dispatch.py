@@ -279,8 +279,13 @@ def triton_can_run() -> bool:
 
 
 def forward_mode() -> str | None:
-    """Return why no kernel of ours runs while dual numbers are about (it has no such derivative), else None."""
-    return "forward-mode differentiation (jvp, hessian)" if _dual() else None
+    """Return why no kernel of ours runs while dual numbers are about (it has no such derivative), else None.
+
+    In a graph the level is read twice: as the compiler knows it, which makes another graph once dual numbers come from
+    outside, and as it is within what is traced.
+    """
+    dual = torch.autograd.forward_ad._current_level >= 0 or _dual()
+    return "forward-mode differentiation (jvp, hessian)" if dual else None
 
 
 def in_graph() -> bool:
@@ -302,7 +307,7 @@ def _dual() -> bool:
 def _mode() -> str | None:
     """Return the reason why no kernel of ours runs: dual numbers, or a tracer that would record none of its work."""
     if torch.compiler.is_compiling():
-        return "a transform of torch.func in a compiled graph" if transformed() else None
+        return forward_mode() or ("a transform of torch.func in a compiled graph" if transformed() else None)
     if torch._C._is_tracing():
         return "torch.jit.trace records torch's own operators alone"
     return forward_mode()

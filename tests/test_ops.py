@@ -178,6 +178,28 @@ def test_transforms_inside_a_compiled_graph(op, device):
     assert expected[1] != 0
 
 
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_dual_numbers_come_to_a_compiled_graph(op, device):
+    """A graph made without them has kernels that would lose their tangents: the compiler makes another."""
+    torch._dynamo.reset()
+    x, *rest = next(s.args for s in op.samples("test", torch.float32, device) if s.args[0].numel() > 50)
+    call = torch.compile(lambda x: measure.floating(op(x, *rest))[0], backend="aot_eager")
+
+    def tangent(x, v):
+        with torch.autograd.forward_ad.dual_level():
+            dual = call(torch.autograd.forward_ad.make_dual(x, v))
+            return torch.autograd.forward_ad.unpack_dual(dual).tangent
+    v = torch.randn_like(x)
+    with fastlm.backend("reference"):
+        expected = tangent(x, v)
+    torch._dynamo.reset()
+    with fastlm.backend(*op.fast, "reference"):
+        call(x)
+        found = tangent(x, v)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert found.any()
+
+
 @pytest.mark.parametrize(("op", "name"), FAST + STOCK, ids=lambda x: getattr(x, "name", x))
 def test_torchs_defaults_are_not_those_of_buffers(op, name, device):
     """What a kernel makes for itself is neither of the default dtype nor on the default device."""

@@ -145,9 +145,9 @@ def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teache
         if KIND == 2:
             q_over, p_over = _over_mixture(log_p, log_q, beta)
         if KIND != 1:
-            of_q += tl.sum(tl.where(q > 0, q * q_over, 0.0), 1)
+            of_q += tl.sum(tl.where(q == 0, 0.0, q * q_over), 1)
         if KIND != 0:
-            of_p += tl.sum(tl.where(p > 0, p * p_over, 0.0), 1)
+            of_p += tl.sum(tl.where(p == 0, 0.0, p * p_over), 1)
         if KIND == 0 and out is not None:
             g = factor * (p - q)
             if target is not None:
@@ -179,7 +179,7 @@ def rows_kernel(student, student_row, student_bias, teacher, teacher_row, teache
             if KIND == 2:
                 _, p_over = _over_mixture(log_p, log_q, beta)
                 part *= 1 - beta
-            g = tl.where(part != 0, tl.where(p > 0, part * p * (p_over - p_sum), 0.0), 0.0)
+            g = tl.where(part != 0, tl.where(p == 0, 0.0, part * p * (p_over - p_sum)), 0.0)
             if target is not None:
                 g = _hard(g, u, s_top, up, h_share, col, y)
             g = tl.where((factor != 0) | (up != 0), g, 0.0)
