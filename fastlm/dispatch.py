@@ -131,19 +131,20 @@ def at_once(shortcut: Callable) -> Callable:
     """Let a function try `shortcut` first, for calls so small that to check them and to choose would cost more.
 
     `shortcut` takes the call as it came and returns the result where checks and choice could end nowhere else, else
-    None. What it raises is not shown: the function finds the same, and says it in its own words. `explain`, `backend`
-    and the compiler see the choice itself.
+    None. What it raises is not shown: the function finds the same, and says it in its own words. `explain`, `backend`,
+    the compiler and `torch.jit.trace` see the choice itself.
 
     >>> @at_once(lambda x: torch.relu(x) if x.numel() < LEAST else None)
     ... def relu(x): ...
     """
-    is_compiling, saving_hooks = torch.compiler.is_compiling, torch._C._autograd._top_saved_tensors_default_hooks
+    is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+    saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
     def decorate(function):
         @functools.wraps(function)
         def call(*args, **kwargs):
             # A hook on what is saved may raise, as a checkpoint's does when it has seen enough.
-            if not _order and _calls is None and not is_compiling() and saving_hooks(True) is None:
+            if not _order and _calls is None and not is_compiling() and saving_hooks(True) is None and not is_tracing():
                 try:
                     found = shortcut(*args, **kwargs)
                 except Exception:

@@ -476,7 +476,7 @@ def test_loss_compiled(name, device):
 
 TRACED = {"Linear": ((256, 512), (64, 256)), "RMSNorm": ((256,), (2048, 256)), "LSTMCell": ((256, 256), (4, 256)),
           "GRUCell": ((256, 256), (4, 256)), "LSTM": ((256, 256), (40, 4, 256)), "GRU": ((256, 256), (40, 4, 256)),
-          "RNN": ((256, 256), (40, 4, 256)), "one step": ((256, 256), (1, 4, 256)),
+          "RNN": ((256, 256), (40, 4, 256)), "one step": ((256, 256), (1, 4, 256)), "few steps": ((3, 5), (10, 2, 3)),
           "TransformerEncoderLayer": ((256, 4), (40, 4, 256))}
 
 
@@ -486,9 +486,10 @@ TRACED = {"Linear": ((256, 512), (64, 256)), "RMSNorm": ((256,), (2048, 256)), "
 def test_traced_by_jit(name, grad):
     """A trace sees torch's operators alone: it holds these, not the numbers that a kernel wrote."""
     args, shape = TRACED[name]
-    module, x = getattr(fastlm.nn, "LSTM" if name == "one step" else name)(*args).eval(), torch.randn(shape)
+    layer = {"one step": "LSTM", "few steps": "GRU"}.get(name, name)
+    module, x = getattr(fastlm.nn, layer)(*args).eval(), torch.randn(shape)
     other = torch.randn(2 * shape[0], *shape[1:])
     with torch.set_grad_enabled(grad):
-        traced = torch.jit.trace(module, (x,), check_trace=False)
+        traced = torch.jit.trace(module, (x,))
         torch.testing.assert_close(tensors(traced(other)), tensors(module(other)))
         assert all(call.ran == "torch" for call in fastlm.explain(torch.jit.trace, module, (x,), check_trace=False))

@@ -19,6 +19,8 @@ constexpr int kWidth = kLanes<Compute<S>>;
 
 template <class S>
 constexpr int64_t kPiece = 256 * kWidth<S>;  // longer chains of additions lose too many digits
+template <class S>
+constexpr int64_t kEqual = 16 * kWidth<S>;  // and of equal numbers, whose rounding has one sign, much shorter ones
 
 // Numbers as they are stored, a vector of what they are computed in at a time.
 template <class S>
@@ -195,7 +197,7 @@ void read_row(const LossTile& tile, const LossRead<S>& a, int64_t row) {
       for (int j = 0; j < n; ++j) top = rest[j] > top ? rest[j] : top;
     }
     const C base = top == C(-INFINITY) ? 0 : top;
-    Vector<C> total = {}, moment = {}, weighted = {}, mass = {};
+    Vector<C> total = {}, moment = {}, weighted = {}, mass = {}, some_weighted, some_mass;
     const auto add = [&](int64_t i, int n) FASTLM_INLINED {
       const Vector<C> u = logits(i, n), d = u - base;
       Vector<C> e = exponential<C>(d);
@@ -208,11 +210,17 @@ void read_row(const LossTile& tile, const LossRead<S>& a, int64_t row) {
         Vector<C> t = spread(i, n);
         if (n < width)
           for (int j = n; j < width; ++j) t[j] = 0;
-        weighted += t == 0 ? t : t * u;
-        mass += t;
+        some_weighted += t == 0 ? t : t * u;
+        some_mass += t;
       }
     };
-    for_vectors<width>(begin, end, add);
+    constexpr int64_t length = plain ? kPiece<S> : kEqual<S>;
+    for (int64_t from = begin; from < end; from += length) {
+      some_weighted = some_mass = Vector<C>{};
+      for_vectors<width>(from, from + length < end ? from + length : end, add);
+      weighted += some_weighted;
+      mass += some_mass;
+    }
     const C step = sums[0] - base, shrink = sums[0] == C(-INFINITY) ? 0 : std::exp(step);
     if (entropy) sums[2] = (shrink > 0 ? shrink * (sums[2] + step * sums[1]) : 0) + sum<C>(moment);
     sums[1] = shrink * sums[1] + sum<C>(total);

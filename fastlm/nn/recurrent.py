@@ -35,7 +35,7 @@ def _shortcut(module, input, hx=None):
         module._check_state(state, (batch,))
     settings, found = (*module._settings, module.batch_first), None
     module._check_input(input, settings[0])
-    if module._runs_stock(input, state, settings[0], steps):
+    if module._runs_stock(input, state, settings[0], steps) and module._fits(settings[0]):
         found = module.op.implementations["torch"].run(input, None, state, *settings, *module._nonlinearity)
     elif steps == 1:
         found = module.op.at_once(input, module._join(state), *settings, *module._nonlinearity)
@@ -63,7 +63,7 @@ class _Recurrent(nn.Module):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
-        self._all_weights = []
+        self._all_weights, self._all_shapes = [], []
         for layer in range(num_layers):
             for suffix in ("", "_reverse")[: self._directions]:
                 shapes = self._shapes(layer)
@@ -71,6 +71,7 @@ class _Recurrent(nn.Module):
                     empty = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(f"{name}_l{layer}{suffix}", nn.Parameter(empty))
                 self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
+                self._all_shapes += shapes.values()
         self.flatten_parameters()
         self.reset_parameters()
 
@@ -191,6 +192,10 @@ class _Recurrent(nn.Module):
             return self.hidden_size < 256 and steps < 128
         return trains and steps < 16
 
+    def _fits(self, weights) -> bool:
+        """Tell whether the weights have the sizes that they were made with, which stock's LSTM takes for granted."""
+        return [w.shape for w in weights] == self._all_shapes
+
     def _run(self, *args):
         return self.op(*recurrent.canonical(self.op.name, self.gates, len(self._widths), args, {}), *self._nonlinearity)
 
@@ -283,8 +288,9 @@ class LSTM(_Recurrent):
         return [self.proj_size or self.hidden_size, self.hidden_size]
 
     def _split(self, hx):
-        if len(hx) != 2:
-            raise IndexError(f"LSTM: hx must be a pair (h, c), got {len(hx)} of {type(hx).__name__}")
+        if len(hx) != 2 or isinstance(hx, Tensor):
+            kind = IndexError if len(hx) < 2 else RuntimeError if len(hx) > 2 else TypeError  # as torch.nn's
+            raise kind(f"LSTM: hx must be a pair (h, c), got {len(hx)} of {type(hx).__name__}")
         return [hx[0], hx[1]]
 
     def _join(self, state):
@@ -397,8 +403,9 @@ class LSTMCell(_Cell, nn.LSTMCell):
         """Return (h, c), [B, H] each, after `input` [B, input_size]; without B for unbatched input."""
         if autocasts(input.device.type):
             return super().forward(input, hx)
-        if hx is not None and len(hx) != 2:
-            raise RuntimeError(f"LSTMCell: hx must be a pair (h, c), got {len(hx)} of {type(hx).__name__}")
+        if hx is not None and (len(hx) != 2 or isinstance(hx, Tensor)):
+            kind = TypeError if isinstance(hx, Tensor) else RuntimeError
+            raise kind(f"LSTMCell: hx must be a pair (h, c), got {len(hx)} of {type(hx).__name__}")
         h, c = self._advance(ops.lstm, input, None if hx is None else [hx[0], hx[1]])
         return h, c
 

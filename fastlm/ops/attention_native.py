@@ -24,6 +24,8 @@ def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, 
         return reason
     if options.dropout_p:
         return "draws no dropout"
+    if not query.size(1):
+        return "there are no heads"
     if max(query.size(3), value.size(3)) > MOST:
         return f"heads of more than {MOST} numbers"
     return None

@@ -125,7 +125,7 @@ def _check_values(divergence, beta, temperature, hard_weight, reduction):
     for name, value in (("beta", beta), ("hard_weight", hard_weight)):
         if not 0 <= value <= 1:
             raise ValueError(f"linear_distillation: {name} must be in [0, 1], got {value}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"linear_distillation: temperature must be positive, got {temperature}")
 
 
@@ -187,10 +187,11 @@ def reference(student, weight, bias, teacher, teacher_weight, teacher_bias, teac
     elif beta in (0, 1):
         soft = 0 * log_p.sum(-1)
     else:
-        # From the larger of the two: logaddexp(log q + log β, …) would round β and 1 - β to what is not 1 in sum.
+        # From the larger of the two: logaddexp(log q + log β, …) would round β and 1 - β to what is not 1 in sum. Of
+        # equal ones either does: clamp has a gradient at 0, which abs has not.
         gap = log_q - log_p
-        less = (-gap.abs()).exp()
-        log_m = torch.where(gap > 0, log_q + (beta + (1 - beta) * less).log(), log_p + (1 - beta + beta * less).log())
+        log_m = torch.where(gap > 0, log_q + (beta + (1 - beta) * (-gap.clamp(min=0)).exp()).log(),
+                            log_p + (1 - beta + beta * gap.clamp(max=0).exp()).log())
         soft = beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
     factor = (1 - hard_weight) * temperature**2
     loss = soft if factor == 1 else factor * soft

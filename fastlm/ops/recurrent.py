@@ -268,11 +268,11 @@ def stock(cell: str, data, batch_sizes, hx, params, has_biases, num_layers, drop
     options = (has_biases, num_layers, dropout, train, bidirectional)
     if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
         def layer(x, batch_sizes, hx, params):
-            tensors = [x, *hx, *params]
-            if cell in ("tanh", "relu") or (cell == "lstm" and batch_sizes is None):
+            tensors, projected = [x, *hx, *params], cell == "lstm" and hx[0].shape[-1] != hx[1].shape[-1]
+            if cell in ("tanh", "relu") or projected or (cell == "lstm" and batch_sizes is None):
                 tensors = autocast(x.device.type, *tensors)  # as stock does inside, unseen by an opaque operator
             found = _stock_layers[cell]([tensors[0], batch_sizes, *tensors[1:]], cell, has_biases, bidirectional)
-            if cell == "lstm" and hx[0].shape[-1] != hx[1].shape[-1]:  # a projected one's cell state keeps its dtype
+            if projected:  # its cell state keeps its dtype
                 found = [*found[:2], found[2].to(hx[1].dtype)]
             return found
         return stack(layer, data, batch_sizes, hx, params, *options, batch_first)

@@ -66,7 +66,7 @@ class Layers:
         found = None if batch_sizes is not None or projects else self.stream(data, hx, params, has_biases, *options)
         if found is not None:
             return found
-        result = self.result_dtype(data, batch_sizes, hx)
+        result = self.result_dtype(data, batch_sizes, hx, projects)
         # A step reads every weight once: to convert them first would cost more than the step itself.
         in_place = not projects and batch_sizes is None and not torch.is_grad_enabled() \
             and self.few(data, None, hx, options[-1])
@@ -135,11 +135,16 @@ class Layers:
         _, batch, hidden = hx[0].shape
         return x.shape[-1] > 0 and hidden >= IN_PLACE and (steps == 1 or batch * steps <= 16)
 
-    def result_dtype(self, data, batch_sizes, hx) -> torch.dtype:
-        """Return what stock returns: under autocast the dense LSTM and the RNN lower it, the others keep hx's."""
+    def result_dtype(self, data, batch_sizes, hx, projects) -> torch.dtype:
+        """Return what stock returns: under autocast the RNN and the LSTM lower it, the others keep hx's.
+
+        They are the GRU, and the LSTM of packed sequences of several lengths that is not projected.
+        """
         if data.dtype is torch.float64 or not torch.is_autocast_enabled(data.device.type):
             return data.dtype
-        if self.cell == "gru" or (self.cell == "lstm" and batch_sizes is not None):
+        # A graph does not know the lengths.
+        several = batch_sizes is not None and (torch.compiler.is_compiling() or bool(batch_sizes[0] != batch_sizes[-1]))
+        if self.cell == "gru" or (self.cell == "lstm" and several and not projects):
             return hx[0].dtype
         return torch.get_autocast_dtype(data.device.type)
 

@@ -58,6 +58,15 @@ def test_the_output_lies_in_memory_as_stocks(order):
         torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window_size": (3, 0)}, {"return_lse": True}], ids=str)
+def test_no_heads(options, device):
+    q = torch.randn(2, 0, 6, 8, device=device, requires_grad=True)
+    out = attention(q, q, q, **options)
+    out = out[0] if options.get("return_lse") else out
+    out.sum().backward()
+    assert out.shape == q.grad.shape == q.shape
+
+
 def test_a_window_without_an_end(implementation, device):
     q = torch.randn(1, 2, 8, 16, device=device)
     found = attention(q, q, q, window_size=(2, sys.maxsize))

@@ -160,6 +160,18 @@ def test_a_class_weight_gets_no_gradient(implementation, device):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("even", [True, False])
+def test_many_equal_numbers_are_summed_exactly(even, implementation, device):
+    """All of a row's targets are alike: so are the signs of what rounding takes from each."""
+    x, target = 10 * torch.randn(64, 32000, device=device), torch.randint(32000, (64,), device=device)
+    if not even:
+        target = torch.full_like(x, 1 / 32000)
+    exact = F.cross_entropy(x.double(), target if even else target.double(), label_smoothing=float(even))
+    found, stock = (fn(x, target, label_smoothing=float(even)) for fn in (cross_entropy, F.cross_entropy))
+    bound = 2 * (stock - exact).abs() + 4 * torch.finfo(x.dtype).eps * exact
+    assert (found - exact).abs() <= bound
+
+
 def test_double_backward(implementation, device):
     x, target = case(device, 4, 9, ignored=1)
     found, expected = (

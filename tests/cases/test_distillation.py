@@ -47,6 +47,31 @@ def test_the_definition(kind, temperature, device):
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("teacher", [[2, 1, 3, 4], [1, 2, 3, 4], [-torch.inf, 1, 3, 4]], ids=str)
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_classes_as_probable_for_both(kind, teacher):
+    """There the mixture's logarithm is on the kink of whatever picks the larger of the two."""
+    x, teacher = torch.tensor([[1.0, 2, 3, 4]], dtype=torch.float64), torch.tensor([teacher], dtype=torch.float64)
+
+    def loss(x):
+        return linear_distillation(x, torch.eye(4, dtype=x.dtype), teacher_logits=teacher, divergence=kind, beta=0.3)
+    for name in ("reference", "torch", "native"):
+        if not absent(op, name, "cpu"):
+            with fastlm.backend(name):
+                torch.autograd.gradcheck(loss, (x.requires_grad_(),))
+                torch.autograd.gradgradcheck(loss, (x,))
+
+
+def test_one_graph_serves_all_temperatures():
+    x, weight, rest = problem()
+    call = torch.compile(lambda *args, **options: linear_distillation(*args, **rest, **options), fullgraph=True,
+                         backend="aot_eager")
+    torch._dynamo.reset()
+    for temperature in (1.0, 2.0, 3.0):
+        torch.testing.assert_close(call(x, weight, temperature=temperature),
+                                   linear_distillation(x, weight, temperature=temperature, **rest))
+
+
 @pytest.mark.parametrize("who", ["student", "teacher"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["reference", "torch", "native", "triton"])

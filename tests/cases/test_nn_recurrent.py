@@ -287,6 +287,9 @@ def bad_inputs(cell):
     yield "width of hx", "hx", x, state(torch.randn(1, 2, 5))
     yield "layers of hx", "hx", x, state(torch.randn(2, 2, 6))
     yield "kind of hx", "hx", x, h if cell == "LSTM" else (h, h)
+    if cell == "LSTM":
+        yield "three states", "hx", x, (h, h, h)
+        yield "states in one tensor", "hx", x, torch.stack([h, h])
     yield "unbatched hx", "hx", x, state(h[:, 0])
     yield "batched hx", "hx", x[:, 0], state(h)
     yield "dtype of hx", "hx", x, state(h.double())
@@ -306,6 +309,17 @@ def test_recurrent_bad_inputs(cell):
             ours(x, hx)
         assert cell.lower() in str(caught.value).lower(), what
         assert name in str(caught.value), what
+
+
+@pytest.mark.parametrize("steps", [1, 4, 40, 200])
+@pytest.mark.parametrize(("name", "shape"), [("weight_hh_l0", (3, 3)), ("weight_ih_l0", (20, 2)), ("bias_hh_l0", (1,))])
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_of_other_sizes_are_refused(cell, name, shape, steps):
+    """Stock's LSTM hands them to oneDNN, which reads past their ends."""
+    module = getattr(fastlm.nn, cell)(3, 5, 2, bidirectional=True)
+    setattr(module, name, torch.nn.Parameter(torch.randn(shape)))
+    with pytest.raises(RuntimeError, match="has shape"):
+        module(torch.randn(steps, 3, 3))
 
 
 # --- other roads of autograd -----------------------------------------------------------------------------------

@@ -321,9 +321,12 @@ def test_python_threads_and_thread_counts(name, batch):
 
 @native
 @each_cell
-@pytest.mark.parametrize("packed", [False, True])
-def test_autocast_dtype(name, packed):
-    args = make(name, lengths=(4, 2) if packed else None)
+@pytest.mark.parametrize("options", [{}, {"lengths": (4, 2)}, {"lengths": (4, 4)}, {"lengths": (4,)},
+                                     {"lengths": (4, 2), "proj": 3}, {"lengths": (4, 4), "proj": 3}], ids=str)
+def test_autocast_dtype(name, options):
+    if "proj" in options and name != "lstm":
+        pytest.skip("only LSTMs are projected")
+    args = make(name, **options)
     with torch.autocast("cpu", torch.bfloat16):
         stock, ours, reduced = (OPS[name].implementations[i].run(*args) for i in ("torch", "native", "reference"))
     assert [t.dtype for t in ours] == [t.dtype for t in stock]
