@@ -1,5 +1,6 @@
 """Measure: the one timer, the error rule, peak memory, and what this machine can do at best."""
 
+import contextlib
 import functools
 import gc
 import math
@@ -187,19 +188,56 @@ def timings(candidates: dict[str, Callable[[], Any]], device: str = "cpu", secon
         seconds: time to spend on each candidate, at least three rounds.
         rounds: the most rounds.
     """
-    seen: dict[str, list[float]] = {name: [] for name in candidates}
     for fn in candidates.values():
         fn()  # warm-up: allocations, code generation, page faults
     measure = _cpu_once
     if torch.device(device).type == "cuda":
         measure = functools.partial(_cuda_once, ahead=1.5 * max(_queueing(fn) for fn in candidates.values()))
+    return _in_turn({name: functools.partial(measure, fn) for name, fn in candidates.items()}, seconds, rounds)
+
+
+def timings_apart(makers: dict[str, Callable[[], Callable]], seconds: float = 1.0,
+                  rounds: int = 200) -> dict[str, Timing]:
+    """Time candidates in turn on the CPU, each in a process of its own, as two programs would run.
+
+    In one process malloc keeps for one what another has freed, or has told it to keep.
+
+    Args:
+        makers: name -> function, known to pickle, that returns the function to be timed.
+        seconds, rounds: as of `timings`.
+    """
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(_fresh_process(_serve, make)) for name, make in makers.items()}
+        for worker in workers.values():
+            worker.recv()  # warm
+
+        def measure(worker):
+            worker.send(True)
+            return worker.recv()
+        found = _in_turn({name: functools.partial(measure, w) for name, w in workers.items()}, seconds, rounds)
+        for worker in workers.values():
+            worker.send(False)
+        return found
+
+
+def _serve(connection, make):
+    fn = make()
+    fn()
+    connection.send(True)
+    while connection.recv():
+        time.sleep(0.005)  # threads of the one before still spin
+        connection.send(_cpu_once(fn))
+
+
+def _in_turn(measures, seconds, rounds):
+    seen: dict[str, list[float]] = {name: [] for name in measures}
     spent = 0.0
     for i in range(rounds):
         start = time.perf_counter()
-        for name, fn in candidates.items():
-            seen[name].append(measure(fn))
+        for name, measure in measures.items():
+            seen[name].append(measure())
         spent += time.perf_counter() - start
-        if i >= 2 and spent > seconds * len(candidates):
+        if i >= 2 and spent > seconds * len(measures):
             break
     return {name: _summary(values) for name, values in seen.items()}
 
@@ -263,25 +301,33 @@ def in_fresh_process(fn: Callable, *args) -> Any:
 
     The function, its arguments and what it returns must be known to pickle.
     """
+    with _fresh_process(_send, fn, *args) as connection:
+        return connection.recv()
+
+
+def _send(connection, fn, *args):
+    connection.send(fn(*args))
+
+
+@contextlib.contextmanager
+def _fresh_process(target, *args):
+    """Run `target(connection, *args)` in a process of its own; give the other end of the connection, and wait."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
     # The first torch.autograd.grad of a process imports sympy, 30 MB: not now.
     context.set_forkserver_preload(["fastlm", "torch.fx.experimental.symbolic_shapes"])
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(send, fn, args))
+    here, there = context.Pipe()
+    process = context.Process(target=target, args=(there, *args))
     process.start()
-    send.close()
+    there.close()
     try:
-        return receive.recv()
-    except EOFError:
-        raise RuntimeError(f"{fn.__name__}: the measuring process died; its error is above") from None
+        yield here
+    except (EOFError, ConnectionError):
+        raise RuntimeError(f"{args[0]}: the measuring process died; its error is above") from None
     finally:
+        here.close()
         process.join()
-
-
-def _send(connection, fn, args):
-    connection.send(fn(*args))
 
 
 def _resident_peak(make):

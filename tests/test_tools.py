@@ -116,18 +116,29 @@ def note_process(path):
                    whole=True)
 
 
-def test_fresh_cases_are_timed_together_in_a_process_of_their_own(tmp_path):
+def test_candidates_of_fresh_cases_are_timed_in_turn_each_in_a_process_of_its_own(tmp_path):
     path = tmp_path / "calls"
     case = Case("rnn-cpu", "x", "y", torch.float32, functools.partial(note_process, path), ("forward",),
                 fresh=True)
     (row,) = bench.measure_case(case, "cpu", 0.01)
     assert row.seconds > 0
-    checked, *timed = [line.split() for line in path.read_text().splitlines()]
+    checked, *calls = [line.split() for line in path.read_text().splitlines()]
     assert checked[0] == str(os.getpid())
-    timed = [call for call in timed if call != checked]
+    timed = [process for process, threads in calls if process != checked[0]]
+    assert {threads for _, threads in calls} == {str(torch.get_num_threads())}
+    timed = timed[2:]  # the first two warm up, in whatever order
     assert len(timed) > 4
-    assert all(call == timed[0] for call in timed)
-    assert timed[0][1] == str(torch.get_num_threads())
+    assert timed[0] != timed[1]
+    assert timed == timed[:2] * (len(timed) // 2)
+
+
+def test_a_measuring_process_that_dies_is_named():
+    with pytest.raises(RuntimeError, match="dies.*the measuring process died"):
+        measure.timings_apart({"x": dies})
+
+
+def dies():
+    os._exit(1)
 
 
 def test_a_share_to_reach_is_of_a_product_beside_it(monkeypatch):

@@ -120,7 +120,8 @@ def measure_case(case: Case, device: str, seconds: float, compiled: bool = False
         if beside:
             candidates["peak"], flops, _ = measure.product(device, case.dtype)
         if case.fresh:
-            times = measure.in_fresh_process(_timings, case, mode, list(candidates), seconds, torch.get_num_threads())
+            times = measure.timings_apart({name: functools.partial(_call, case, mode, name, torch.get_num_threads())
+                                           for name in candidates}, seconds)
         else:
             times = measure.timings(candidates, device, seconds)
         peak = times.pop("peak", None)
@@ -162,14 +163,15 @@ def _baselines(subject, mode):
     return calls, failed
 
 
-def _timings(case, mode, names, seconds, threads):
-    """Return what `measure.timings` does for a case on the CPU, from its beginning."""
+def _call(case, mode, name, threads):
+    """Return what is timed of a case on the CPU, made anew."""
     torch.set_num_threads(threads)
+    if name == "peak":
+        return measure.product("cpu", case.dtype)[0]
     subject = case.build()
     for module in subject.modules:
         module.train(mode == "training")
-    calls = subject.baselines | {"fastlm": _forced(subject.ours, case.forced)}
-    return measure.timings({name: step(calls[name], subject, mode) for name in names}, "cpu", seconds)
+    return step(_forced(subject.ours, case.forced) if name == "fastlm" else subject.baselines[name], subject, mode)
 
 
 def hold(row: Row, goal: Goal) -> None:

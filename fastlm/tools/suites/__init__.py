@@ -86,8 +86,9 @@ class Case:
     """One case of a suite. `build` makes its inputs only when they are wanted.
 
     `modes` are "forward" (without gradients) and "training" (forward and backward); `goals` has those of each mode;
-    `fast` names the implementations that `fastlm bench --every` forces, one by one. `fresh` cases are timed in a
-    process of their own, on the CPU: once malloc has seen large blocks freed, it keeps the next, which helps stock.
+    `fast` names the implementations that `fastlm bench --every` forces, one by one. In `fresh` cases, on the CPU, each
+    candidate is timed in a process of its own, as a program that uses it alone: in one process malloc would keep for
+    stock what others have freed, and have it keep (`ops.cpu.keep_freed_memory`).
     """
 
     suite: str

@@ -47,13 +47,13 @@ def _streams():
     for cell, hidden in itertools.product(STREAMING, (256, 512, 1024)):
         every, mean = STREAMING[cell]
         goal = Goal(every, means={f"{cell} float32 streaming": mean})
-        yield _case(cell, f"streaming, H{hidden}", f32, _stream, cell, hidden, goals={"forward": goal}, fresh=True)
+        yield _case(cell, f"streaming, H{hidden}", f32, _stream, cell, hidden, goals={"forward": goal})
     for hidden in (256, 512, 1024):
         yield _case("LSTM", f"streaming, H{hidden}, where malloc keeps what was freed", f32, _stream, "LSTM", hidden,
-                    goals={"forward": Goal()})
+                    goals={"forward": Goal()}, fresh=False)
     for hidden in (256, 512, 1024):
         yield _case("LSTM", f"streaming, H{hidden}, stock without oneDNN", f32, _stream, "LSTM", hidden, False,
-                    goals={"forward": Goal(1.1)}, fresh=True)
+                    goals={"forward": Goal(1.1)})
 
 
 def _float32_cases():
@@ -68,7 +68,7 @@ def _float32_cases():
                 goals={"forward": Goal(1.3), "training": Goal(1.3, memory=1.0)})
 
 
-def _case(cell, case, dtype, build, *args, goals, fresh=False):
+def _case(cell, case, dtype, build, *args, goals, fresh=True):
     return Case("rnn-cpu", cell, case, dtype, functools.partial(build, *args), tuple(goals), goals, ("native",),
                 fresh=fresh)
 
