@@ -133,7 +133,7 @@ def test_candidates_of_fresh_cases_are_timed_in_turn_each_in_a_process_of_its_ow
 
 
 def test_a_measuring_process_that_dies_is_named():
-    with pytest.raises(RuntimeError, match="dies.*the measuring process died"):
+    with pytest.raises(RuntimeError, match=r"dies.*the measuring process died"):
         measure.timings_apart({"x": dies})
 
 

@@ -19,7 +19,7 @@ from fastlm.dispatch import at_once
 from fastlm.ops import recurrent
 from fastlm.ops.gru import op as gru_op
 from fastlm.ops.lstm import op as lstm_op
-from fastlm.ops.recurrent import IN_PLACE
+from fastlm.ops.recurrent import IN_PLACE, MOST_ROWS
 from fastlm.ops.rnn import op as rnn_op
 
 
@@ -184,9 +184,11 @@ class _Recurrent(nn.Module):
 
     def _runs_stock(self, input, state, weights, steps) -> bool:
         """Tell whether there is so little to compute that `losses` of the kernels name stock on every CPU."""
-        if self.proj_size or autocasts("cpu") or any(
-                t.dtype is not torch.float32 or not t.is_cpu for t in (input, *state)):
+        dtype = weights[0].dtype
+        if self.proj_size or autocasts("cpu") or any(t.dtype is not dtype or not t.is_cpu for t in (input, *state)):
             return False
+        if dtype is not torch.float32:
+            return steps < 4 and (self.gates != 4 or self.hidden_size < 256)
         trains = torch.is_grad_enabled() and weights[0].requires_grad
         if self.gates == 4 and steps > 1:
             return self.hidden_size < 256 and steps < 128
@@ -305,6 +307,7 @@ class _Cell:
 
     _pair = False  # whether the state is (h, c)
     _nonlinearity = ()  # as above
+    _most_rows = MOST_ROWS["gru"]
 
     def _weights(self):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
@@ -312,6 +315,13 @@ class _Cell:
             return [self._parameters[name] for name in names]
         except KeyError:  # parametrised or pruned: an attribute that is made of others
             return [getattr(self, name) for name in names]
+
+    def _step_is_stocks(self, input, dtype) -> bool:
+        """Tell whether `losses` of the kernels name stock for a step without gradients."""
+        hidden, rows = self.hidden_size, input.shape[0] if input.dim() == 2 else 1
+        if hidden >= IN_PLACE and dtype is torch.float32:
+            return rows > self._most_rows
+        return not self._pair or dtype is not torch.bfloat16 or hidden < 256 or _wide_step_is_stocks(rows, hidden)
 
     def _advance(self, run, input, states):
         """Return the states after `input`; `states` is None for zeros.
@@ -341,17 +351,27 @@ class _Cell:
         return [state.view(shape) for state in states]
 
 
+@functools.lru_cache(1 << 10)
+def _wide_step_is_stocks(rows, hidden):
+    """Tell the same of an LSTM in bfloat16, where it depends on the CPU."""
+    native, state = lstm_op.implementations["native"], torch.empty(1, rows, hidden, dtype=torch.bfloat16, device="meta")
+    return native.run is None or native.loses(state, None, (state,), (), True, 1, 0.0, False, False, False) is not None
+
+
 def _cell_shortcut(stock):
     """Let a cell try torch.nn's, the faster one in training and for few hidden units, or one call of C++."""
     def shortcut(self, input, hx=None):
         if "weight_hh" not in self._parameters or "weight_ih" not in self._parameters:
             return None  # they are made of others, perhaps at random: to be read once a call
         weights, states = self._weights(), hx if hx is None or self._pair else (hx,)
-        if self.hidden_size < IN_PLACE or (torch.is_grad_enabled() and weights[0].requires_grad):
+        dtype, trains = weights[0].dtype, torch.is_grad_enabled() and weights[0].requires_grad
+        if trains or self._step_is_stocks(input, dtype):
             for t in (weights[0], input, *(states or ())):
-                if t.dtype is not torch.float32 or t.device != input.device:
+                if t.dtype is not dtype or t.device != input.device:
                     return None
             return stock.forward(self, input, hx)
+        if dtype is not torch.float32:
+            return None
         if states is None:
             states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if self._pair else 1)
         found = self.op.at_once(input, states, weights, self.bias, 1, 0.0, self.training, False, False,
@@ -363,7 +383,7 @@ def _cell_shortcut(stock):
 class RNNCell(_Cell, nn.RNNCell):
     """Apply one step of an Elman network, with the arguments of `torch.nn.RNNCell`."""
 
-    op = rnn_op
+    op, _most_rows = rnn_op, MOST_ROWS["tanh"]
 
     @property
     def _nonlinearity(self):

@@ -42,7 +42,12 @@ def _shortcut(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     shape = key.shape
     batch, heads, queries, width = query.shape
     if len(shape) != 4 or shape != value.shape or shape[0] != batch or not query.is_cpu or transformed() or (
-            2 * batch * heads * queries * width * shape[2] >= LEAST or (scale is not None and scale <= 0)):
+            scale is not None and scale <= 0):
+        return None
+    multiplications = 2 * batch * heads * queries * width * shape[2]
+    if multiplications >= LEAST and (dropout_p or not op.at_once(query, multiplications) or not (
+            attn_mask is None or not attn_mask.requires_grad) or not (
+            query.stride(3) == key.stride(3) == value.stride(3) == 1)):
         return None
     if window_size != (-1, -1) and not (queries == 1 and window_size == (-1, 0)):  # a token sees all before it
         return None

@@ -11,7 +11,7 @@ from fastlm.ops.attention_kernels import MOST, Kernels
 from fastlm.ops.cpu import cannot_here, on_amx, unmeasured
 from fastlm.ops.tensors import FLOATS, needs_gradient
 
-__all__ = ["ACCEPTS", "DTYPES", "cannot", "loses", "run"]
+__all__ = ["ACCEPTS", "DTYPES", "at_once", "cannot", "loses", "run"]
 
 DTYPES = FLOATS
 ACCEPTS = attention_common.ACCEPTS - {"everything dropped"}
@@ -32,21 +32,29 @@ def cannot(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, 
 
 
 def loses(query, key, value, attn_mask, sinks, slopes, key_lengths, query_ids, key_ids, options):
-    if unknown := unmeasured(_native):
-        return unknown
     lacking = any(x is not None for x in (sinks, slopes, key_lengths, query_ids))
     if lacking or options.left >= 0 or options.softcap or options.return_lse:
-        return None
-    biased = needs_gradient(attn_mask)
+        return unmeasured(_native)
+    scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
+    return _loses(query, scores * (query.size(3) + value.size(3)), needs_gradient(attn_mask))
+
+
+def at_once(query, multiplications):
+    """Tell whether SDPA makes so many multiplications, of a call that it can take and whose mask has no gradient."""
+    return _loses(query, multiplications, False) is not None
+
+
+def _loses(query, multiplications, biased):
+    if unknown := unmeasured(_native):
+        return unknown
     if on_amx(_native) and query.dtype is torch.bfloat16:  # which SDPA multiplies by AMX
         timed = query.size(2) <= FEW_QUERIES and not biased
     else:  # elsewhere on Intel AVX-512 was not timed, and kernels are taken whose margin with AVX2 was wide
         timed = _native.cpu != "intel" or biased or (on_amx(_native) and query.dtype is torch.float32)
     if not timed:
         return "SDPA may be as fast: slower in bfloat16 on AMX, or not yet measured on this CPU (intel)"
-    scores = query.size(0) * query.size(1) * query.size(2) * key.size(2)
     least = LEAST if _native.cpu == "zen5" else LEAST_ELSEWHERE.get(query.dtype, 1 << 24)
-    if scores * (query.size(3) + value.size(3)) < least:
+    if multiplications < least:
         return f"SDPA is faster below {least} multiplications: benchmarks/LOG.md 2026-11-25 to 27"
     return None
 

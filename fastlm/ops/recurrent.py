@@ -17,6 +17,7 @@ from fastlm.dispatch import Sample
 
 DENSE = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 IN_PLACE = 64  # hidden units from which on kernels multiply few rows by weights where they lie
+MOST_ROWS = {"lstm": 64, "gru": 64, "tanh": 32, "relu": 32}  # of which kernels make one step in float32
 PACKED = ("data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
 
 

@@ -18,7 +18,7 @@ from fastlm.dispatch import PLAIN
 from fastlm.ops import recurrent
 from fastlm.ops.cpu import MEASURED, keep_freed_memory
 from fastlm.ops.products import exact_float32, mm
-from fastlm.ops.recurrent import CELLS, GATES, IN_PLACE, pair, split_biases
+from fastlm.ops.recurrent import CELLS, GATES, IN_PLACE, MOST_ROWS, pair, split_biases
 from fastlm.ops.recurrent_cuda import CudaLayers
 from fastlm.ops.tensors import FLOATS, matmul_precision
 
@@ -94,6 +94,9 @@ class Layers:
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != len(recurrent.DENSE) or \
                 self.native.cpu not in MEASURED or (self.native.pairs and not exact_float32()):
+            return None
+        h = args[1] if self.states == 1 and isinstance(args[1], Tensor) else args[1][0]
+        if h.dim() > 1 and h.shape[-2] > MOST_ROWS[self.cell]:
             return None
         return self.stream(*args, dtypes=(torch.float32,))
 

@@ -7,11 +7,12 @@ import torch
 from fastlm.ops import gpu, recurrent, recurrent_cuda
 from fastlm.ops.cpu import unmeasured
 from fastlm.ops.products import exact_float32
-from fastlm.ops.recurrent import IN_PLACE
+from fastlm.ops.recurrent import IN_PLACE, MOST_ROWS
 from fastlm.ops.tensors import needs_gradient
 
 ROW = "benchmarks/LOG.md 2026-11-24"
 AMX = "benchmarks/LOG.md 2026-11-26, AMX"
+STEPS = "benchmarks/LOG.md 2026-11-27, fifth session"
 ROUNDED = "benchmarks/LOG.md 2026-11-27, float32 below the highest precision"
 PAIRS = {("avx512_bf16", "zen5", torch.bfloat16), ("avx512_bf16", "zen5", torch.float32),
          ("amx", "intel", torch.bfloat16), ("amx", "intel", torch.float32)}  # which were timed
@@ -51,6 +52,8 @@ def losses(native: ModuleType, cell: str, data, batch_sizes, hx, params, *option
     # Without gradients few rows run in place, which pays sooner.
     in_place = batch_sizes is None and not trains and hidden >= IN_PLACE and batch * steps <= 16
     if steps == 1 and batch_sizes is None:
+        if dtype is torch.float32 and batch > MOST_ROWS[cell]:
+            return f"one step of many sequences: slower than torch's: {STEPS}"
         ahead = not trains and hidden >= IN_PLACE and (dtype is torch.float32 or (cell == "lstm" and hidden >= 256 and
                                                  dtype is torch.bfloat16 and not narrow))
         return None if ahead else f"one step: slower than torch's, or not measured: {ROW}"

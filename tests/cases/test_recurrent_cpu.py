@@ -12,6 +12,7 @@ import torch
 
 import fastlm
 from fastlm.ops import cpu, recurrent, recurrent_rules
+from fastlm.ops.tensors import FLOATS
 from tests.cases.test_recurrent import CELLS, OPS, make, native
 
 MAGNITUDES = [*(10.0 ** k for k in range(-30, 31)), *(k / 8 for k in range(1, 80)), float("inf")]
@@ -175,13 +176,32 @@ def test_layers_that_run_stock_at_once_are_those_that_losses_name(cpu, precision
     """Layers look at sizes alone; the kernels' own rule must say the same on every CPU."""
     monkeypatch.setattr(recurrent_rules, "exact_float32", lambda: precision == "highest")
     at_once = 0
-    for (kind, cell), hidden in itertools.product((("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "tanh")), (8, 255, 256)):
-        layer = getattr(fastlm.nn, kind)(4, hidden)
+    kinds = ("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "tanh")
+    for (kind, cell), hidden, dtype in itertools.product(kinds, (8, 255, 256), FLOATS):
+        layer = getattr(fastlm.nn, kind)(4, hidden, dtype=dtype)
         for steps, batch, trains in itertools.product((1, 2, 15, 16, 127, 128), (1, 8, 64), (True, False)):
-            x, state = torch.empty(steps, batch, 4), [torch.empty(1, batch, hidden)] * (2 if kind == "LSTM" else 1)
+            x = torch.empty(steps, batch, 4, dtype=dtype)
+            state = [torch.empty(1, batch, hidden, dtype=dtype)] * (2 if kind == "LSTM" else 1)
             with torch.set_grad_enabled(trains):
                 if layer._runs_stock(x, state, layer._flat_weights, steps):
                     at_once += 1
                     args = x, None, state, layer._flat_weights, *layer._settings[1:], layer.batch_first
                     assert recurrent_rules.losses(SimpleNamespace(**cpu), cell, *args), (kind, steps, hidden, trains)
     assert at_once > 50
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("cpu", [AVX2, AVX512, COOPER_LAKE, ZEN_5, SAPPHIRE_RAPIDS])
+@pytest.mark.parametrize(("kind", "cell"), [("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "tanh")])
+def test_cells_that_run_stock_at_once_are_those_that_losses_name(kind, cell, cpu, dtype, monkeypatch):
+    """Of a step without gradients; the others ask the rule itself, or go where it is asked."""
+    module, known = getattr(fastlm.nn, f"{kind}Cell")(4, 4), set()
+    monkeypatch.setattr(fastlm.nn.recurrent, "_wide_step_is_stocks", lambda *size: False)
+    for hidden, batch in itertools.product((8, 63, 64, 255, 256, 1024), (1, 32, 33, 64, 65, 256)):
+        module.hidden_size = hidden
+        state = torch.empty(1, batch, hidden, dtype=dtype, device="meta")
+        known.add(found := module._step_is_stocks(state[0], dtype))
+        if found:
+            assert recurrent_rules.losses(SimpleNamespace(**cpu), cell, state, None, (state,), (), True, 1, 0.0, False,
+                                          False, False), (hidden, batch)
+    assert True in known
