@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastlm.autograd import autocast, autocasts
 from fastlm.dispatch import Op, Sample, at_once
-from fastlm.ops.tensors import accumulator, check_tensors
+from fastlm.ops.tensors import accumulator, check_tensors, needs_gradient
 
 REDUCTIONS = ("none", "mean", "sum")
 LEAST = 1 << 23  # multiplications, below which stock is never the slower one in float32
+LEAST_LOGITS, NARROW = 1 << 20, 128  # see `few`
 ROW = "benchmarks/LOG.md 2026-11-26, small calls"
 
 
@@ -39,7 +40,7 @@ def _shortcut(input, linear_weight, target, *, linear_bias=None, weight=None, re
     if not (options is softcap is process_group is None and z_loss == 0 and not return_aux):
         return None
     if not (input.is_cpu and linear_weight.is_cpu and input.dim() == linear_weight.dim() == 2) or (
-            input.dtype is not torch.float32 or input.numel() * linear_weight.size(0) >= LEAST or (
+            input.dtype is not linear_weight.dtype or input.numel() * linear_weight.size(0) >= LEAST or (
             not 0 <= label_smoothing <= 1) or (
             weight is not None and weight.dtype is not input.dtype) or (
             linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]) or (
@@ -224,11 +225,20 @@ def counts_of(target, weight, ignore_index, dtype):
     return weight.to(dtype)[target.long().where(kept, 0)] * kept
 
 
-def few(input: Tensor, linear_weight: Tensor) -> str | None:
-    """Return that there is too little to multiply for Python to be worth while, None where there is not."""
-    least = LEAST if input.size(0) <= 16 else 2 * LEAST
-    few = input.numel() * linear_weight.size(0) < least
-    return f"slower than torch below {least} multiplications: {ROW}" if few else None
+def few(input: Tensor, linear_weight: Tensor, fast_products: bool) -> str | None:
+    """Return that there is too little to multiply for Python to be worth while, None where there is not.
+
+    With `fast_products` torch multiplies as fast as ours: then logits must be many where no gradient is wanted, or
+    where a row is so narrow that losses take longer than products.
+    """
+    (rows, inputs), classes = input.shape, linear_weight.size(0)
+    least = LEAST if rows <= 16 else 2 * LEAST
+    if rows * inputs * classes < least:
+        return f"slower than torch below {least} multiplications: {ROW}"
+    few = rows * classes < LEAST_LOGITS * (1 if inputs >= NARROW else 2) if fast_products else False
+    if few and (inputs < NARROW or not needs_gradient(input, linear_weight)):
+        return "slower than torch for few logits without gradients, or of few inputs: benchmarks/LOG.md 2026-11-27"
+    return None
 
 
 def reference(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,

@@ -19,7 +19,7 @@ def loses(input, *rest):
         return "on a GPU the Triton kernels are for this"
     if input.dtype in (torch.bfloat16, torch.float16):
         return "slower than torch in 16 bits, though smaller: benchmarks/LOG.md 2026-11-23"
-    return few(input, rest[0])
+    return few(input, rest[0], True)
 
 
 def _products(x):

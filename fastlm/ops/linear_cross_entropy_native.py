@@ -36,7 +36,7 @@ def loses(input, linear_weight, *rest):
         least = LEAST_LOGITS[_native.cpu]
         few_logits = input.size(0) * linear_weight.size(0) < least
         return f"slower than torch below {least} logits: {ROW}" if few_logits else None
-    return few(input, linear_weight) or few_on_avx2(_native, input, linear_weight)
+    return few(input, linear_weight, _native.cpu == "intel") or few_on_avx2(_native, input, linear_weight)
 
 
 _sweep = Sweep("linear_cross_entropy_native", LossKernels(_native), partial(products_on_cpu, _native))
