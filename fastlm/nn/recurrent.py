@@ -184,15 +184,15 @@ class _Recurrent(nn.Module):
 
     def _runs_stock(self, input, state, weights, steps) -> bool:
         """Tell whether there is so little to compute that `losses` of the kernels name stock on every CPU."""
-        dtype = weights[0].dtype
+        dtype, hidden = weights[0].dtype, self.hidden_size
         if self.proj_size or autocasts("cpu") or any(t.dtype is not dtype or not t.is_cpu for t in (input, *state)):
             return False
         if dtype is not torch.float32:
-            return steps < 4 and (self.gates != 4 or self.hidden_size < 256)
-        trains = torch.is_grad_enabled() and weights[0].requires_grad
+            return hidden < 256 and steps < 16 and steps * hidden < 2048 if self.gates == 4 else steps < 4
         if self.gates == 4 and steps > 1:
-            return self.hidden_size < 256 and steps < 128
-        return trains and steps < 16
+            return hidden < 256 and steps < 128
+        trains, rows = torch.is_grad_enabled() and weights[0].requires_grad, steps * state[0].shape[1]
+        return steps < 16 and (trains or hidden < IN_PLACE or (rows > 16 and steps > 1))
 
     def _fits(self, weights) -> bool:
         """Tell whether the weights have the sizes that they were made with, which stock's LSTM takes for granted."""
