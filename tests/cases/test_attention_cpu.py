@@ -9,6 +9,7 @@ import fastlm
 from fastlm import measure
 from fastlm.ops import attention_tiles
 from fastlm.ops import scaled_dot_product_attention as attention
+from fastlm.ops.attention import op as OP
 from fastlm.ops.attention_common import Options
 from tests.parity import keep_error_rule
 
@@ -22,6 +23,23 @@ def on_cpu(name, monkeypatch, amx=False):
     if native := sys.modules.get("fastlm._native"):
         monkeypatch.setattr(native, "cpu", name)
         monkeypatch.setattr(native, "amx", amx)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("cpu", ["zen5", "intel", "avx2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sdpa_takes_at_once_what_the_rule_of_the_kernel_leaves_to_it(dtype, cpu, amx, monkeypatch):
+    pytest.importorskip("fastlm._native")
+    on_cpu(cpu, monkeypatch, amx)
+    chosen = []
+    monkeypatch.setattr(OP, "choose", lambda args: chosen.append(args) or ("torch", {}))
+    for queries in (1, 4, 16, 200, 500):
+        q, k = (torch.zeros(2, 4, n, 64, dtype=dtype) for n in (queries, 500))
+        many = 2 * q.numel() * 500 >= 1 << 22
+        ours = OP.implementations["native"].loses(q, k, k, *[None] * 6, Options()) is None
+        chosen.clear()
+        attention(q, k, k)
+        assert bool(chosen) == (many and ours), queries
 
 
 def test_what_runs_on_zen_5(monkeypatch):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import fastlm
 from fastlm.ops import linear_cross_entropy, shift_targets
-from fastlm.ops.linear_cross_entropy import op
+from fastlm.ops.linear_cross_entropy import few, op
 from tests.parity import absent, skip_misinterpreted
 
 
@@ -431,3 +431,12 @@ def test_forward_mode_runs_stock():
     torch.testing.assert_close(found, expected)
     with fastlm.backend("blocked"), pytest.raises(RuntimeError, match="forward-mode"):
         torch.func.jvp(lambda x: linear_cross_entropy(x, weight, target), (x.detach(),), (x.detach(),))
+
+
+@pytest.mark.parametrize(("rows", "inputs", "classes", "trains", "plain", "fast"), [
+    (4, 256, 8000, True, False, False), (4, 256, 9000, True, True, True), (17, 256, 2000, True, False, False),
+    (4, 256, 9000, False, True, False), (64, 256, 16000, False, True, False), (66, 256, 16000, False, True, True),
+    (100, 64, 16000, True, True, False), (140, 64, 16000, True, True, True)])
+def test_where_there_is_enough_to_compute(rows, inputs, classes, trains, plain, fast):
+    x, weight = (torch.empty(*size, inputs, device="meta", requires_grad=trains) for size in ((rows,), (classes,)))
+    assert [few(x, weight, fast_products) is None for fast_products in (False, True)] == [plain, fast]
