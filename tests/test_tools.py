@@ -25,7 +25,8 @@ def small(monkeypatch):
     """Let benchmarks measure the small samples of the tests, and no memory: it is measured in a fresh process."""
     for op in ALL:
         monkeypatch.setattr(op, "samples", functools.partial(_test_samples, op.samples))
-    monkeypatch.setattr(sys.modules["fastlm.ops.linear_cross_entropy"], "LEAST", 0)  # which runs stock when so small
+    for least in ("LEAST", "LEAST_LOGITS"):  # below which stock runs
+        monkeypatch.setattr(sys.modules["fastlm.ops.linear_cross_entropy"], least, 0)
     monkeypatch.setattr(bench, "add_memory", lambda row, case, device: None)
     monkeypatch.setattr(measure, "peaks", lambda device, dtype: (1e11, 1e10))
 
@@ -234,9 +235,10 @@ def test_slack_forgives_a_ratio_up_to_so_many_seconds(timed):
 def test_modules_are_timed_in_their_mode(timed):
     case, modes = timed
     list(bench.measure_case(case, "cpu", 0.01))
+    assert modes == [False, True]
     for mode in ("forward", "training"):
-        bench._timings(case, mode, ["torch"], 0.01, torch.get_num_threads())
-    assert modes == [False, True] * 2
+        bench._call(case, mode, "fastlm", torch.get_num_threads())()
+        assert case.build().modules[0].training == (mode == "training")
     for mode in ("forward", "training"):
         bench.memory_of("ops", "sine", "small", "float32", mode, "cpu", None, stock=False)
         assert case.build().modules[0].training == (mode == "training")

@@ -165,6 +165,8 @@ def test_many_equal_numbers_are_summed_exactly(even, implementation, device):
     """All of a row's targets are alike: so are the signs of what rounding takes from each."""
     x, target = 10 * torch.randn(64, 32000, device=device), torch.randint(32000, (64,), device=device)
     if not even:
+        if implementation == "triton":
+            pytest.skip("takes no probabilities")
         target = torch.full_like(x, 1 / 32000)
     exact = F.cross_entropy(x.double(), target if even else target.double(), label_smoothing=float(even))
     found, stock = (fn(x, target, label_smoothing=float(even)) for fn in (cross_entropy, F.cross_entropy))
