@@ -300,7 +300,7 @@ def bad_inputs(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_recurrent_bad_inputs(cell):
+def test_recurrent_bad_inputs(cell, order):
     theirs, ours = pair(cell, 4, 6)
     for what, name, x, hx in bad_inputs(cell):
         with pytest.raises(Exception) as stock:
@@ -314,7 +314,7 @@ def test_recurrent_bad_inputs(cell):
 @pytest.mark.parametrize("steps", [1, 4, 40, 200])
 @pytest.mark.parametrize(("name", "shape"), [("weight_hh_l0", (3, 3)), ("weight_ih_l0", (20, 2)), ("bias_hh_l0", (1,))])
 @pytest.mark.parametrize("cell", CELLS)
-def test_weights_of_other_sizes_are_refused(cell, name, shape, steps):
+def test_weights_of_other_sizes_are_refused(cell, name, shape, steps, order):
     """Stock's LSTM hands them to oneDNN, which reads past their ends."""
     module = getattr(fastlm.nn, cell)(3, 5, 2, bidirectional=True)
     setattr(module, name, torch.nn.Parameter(torch.randn(shape)))

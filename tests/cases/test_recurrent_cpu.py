@@ -205,3 +205,17 @@ def test_cells_that_run_stock_at_once_are_those_that_losses_name(kind, cell, cpu
             assert recurrent_rules.losses(SimpleNamespace(**cpu), cell, state, None, (state,), (), True, 1, 0.0, False,
                                           False, False), (hidden, batch)
     assert True in known
+
+
+@native
+@pytest.mark.parametrize("name", CELLS)
+def test_kernels_make_at_once_no_step_that_losses_leave_to_stock(name, monkeypatch):
+    """Of many sequences: `explain` would name stock."""
+    op, most = OPS[name], recurrent.MOST_ROWS.get(name, recurrent.MOST_ROWS["tanh"])
+    monkeypatch.setattr(sys.modules["fastlm._native"], "cpu", "intel")
+    for batch in (most, most + 1):
+        data, _, hx, params, *options = make(name, steps=1, batch=batch, hidden=64)
+        with torch.no_grad():
+            found = op.at_once(data, hx, params, *options)
+            stays = op.implementations["native"].loses(data, None, hx, params, *options)
+        assert (found is None) == (stays is not None) == (batch > most)
