@@ -237,7 +237,7 @@ def few(input: Tensor, linear_weight: Tensor, fast_products: bool) -> str | None
         return f"slower than torch below {least} multiplications: {ROW}"
     few = rows * classes < LEAST_LOGITS * (1 if inputs >= NARROW else 2)
     if fast_products and few and (inputs < NARROW or not needs_gradient(input, linear_weight)):
-        return "slower than torch for few logits without gradients, or of few inputs: benchmarks/LOG.md 2026-11-27, fifth session"
+        return "slower than torch for few logits without gradients, or of few inputs: LOG 2026-11-27, fifth session"
     return None
 
 
