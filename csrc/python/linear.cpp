@@ -1,10 +1,11 @@
 // Products and quantized layers: csrc/product.h, csrc/quant.h.
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <numeric>
 
-#include "arguments.h"
+#include "tensors.h"
 
 namespace fastlm {
 namespace {
@@ -20,38 +21,38 @@ QuantizedLinear quantized(int kind, int number, int64_t rows, int64_t in, int64_
   return p;
 }
 
-int64_t rows_of(const std::vector<int64_t>& shape) {
-  return std::accumulate(shape.begin(), shape.end() - 1, int64_t(1), std::multiplies<int64_t>());
+// A tensor's sizes, the last one replaced.
+std::vector<int64_t> shape_of(const DenseTensor& t, int64_t last) {
+  std::vector<int64_t> shape(t.shape, t.shape + t.dimensions);
+  shape.back() = last;
+  return shape;
+}
+
+int64_t rows_of(const DenseTensor& t) {
+  return std::accumulate(t.shape, t.shape + t.dimensions - 1, int64_t(1), std::multiplies<int64_t>());
 }
 
 // `quantized_linear` without gradients, checks and result included: y, or None where the arguments are not what a
-// kernel can take, for whatever reason. They come as the caller gave them; `dtypes` are x's three, then the weight's.
+// kernel can take, for whatever reason. They come as the caller gave them.
 py::object quantized_at_once(int kind, int64_t group, int threads, int64_t most_rows, bool frozen, py::handle x,
-                             py::handle weight, py::handle scale, py::handle bias, const py::tuple& types,
-                             const py::tuple& dtypes) {
-  Tensors tensors(types);
-  const std::vector<int64_t> of_x = tensors.shape(x), of_w = tensors.shape(weight);
-  if (!tensors.fits || of_x.empty() || of_w.size() != 2 || dtypes.size() != 4) return py::none();
-  const auto trains = [&](py::handle t) {
-    return !frozen && !Attributes(t).get(kRequiresGrad).is(py::handle(Py_False));
-  };
-  const py::object dtype = Attributes(x).get(kDtype);
-  int number = 0;
-  while (number < 3 && !dtype.is(dtypes[number])) ++number;
-  const int64_t in = of_x.back(), out = of_w[0];
-  const int64_t rows = rows_of(of_x);
+                             py::handle weight, py::handle scale, py::handle bias) {
+  Tensors tensors;
+  const DenseTensor of_x = tensors.read(x), of_w = tensors.read(weight);
+  if (!tensors.fits || of_x.dimensions < 1 || of_w.dimensions != 2) return py::none();
+  const auto trains = [&](py::handle t) { return !frozen && t.attr("requires_grad").cast<bool>(); };
+  constexpr Dtype numbers[] = {kFloat32, kBfloat16, kFloat16};
+  const int number = int(std::find(numbers, numbers + 3, of_x.dtype) - numbers);
+  const int64_t in = of_x.shape[of_x.dimensions - 1], out = of_w.shape[0], rows = rows_of(of_x);
   if (number > 2 || rows > most_rows || trains(x) || (!bias.is_none() && (number || trains(bias)))) return py::none();
   QuantizedLinear p = quantized(kind, number, rows, in, out, group, threads);
-  std::vector<int64_t> of_scale{out}, of_y = of_x;
-  of_y.back() = out;
-  if (kind == 2) of_scale.push_back((in + group - 1) / group);
-  p.x = tensors.address(x, dtype, of_x);
-  p.weight = tensors.address(weight, dtypes[3], {out, kind == 2 ? (in + 1) / 2 : in});
-  p.scale = tensors.address(scale, dtypes[0], of_scale);
-  if (!bias.is_none()) p.bias = tensors.address(bias, dtypes[0], {out});
+  const int64_t groups = (in + group - 1) / group;
+  p.x = at(of_x);
+  p.weight = tensors.address(weight, kind == 2 ? kUint8 : kInt8, {out, kind == 2 ? (in + 1) / 2 : in});
+  p.scale = kind == 2 ? tensors.address(scale, kFloat32, {out, groups}) : tensors.address(scale, kFloat32, {out});
+  if (!bias.is_none()) p.bias = tensors.address(bias, kFloat32, {out});
   if (!tensors.fits) return py::none();
   Address to{};
-  const py::object y = tensors.result(x, dtype, of_y, to);
+  const py::object y = tensors.result(x, of_x.dtype, shape_of(of_x, out), to);
   p.y = to;
   if (!tensors.fits) return py::none();
   struct Line {
@@ -66,27 +67,25 @@ py::object quantized_at_once(int kind, int64_t group, int threads, int64_t most_
   return y;
 }
 
-// The same of `linear` of few rows; all tensors have the `dtype`, `number` bytes a number.
-py::object linear_at_once(py::handle x, py::handle weight, py::handle bias, int threads, const py::tuple& types,
-                          py::handle dtype, size_t number) {
-  if (threads < 1 || (number != sizeof(float) && number != sizeof(Bf16)))
-    throw std::invalid_argument("linear_at_once: threads or size of a number out of range");
-  Tensors tensors(types);
-  std::vector<int64_t> shape = tensors.shape(x);
-  const std::vector<int64_t> of_w = tensors.shape(weight);
-  if (!tensors.fits || shape.empty() || of_w.size() != 2 || shape.back() != of_w[1]) return py::none();
-  const int64_t out = of_w[0], in = of_w[1];
-  FewRows p{rows_of(shape), in, out, tensors.address(x, dtype, shape), tensors.address(weight, dtype, of_w), in,
+// The same of `linear` of few rows in float32 or bfloat16.
+py::object linear_at_once(py::handle x, py::handle weight, py::handle bias, int threads) {
+  if (threads < 1) throw std::invalid_argument("linear_at_once: threads out of range");
+  Tensors tensors;
+  const DenseTensor of_x = tensors.read(x), of_w = tensors.read(weight);
+  const Dtype dtype = of_x.dtype;
+  const bool fits = tensors.fits && of_x.dimensions > 0 && of_w.dimensions == 2 && of_w.dtype == dtype;
+  if (!fits || !(dtype == kFloat32 || dtype == kBfloat16) || of_x.shape[of_x.dimensions - 1] != of_w.shape[1])
+    return py::none();
+  const int64_t out = of_w.shape[0], in = of_w.shape[1];
+  FewRows p{rows_of(of_x), in, out, at(of_x), at(of_w), in,
             bias.is_none() ? Address{0} : tensors.address(bias, dtype, {out}), nullptr, threads};
-  if (!tensors.fits) return py::none();
-  shape.back() = out;
   Address to{};
-  const py::object y = tensors.result(x, dtype, shape, to);
+  const py::object y = tensors.fits ? tensors.result(x, dtype, shape_of(of_x, out), to) : py::none();
   if (!tensors.fits) return py::none();
   p.y = to;
   {
     py::gil_scoped_release release;
-    kernels.few_rows(p, number);
+    kernels.few_rows(p, dtype.bits / 8);
   }
   return y;
 }

@@ -3,7 +3,7 @@
 #include <array>
 #include <type_traits>
 
-#include "arguments.h"
+#include "tensors.h"
 
 namespace fastlm {
 namespace {
@@ -60,10 +60,13 @@ void direct(Kernel kernel, const RnnProblem& p, int weights, int64_t inputs, con
   kernel(p, call);
 }
 
-// Where tensors lie, 0 for None, each checked for what a kernel takes for granted: contiguous, on `device`, and of the
-// dtype that `kinds` names, a letter for each: n numbers, s what carries a state, w weights.
-py::tuple addresses(const py::tuple& tensors, const std::string& kinds, py::handle device, py::handle number,
-                    py::handle state, py::handle weight) {
+// What numbers of a dtype are, by Stored.
+constexpr Dtype kStored[] = {kFloat32, kFloat64, kBfloat16, kFloat16};
+constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16"};
+
+// Where tensors lie, 0 for None, each checked for what a kernel takes for granted: dense, on the CPU, and of what `kinds`
+// names, a letter for each: n numbers, s what carries a state, w weights, each a Stored.
+py::tuple addresses(const py::tuple& tensors, const std::string& kinds, Stored number, Stored state, Stored weight) {
   if (kinds.size() != tensors.size()) throw std::invalid_argument("addresses: a kind for each tensor");
   py::tuple found(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -72,100 +75,88 @@ py::tuple addresses(const py::tuple& tensors, const std::string& kinds, py::hand
       found[i] = py::int_(0);
       continue;
     }
-    const py::handle wanted = kinds[i] == 's' ? state : kinds[i] == 'w' ? weight : number;
-    const Attributes of(t);
-    if (!of.get(kDtype).is(wanted) || !of.get(kDevice).equal(device) || !of.call(kIsContiguous).is(py::handle(Py_True)))
-      throw std::runtime_error("a kernel needs contiguous " + std::string(py::str(wanted)) + " on " +
-                               std::string(py::str(device)) + ", got " + std::string(py::str(t.attr("dtype"))) +
-                               " of strides " + std::string(py::str(t.attr("stride")())) + " on " +
-                               std::string(py::str(t.attr("device"))));
-    found[i] = of.call(kDataPtr);
+    const int wanted = int(kinds[i] == 's' ? state : kinds[i] == 'w' ? weight : number);
+    const DenseTensor of = Torch::get().read(t);
+    if (!dense(of) || !(of.dtype == kStored[wanted]))
+      throw std::runtime_error("a kernel needs contiguous " + std::string(kNames[wanted]) + " on the CPU, got " +
+                               std::string(py::str(t.attr("dtype"))) + " of strides " +
+                               std::string(py::str(t.attr("stride")())) + " on " + std::string(py::str(t.attr("device"))));
+    found[i] = py::int_(at(of).value);
   }
   return found;
 }
 
 // One step of one layer without gradients, checks and results included, because a stream calls for every token and
 // Python takes longer than the kernel: (y, hn) or (y, hn, cn), or None where the arguments are not what a kernel can
-// take, for whatever reason. They come as the caller gave them. Where x is [B, I] and states are [B, H], as a cell has
-// them, the results are (hn,) or (hn, cn) alike.
-//
-// `dtypes` begins with float32 and may go on with float64.
-class RnnStep {
+// take, for whatever reason. They come as the caller gave them: hx is a tensor or a sequence of them, params are w_ih,
+// w_hh and, where `biased`, b_ih and b_hh. Where x is [B, I] and states are [B, H], as a cell has them, the results are
+// (hn,) or (hn, cn) alike. Layers of fewer hidden units than `least`, of more sequences than `most`, and of float64
+// unless `doubles`, are left to others.
+py::object rnn_step(int cell, int64_t least, int64_t most, int threads, bool biased, bool batch_first, bool doubles,
+                    py::handle x, py::handle hx, py::handle params) {
+  if (cell < 0 || cell > 3 || threads < 1) throw std::invalid_argument("rnn_step: sizes out of range");
+  const int states = cell == 0 ? 2 : 1, gates = cell == 0 ? 4 : cell == 1 ? 3 : 1;
+  const auto listed = [](py::handle all, Py_ssize_t count) {
+    return (PyTuple_Check(all.ptr()) || PyList_Check(all.ptr())) && PySequence_Fast_GET_SIZE(all.ptr()) == count;
+  };
+  const auto item = [](py::handle all, int i) { return py::handle(PySequence_Fast_GET_ITEM(all.ptr(), i)); };
+  const bool alone = states == 1 && !listed(hx, 1);
+  if (!(alone || listed(hx, states)) || !listed(params, biased ? 4 : 2)) return py::none();
   Tensors tensors;
-  const py::tuple& dtypes;
-  py::object dtype;  // of all tensors
-
-  template <class... Sizes>
-  Address of_shape(py::handle t, Sizes... sizes) {
-    return tensors.address(t, dtype, {sizes...});
+  const DenseTensor of_x = tensors.read(x), of_w = tensors.read(item(params, 1));
+  const bool bare = of_x.dimensions == 2;
+  if (!tensors.fits || (!bare && (of_x.dimensions != 3 || of_x.shape[batch_first ? 1 : 0] != 1)) || of_w.dimensions != 2)
+    return py::none();
+  const Dtype dtype = of_x.dtype;
+  const bool single = dtype == kFloat32;
+  const int64_t batch = of_x.shape[!bare && !batch_first], inputs = of_x.shape[of_x.dimensions - 1];
+  const int64_t rows = of_w.shape[0], hidden = of_w.shape[1];
+  if (!(single || (doubles && dtype == kFloat64)) || !(of_w.dtype == dtype) || rows != gates * hidden || hidden < least || batch > most)
+    return py::none();
+  const auto state = [&](py::handle t) {
+    return bare ? tensors.address(t, dtype, {batch, hidden}) : tensors.address(t, dtype, {1, batch, hidden});
+  };
+  Address from[7] = {at(of_x), tensors.address(item(params, 0), dtype, {rows, inputs}), at(of_w)};
+  for (int i = 3; i < 5 && biased; ++i) from[i] = tensors.address(item(params, i - 1), dtype, {rows});
+  for (int i = 0; i < states; ++i) from[5 + i] = state(alone ? hx : item(hx, i));
+  if (!tensors.fits) return py::none();
+  py::tuple results(states + !bare);
+  Address to[3] = {};
+  for (int i = bare; i <= states; ++i) {
+    const py::object like = Torch::get().empty_like(alone ? hx : item(hx, i == 2));
+    to[i] = state(like);
+    results[i - bare] = like;
   }
-
- public:
-  RnnStep(const py::tuple& types, const py::tuple& dtypes) : tensors(types), dtypes(dtypes) {}
-
-  // hx: a tensor or a sequence of them; params: w_ih, w_hh and, where `biased`, b_ih and b_hh; least: of hidden units.
-  py::object run(int cell, int64_t least, int threads, bool biased, bool batch_first, py::handle x, py::handle hx,
-                 py::handle params, py::handle empty_like) {
-    if (cell < 0 || cell > 3 || threads < 1) throw std::invalid_argument("rnn_step: sizes out of range");
-    const int states = cell == 0 ? 2 : 1, gates = cell == 0 ? 4 : cell == 1 ? 3 : 1;
-    const auto listed = [](py::handle all, Py_ssize_t count) {
-      return (PyTuple_Check(all.ptr()) || PyList_Check(all.ptr())) && PySequence_Fast_GET_SIZE(all.ptr()) == count;
-    };
-    const auto item = [](py::handle all, int i) { return py::handle(PySequence_Fast_GET_ITEM(all.ptr(), i)); };
-    const bool alone = states == 1 && !listed(hx, 1);
-    if (!(alone || listed(hx, states)) || !listed(params, biased ? 4 : 2)) return py::none();
-    bool& fits = tensors.fits;
-    const std::vector<int64_t> of_x = tensors.shape(x), of_w = tensors.shape(item(params, 1));
-    const bool bare = of_x.size() == 2;
-    if (!fits || (!bare && (of_x.size() != 3 || of_x[batch_first ? 1 : 0] != 1)) || of_w.size() != 2) return py::none();
-    dtype = Attributes(x).get(kDtype);
-    const bool single = dtype.is(dtypes[0]);
-    const int64_t batch = of_x[!bare && !batch_first], inputs = of_x.back(), rows = of_w[0], hidden = of_w[1];
-    fits = (single || (dtypes.size() > 1 && dtype.is(dtypes[1]))) && rows == gates * hidden && hidden >= least;
-    const auto state = [&](py::handle t) {
-      return bare ? of_shape(t, batch, hidden) : of_shape(t, int64_t(1), batch, hidden);
-    };
-    Address from[7] = {tensors.address(x, dtype, of_x), of_shape(item(params, 0), rows, inputs),
-                       of_shape(item(params, 1), rows, hidden)};
-    for (int i = 3; i < 5 && biased; ++i) from[i] = of_shape(item(params, i - 1), rows);
-    for (int i = 0; i < states; ++i) from[5 + i] = state(alone ? hx : item(hx, i));
-    if (!fits) return py::none();
-    py::tuple results(states + !bare);
-    Address to[3] = {};
-    for (int i = bare; i <= states; ++i) {
-      const py::object like = empty_like(alone ? hx : item(hx, i == 2));
-      to[i] = state(like);
-      results[i - bare] = like;
-    }
-    if (!fits) return py::none();
-    if (bare) to[0] = to[1];  // which a kernel then writes twice
-    const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, 0, nullptr, threads, Precision::highest, 0, 1};
-    static bool back = false;  // the GIL guards it; either way gives the same numbers
-    back = !back;
-    const auto call = [&, against = back](const auto& kernel, auto zero, Stored stored) {
-      using T = decltype(zero);
-      const RnnDirect<T> a{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
-                           from[6], nullptr, 0, to[0],   nullptr, to[1],   to[2],   false,   against};
-      py::gil_scoped_release release;
-      kernel.direct(p, a);
-    };
-    if (single)
-      call(kernels.rnn_f32, 0.0f, Stored::f32);
-    else
-      call(kernels.rnn_f64, 0.0, Stored::f64);
-    return results;
-  }
-};
+  if (!tensors.fits) return py::none();
+  if (bare) to[0] = to[1];  // which a kernel then writes twice
+  const RnnProblem p{Cell(cell), false, 1, batch, hidden, 0, 0, nullptr, threads, Precision::highest, 0, 1};
+  static bool back = false;  // the GIL guards it; either way gives the same numbers
+  back = !back;
+  const auto call = [&, against = back](const auto& kernel, auto zero, Stored stored) {
+    using T = decltype(zero);
+    const RnnDirect<T> a{stored,  inputs,  from[0], from[1], from[2], from[3], from[4], from[5],
+                         from[6], nullptr, 0, to[0],   nullptr, to[1],   to[2],   false,   against};
+    py::gil_scoped_release release;
+    kernel.direct(p, a);
+  };
+  if (single)
+    call(kernels.rnn_f32, 0.0f, Stored::f32);
+  else
+    call(kernels.rnn_f64, 0.0, Stored::f64);
+  return results;
+}
 
 }  // namespace
 
 void define_rnn(py::module_& m) {
-  m.def("addresses", &addresses, "Return where tensors lie, 0 for None; raise where a kernel could not take one.");
-  m.def("rnn_step",
-        [](int cell, int64_t least, int threads, bool biased, bool batch_first, py::handle x, py::handle hx,
-           py::handle params, const py::tuple& types, const py::tuple& dtypes, py::handle empty_like) {
-          return RnnStep(types, dtypes).run(cell, least, threads, biased, batch_first, x, hx, params, empty_like);
+  m.def("addresses",
+        [](const py::tuple& tensors, const std::string& kinds, int number, int state, int weight) {
+          for (const int stored : {number, state, weight})
+            if (stored < 0 || stored > 3) throw std::invalid_argument("addresses: no such numbers");
+          return addresses(tensors, kinds, Stored(number), Stored(state), Stored(weight));
         },
+        "Return where tensors lie, 0 for None; raise where a kernel could not take one.");
+  m.def("rnn_step", &rnn_step,
         "Run one step of one layer without gradients: RnnDirect with its results; None where a kernel cannot.");
   m.def("rnn_workspace",
         [](const py::tuple& sizes, bool backward, size_t number) {

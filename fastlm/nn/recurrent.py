@@ -25,21 +25,22 @@ from fastlm.ops.rnn import op as rnn_op
 
 def _shortcut(module, input, hx=None):
     """Run the layers over a dense batch: one step in one call of C++ where it can be, else by the op, which checks."""
-    steps, batch, _ = input.shape
+    steps, batch, width = input.shape
     if module.batch_first:
         steps, batch = batch, steps
-    if hx is None:
-        state = module._zeros(input, batch)
-    else:
-        state = module._split(hx)
-        module._check_state(state, (batch,))
+    state = module._zeros(input, batch) if hx is None else module._split(hx)
     settings, found = (*module._settings, module.batch_first), None
-    module._check_input(input, settings[0])
-    if module._runs_stock(input, state, settings[0], steps) and module._fits(settings[0]):
-        found = module.op.implementations["torch"].run(input, None, state, *settings, *module._nonlinearity)
-    elif steps == 1:
+    weights = settings[0]
+    if steps == 1 and width == module.input_size and weights[1].shape[-1] == module.hidden_size:
         found = module.op.at_once(input, module._join(state), *settings, *module._nonlinearity)
-    output, *state = module._run(input, module._join(state), *settings) if found is None else found
+    if found is None:
+        module._check_state(state, (batch,))
+        module._check_input(input, weights[0])
+        if module._runs_stock(input, state, weights, steps) and module._fits(weights):
+            found = module.op.implementations["torch"].run(input, None, state, *settings, *module._nonlinearity)
+        else:
+            found = module._run(input, module._join(state), *settings)
+    output, *state = found
     return output, module._join(state)
 
 
@@ -152,7 +153,7 @@ class _Recurrent(nn.Module):
         if not batched:
             input = input.unsqueeze(batch_dim)
         settings = self._settings
-        self._check_input(input, settings[0])
+        self._check_input(input, settings[0][0])
         if hx is None:
             state = self._zeros(input, input.size(batch_dim))
         else:
@@ -169,7 +170,7 @@ class _Recurrent(nn.Module):
         if data.dim() != 2:
             raise RuntimeError(f"{self._name}: packed data has {data.dim()} dimensions, expected 2")
         settings = self._settings
-        self._check_input(data, settings[0])
+        self._check_input(data, settings[0][0])
         if hx is None:
             state = self._zeros(data, _batch_size(batch_sizes, sorted_indices))
         else:
@@ -226,8 +227,8 @@ class _Recurrent(nn.Module):
         layers = self.num_layers * self._directions
         return [like.new_zeros(layers, batch, width) for width in self._widths]
 
-    def _check_input(self, input, weights):
-        dtype = weights[0].dtype
+    def _check_input(self, input, weight):
+        dtype = weight.dtype
         if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
             raise ValueError(f"{self._name}: input has dtype {input.dtype}, expected the weights' {dtype}")
         if input.size(-1) != self.input_size:

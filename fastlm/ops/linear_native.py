@@ -5,7 +5,7 @@ import torch
 import fastlm._native as _native
 from fastlm._native import tiles  # noqa: F401 - an extension built before these kernels fails here, with a reason
 from fastlm.autograd import Differentiable, autocasts, unwatched
-from fastlm.dispatch import PLAIN, traced
+from fastlm.dispatch import traced
 from fastlm.ops import products
 from fastlm.ops.cpu import cannot_here, on_amx, unmeasured
 from fastlm.ops.linear import LEAST, LEAST_WEIGHT, reference, small
@@ -79,7 +79,7 @@ def at_once(x, weight, bias):
         return small(x, weight, bias)
     if not unwatched():
         return None
-    return _native.linear_at_once(x, weight, bias, torch.get_num_threads(), PLAIN, x.dtype, x.element_size())
+    return _native.linear_at_once(x, weight, bias, torch.get_num_threads())
 
 
 def run(x, weight, bias):

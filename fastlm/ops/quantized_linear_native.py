@@ -5,7 +5,6 @@ import torch
 import fastlm._native as _native
 from fastlm._native import tiles, vnni  # an extension built before these kernels fails here, with a reason
 from fastlm.autograd import unwatched
-from fastlm.dispatch import PLAIN
 from fastlm.ops.cpu import cannot_here
 from fastlm.ops.quantized_linear import MODES, differentiable, reference
 from fastlm.ops.tensors import addresses
@@ -18,7 +17,6 @@ ACCEPTS |= {"groups of 32", "groups of 128"}
 NUMBERS = {dtype: i for i, dtype in enumerate(DTYPES)}
 MOST_INPUTS = 1 << 17  # 127·127·K must fit in 32 bits
 ROW = "benchmarks/LOG.md 2026-11-24, 25 and 27"
-STORED = {mode: (*DTYPES, torch.uint8 if mode == "int4" else torch.int8) for mode in MODES}
 MOST_ROWS = {"int8": 512, "int8_dynamic": 256, "int4": 1024}
 if _native.cpu == "zen5":
     MOST_ROWS |= {"int8": 1024, "int8_dynamic": 1024}
@@ -48,7 +46,7 @@ def at_once(input, weight, scale, bias, mode, group_size):
         return None
     return _native.quantized_linear_at_once(
         MODES.index(mode), group_size, torch.get_num_threads(), MOST_ROWS[mode], not torch.is_grad_enabled(), input,
-        weight, scale, bias, PLAIN, STORED[mode])
+        weight, scale, bias)
 
 
 def run(*args):

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.autograd import Differentiable, unwatched
-from fastlm.dispatch import PLAIN
 from fastlm.ops import recurrent
 from fastlm.ops.cpu import MEASURED, keep_freed_memory
 from fastlm.ops.products import exact_float32, mm
@@ -27,6 +26,7 @@ PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
+ANY = 1 << 62  # rows
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
 
 
@@ -87,21 +87,17 @@ class Layers:
             return *cast(found[:2], result), *cast(found[2:], hx[1].dtype)
         return cast(found, result)
 
-    def at_once(self, *args):
+    def at_once(self, x, hx, params, *options):
         """Return what `run` makes of a call as it came, unchecked; None where that is no step of a stream or not ours.
 
         A stream calls for every token: here Python, its caches swept by the weights, takes as long as the kernel.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != len(recurrent.DENSE) or \
-                self.native.cpu not in MEASURED or (self.native.pairs and not exact_float32()):
+        if self.native.cpu not in MEASURED or (self.native.pairs and not exact_float32()):
             return None
-        h = args[1] if self.states == 1 and isinstance(args[1], Tensor) else args[1][0]
-        if h.dim() > 1 and h.shape[-2] > MOST_ROWS[self.cell]:
-            return None
-        return self.stream(*args, dtypes=(torch.float32,))
+        return self.stream(x, hx, params, *options, most=MOST_ROWS[self.cell], doubles=False)
 
-    def stream(self, x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-               dtypes=(torch.float32, torch.float64)):
+    def stream(self, x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, most=ANY,
+               doubles=True):
         """Return one step without gradients, None where the call is another or needs more than a kernel.
 
         All arguments are checked, by the extension where they are tensors.
@@ -110,14 +106,14 @@ class Layers:
             return None
         if num_layers != 1:
             alike = not (dropout and train)
-            return self.streams(x, hx, params, has_biases, num_layers, batch_first, dtypes) if alike else None
-        found = self.native.rnn_step(CELLS[self.cell], IN_PLACE, torch.get_num_threads(), bool(has_biases),
-                                     bool(batch_first), x, hx, params, PLAIN, dtypes, torch.empty_like)
+            return self.streams(x, hx, params, has_biases, num_layers, batch_first, most, doubles) if alike else None
+        found = self.native.rnn_step(CELLS[self.cell], IN_PLACE, most, torch.get_num_threads(), bool(has_biases),
+                                     bool(batch_first), doubles, x, hx, params)
         if found is None or not batch_first:
             return found
         return found[0].transpose(0, 1), *found[1:]
 
-    def streams(self, x, hx, params, has_biases, num_layers, batch_first, dtypes):
+    def streams(self, x, hx, params, has_biases, num_layers, batch_first, most, doubles):
         """Do what `stream` does for several layers."""
         hx, per, last = hx if isinstance(hx, list | tuple) else (hx,), 4 if has_biases else 2, []
         if num_layers < 1 or x.shape[1 if batch_first else 0] != 1 or len(params) != per * num_layers or \
@@ -125,7 +121,7 @@ class Layers:
             return None
         for i in range(num_layers):
             found = self.stream(x, [h[i: i + 1] for h in hx], params[i * per: (i + 1) * per], has_biases, 1, 0.0, False,
-                                False, batch_first, dtypes)
+                                False, batch_first, most, doubles)
             if found is None:
                 return None
             x, *states = found
@@ -352,8 +348,8 @@ class Layers:
         weights (w) like `weight`. The caller keeps `buffers` until the kernel is done: an address alone keeps no
         memory.
         """
-        return self.native.addresses(buffers, kinds, like.device, like.dtype, state_dtype(like),
-                                     None if weight is None else weight.dtype)
+        return self.native.addresses(buffers, kinds, NUMBERS[like.dtype], NUMBERS[state_dtype(like)],
+                                     NUMBERS[(like if weight is None else weight).dtype])
 
 
 def cast(tensors, dtype):
