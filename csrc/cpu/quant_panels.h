@@ -105,6 +105,7 @@ inline void transpose(const uint32_t* from, int64_t stride, uint32_t* to, int64_
 template <class Kind>
 struct PanelPlan {
   int64_t lines, part, words, stride, slice;
+  int64_t sums;             // from row to row of the sums: as for x
   int64_t block;            // rows of the weight: in L1, or in L2 for several tiles of x
   int64_t x, scales, mine;  // bytes
 
@@ -114,10 +115,11 @@ struct PanelPlan {
         words(part * Kind::kParts),          // of a row
         stride(words + 16),                  // one line more keeps rows in other cache sets
         slice((std::min(p.rows, kSlice) + kLanes - 1) / kLanes * kLanes),
+        sums(slice > kMostAcross * kLanes ? slice + kLanes : slice),
         block(slice <= kMostAcross * kLanes ? kFewRows : kMostBlock),
         x(slice * stride * 4),
         scales((slice * int64_t(sizeof(RowOfX)) + 63) / 64 * 64),
-        mine((kPanelWords + slice) * block * 4) {}
+        mine((kPanelWords + sums) * block * 4) {}
 
   size_t bytes(int threads) const { return 2 * x + scales + mine * threads; }
 };
@@ -144,13 +146,13 @@ void unpack(const QuantizedLinear& p, int64_t n, int64_t begin, int64_t end, uin
 
 // A block of outputs, from n0 on, of the rows of a slice, the first of which is row m0 of x.
 template <class Kind>
-void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, int64_t n0, int64_t m0, int64_t rows,
-                 const uint32_t* x, const RowOfX* of, uint32_t* panel, float* sums) {
+void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, const PanelRegisters& registers, int64_t n0,
+                 int64_t m0, int64_t rows, const uint32_t* x, const RowOfX* of, uint32_t* panel, float* sums) {
   constexpr int64_t line_words = 16 * Kind::kVectors, chunk = kPanelWords / line_words;
   const int64_t row_bytes = p.kind == QuantizedWeight::int4 ? (p.in + 1) / 2 : p.in, next = plan.words * kLanes;
   const int64_t vectors = (rows + kLanes - 1) / kLanes, tiles = vectors <= kMostAcross ? 1 : (vectors + 1) / 2;
   const uint8_t* const weight = static_cast<const uint8_t*>(p.weight);
-  std::fill_n(sums, plan.block * plan.slice, 0.f);
+  std::fill_n(sums, plan.block * plan.sums, 0.f);
   for (int64_t line = 0; line < plan.lines; line += chunk) {
     const int64_t end = std::min(line + chunk, plan.lines), words = (end - line) * line_words;
     Panel part{weight + n0 * row_bytes + line * 64, row_bytes, 16 * row_bytes, 64};
@@ -162,12 +164,18 @@ void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, int64_t 
     }
     const bool ends = end == plan.lines;
     const int64_t next_row = ends ? n0 + plan.block : n0, next_byte = ends ? 0 : end * 64;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t v = vectors * i / tiles, across = vectors * (i + 1) / tiles - v;
-      for (int64_t k = Kind::kParts - 1; k >= 0; --k)  // the smallest first
-        multiply_panel<Kind>(x + v * next + (k * plan.part + line * line_words) * kLanes, next, across, part, words,
-                             plan.block, sums + v * kLanes, plan.slice,
-                             {weight + next_row * row_bytes + next_byte, row_bytes, i > 0 ? 0 : p.out - next_row});
+    const Ahead ahead{weight + next_row * row_bytes + next_byte, row_bytes, p.out - next_row};
+    for (int64_t r = 0; r < plan.block; r += kGroup) {
+      const int64_t group = std::min(kGroup, plan.block - r);
+      const Panel here{static_cast<const uint8_t*>(part.first) + r / 16 * part.low, part.row, part.low, part.step};
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t v = vectors * i / tiles, across = vectors * (i + 1) / tiles - v;
+        const int64_t some = group * i / tiles, more = group * (i + 1) / tiles;  // to fetch: all at once would wait
+        for (int64_t k = Kind::kParts - 1; k >= 0; --k)  // the smallest first
+          multiply_panel<Kind>(registers, x + v * next + (k * plan.part + line * line_words) * kLanes, next, across,
+                               here, words, group, sums + r * plan.sums + v * kLanes, plan.sums,
+                               ahead.part(r + some, k > 0 ? 0 : more - some));
+      }
     }
   }
   alignas(64) float y[kLanes * kMostBlock];
@@ -175,7 +183,7 @@ void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, int64_t 
   for (int64_t m = 0; m < rows; ++m) {
     if (m % kLanes == 0)
       for (int64_t r = 0; r < plan.block; r += 16)
-        transpose(reinterpret_cast<const uint32_t*>(sums) + r * plan.slice + m, plan.slice,
+        transpose(reinterpret_cast<const uint32_t*>(sums) + r * plan.sums + m, plan.sums,
                   reinterpret_cast<uint32_t*>(y) + r, kMostBlock);
     finish(p, m0 + m, n0, width, y + m % kLanes * kMostBlock, of + m);
   }
@@ -246,8 +254,9 @@ void panels(const QuantizedLinear& p) {
         transpose(by_rows + i / squares * kLanes * plan.stride + i % squares * 16, plan.stride, x + i * 16 * kLanes,
                   kLanes);
       member.meet();
+      const PanelRegisters registers;
       const auto multiply = [&](int64_t block) {
-        panel_block<Kind>(p, plan, block * plan.block, m0, rows, x, of, panel, sums);
+        panel_block<Kind>(p, plan, registers, block * plan.block, m0, rows, x, of, panel, sums);
       };
       for (; many && block < done + blocks; block = queue.take()) multiply(block - done);
       for (int64_t i = member.begin(blocks); !many && i < member.end(blocks); ++i) multiply(i);

@@ -9,7 +9,8 @@ namespace FASTLM_ISA {
 namespace {
 
 constexpr int64_t kPanelWords = 256;                // of a weight row at a time
-constexpr int64_t kFewRows = 32, kMostBlock = 128;  // of the weight
+constexpr int64_t kFewRows = 32, kMostBlock = 256;  // of the weight, in groups
+constexpr int64_t kGroup = 32;                      // rows of the weight: two tiles, which stay in L1 while x passes
 constexpr int kMostAcross = 2;                      // vectors of x that are multiplied at a time
 constexpr int kTile = TileRegisters::kRows;         // or words of one
 constexpr bool kSplits = true;                      // float32 and float16 are multiplied as sums of bfloat16
@@ -46,7 +47,8 @@ inline Panel packed(uint32_t* panel, int64_t words) { return {panel, 64, words *
 template <class Kind, int V>
 void panel_tile(const uint32_t* x, int64_t next, const Panel& panel, int64_t words, float* sums, int64_t stride,
                 Ahead fetch) {
-  constexpr int64_t line = 64;
+  constexpr int64_t line = 64, lines = kPanelWords / kTile / Kind::kVectors;  // of a row in the panel
+  int64_t fetched = 0;
   constexpr bool apart = Kind::kParts > 1;  // sums of a panel are added up first: float32 would lose digits in one chain
   alignas(64) float own[2 * kTile * 2 * kTile];
   float* const to = apart ? own : sums;
@@ -68,9 +70,10 @@ void panel_tile(const uint32_t* x, int64_t next, const Panel& panel, int64_t wor
   }
   const auto* w = static_cast<const uint8_t*>(panel.first);
   for (int64_t run = 0; run < words; run += kTile, w += panel.step) {
-    for (int i = 0; i < 2 && fetch.rows > 0; ++i, --fetch.rows, fetch.first += fetch.row_bytes)
-      for (int64_t j = 0; j < kPanelWords / 16 / Kind::kVectors; ++j)
-        _mm_prefetch(fetch.first + j * line, _MM_HINT_T1);
+    for (const int64_t end = fetch.rows * (run + kTile) / kPanelWords; fetched < end; ++fetched)
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lines; ++i)
+        _mm_prefetch(fetch.first + fetched * fetch.row_bytes + i * line, _MM_HINT_T1);
     _tile_loadd(4, w, panel.row);
     _tile_loadd(5, w + panel.low, panel.row);
     _tile_stream_loadd(6, x + run * kTile, line);  // leaves L1 to the panel
@@ -92,16 +95,19 @@ void panel_tile(const uint32_t* x, int64_t next, const Panel& panel, int64_t wor
       }
 }
 
-// The same for `rows` rows of the weight and up to kMostAcross vectors of x.
+// What a thread holds while it multiplies.
+struct PanelRegisters {
+  TileRegisters tiles;
+
+  PanelRegisters() { tiles.shape(kTile, kTile); }
+};
+
+// The same for up to kGroup rows of the weight and kMostAcross vectors of x.
 template <class Kind>
-void multiply_panel(const uint32_t* x, int64_t next, int64_t across, Panel panel, int64_t words, int64_t rows,
-                    float* sums, int64_t stride, Ahead fetch) {
+void multiply_panel(const PanelRegisters&, const uint32_t* x, int64_t next, int64_t across, const Panel& panel,
+                    int64_t words, int64_t, float* sums, int64_t stride, const Ahead& fetch) {
   const auto tile = across == 2 ? panel_tile<Kind, 2> : panel_tile<Kind, 1>;
-  TileRegisters registers;
-  registers.shape(kTile, kTile);
-  for (int64_t r = 0; r < rows; r += 2 * kTile)
-    tile(x, next, {static_cast<const uint8_t*>(panel.first) + r / kTile * panel.low, panel.row, panel.low, panel.step},
-         words, sums + r * stride, stride, fetch.part(r, 2 * kTile));
+  tile(x, next, panel, words, sums, stride, fetch);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kPanelWords = 256;               // of a weight row at a time; sums of more would cost accuracy
 constexpr int64_t kFewRows = 16, kMostBlock = 128;  // of the weight
+constexpr int64_t kGroup = kMostBlock;             // rows of the weight that are multiplied one after another
 constexpr int kMostAcross = 3;                     // vectors of x that are multiplied at a time
 constexpr bool kSplits = false;                    // float32's own vectors are as fast
 constexpr bool kSigned = false;                    // one factor must not be negative: the weight, plus 128
@@ -79,10 +80,12 @@ __attribute__((noinline)) void panel_tile(const uint32_t* x, int64_t next, const
     }
 }
 
+struct PanelRegisters {};  // nothing to hold
+
 // The same for `rows` rows of the weight and up to kMostAcross vectors of x.
 template <class Kind>
-void multiply_panel(const uint32_t* x, int64_t next, int64_t across, Panel panel, int64_t words, int64_t rows, float* sums,
-                    int64_t stride, Ahead fetch) {
+void multiply_panel(const PanelRegisters&, const uint32_t* x, int64_t next, int64_t across, const Panel& panel,
+                    int64_t words, int64_t rows, float* sums, int64_t stride, const Ahead& fetch) {
   const uint32_t* const w = static_cast<const uint32_t*>(panel.first);
   const auto tiles = [&](auto height, auto width) {
     for (int64_t r = 0; r < rows; r += height)
