@@ -129,8 +129,6 @@ Kernels choose_kernels() {
     found.reduced_from = Precision::high;
     found.product_pairs_workspace = amx::product_pairs_workspace;
     found.product_pairs = amx::product_pairs;
-    found.product_parts_workspace = amx::product_parts_workspace;
-    found.product_parts = amx::product_parts;
     if (vnni) {
       found.quantized_linear_workspace = amx::quantized_linear_workspace;
       found.quantized_linear = amx::quantized_linear;

@@ -57,8 +57,6 @@ struct Kernels {
   void (*quantized_linear)(const QuantizedLinear&) = nullptr;
   size_t (*product_pairs_workspace)(const Product&) = nullptr;  // null where tiles do not multiply
   void (*product_pairs)(const Product&, size_t) = nullptr;
-  size_t (*product_parts_workspace)(const Product&) = nullptr;
-  bool (*product_parts)(const Product&) = nullptr;
   // What multiplies pairs of bfloat16, and its kernels; null where nothing does.
   const char* pairs = nullptr;
   RecurrentKernels<Bf16> rnn_bf16 = {};

@@ -36,8 +36,6 @@ struct FewRows {
 
 // A number has 4 or 8 bytes, in few_rows 4 or, in bfloat16, 2. product_pairs: A and B are bfloat16, of each one stride is
 // 1; a number of C and of the bias has 2 or, in float32, 4 bytes; sums are taken in one chain of 32 products at a time.
-// product_parts: float32, of each one stride is 1; as precise as float32's own products. It does nothing and returns false
-// where A or B holds what is not finite, or where its largest number is below 2^-40.
 
 #define FASTLM_DECLARE_PRODUCT(isa)                                     \
   namespace isa {                                                       \
@@ -50,8 +48,6 @@ struct FewRows {
   namespace isa {                                       \
   size_t product_pairs_workspace(const Product&);       \
   void product_pairs(const Product&, size_t number);    \
-  size_t product_parts_workspace(const Product&);       \
-  bool product_parts(const Product&);                   \
   }
 
 }  // namespace fastlm

@@ -1,9 +1,6 @@
-// Large products of bfloat16 and float32 by AMX: B is packed into tiles, and A where it does not lie in them, whatever
-// their strides, so that nothing has to be transposed before. Four tiles of sums are 32 rows and 32 columns of C; a strip
-// of A stays in the L1 cache while it meets the strips of B, which come from L2.
-//
-// A float32 is the exact sum of three of bfloat16, each of 8 of its 24 bits: high, middle and low. Of their nine products
-// six count; the others are smaller than float32's own rounding. (cuBLAS emulates float32 so, from version 12.9 on.)
+// Large products of bfloat16 by AMX: B is packed into tiles, and A where it does not lie in them, whatever their strides,
+// so that nothing has to be transposed before. Four tiles of sums are 32 rows and 32 columns of C; a strip of A stays in
+// the L1 cache while it meets the strips of B, which come from L2.
 #include "../product.h"
 
 #if defined(FASTLM_TILES)
@@ -22,7 +19,8 @@ namespace FASTLM_ISA {
 namespace {
 
 constexpr int64_t kSide = 32;                // rows or columns of a strip: two tiles
-constexpr int64_t kPart = 2 * kTileNumbers;  // of a strip: a part of each 32 of the depth
+constexpr int64_t kStep = 2 * kTileNumbers;  // of a strip, for each 32 of the depth
+constexpr int64_t kChunk = 16;               // tiles of the depth that are multiplied at a time: a strip of A stays in L1
 constexpr int64_t kBlockColumns = 512;       // of B, packed by all threads together; twice as many of a single chunk
 constexpr int64_t kPackedRows = 128;         // of A, at a time
 constexpr int64_t kMostRows = 512;           // of a task, whose sums wait in L2 for the next chunk: more rows read B less often
@@ -30,50 +28,24 @@ constexpr int64_t kPage = 2048;              // numbers; rows a page apart share
 
 constexpr int64_t strips(int64_t n) { return (n + kSide - 1) / kSide; }
 
-template <class N>
-constexpr int kParts = sizeof(N) == sizeof(float) ? 3 : 1;
-template <class N>
-constexpr int64_t kStep = kParts<N> * kPart;  // of a strip, for each 32 of the depth
-template <class N>
-constexpr int64_t kChunk = kParts<N> == 3 ? 6 : 16;  // tiles of the depth that are multiplied at a time: a strip of A stays in L1
-
 // --- packing ------------------------------------------------------------------------------------------------------
 
 // A or B, seen as rows of numbers to be multiplied: those of A, the columns of B.
-template <class N>
 struct Operand {
-  const N* first;
+  const Bf16* first;
   int64_t row, step;  // numbers from one row to the next and from one number of a row to the next; one of them is 1
 };
 
-// Take the next part from x.
-FASTLM_INLINE Vector<float> take_part(Vector<float>& x) {
-  const Vector<float> part = (Vector<float>)((Pairs)x & 0xffff0000);
-  x -= part;
-  return part;
-}
-
-// The upper halves of two vectors, side by side.
-FASTLM_INLINE __m512i upper_halves(const Vector<float>& low, const Vector<float>& high) {
-  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
-                                       21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  return _mm512_permutex2var_epi16((__m512i)low, odd, (__m512i)high);
-}
-
-// Strips of `rows` rows, [strip][32 of the depth][part][tile], zeros after the last row and number. `pairs`: the lines of
-// a tile are pairs of the depth, as the second factor has them, else rows. Of a single strip the chunks of the depth lie
-// `chunk` numbers apart.
-template <class N, bool pairs>
+// Strips of `rows` rows, [strip][32 of the depth][tile], zeros after the last row and number. `pairs`: the lines of a tile
+// are pairs of the depth, as the second factor has them, else rows.
+template <bool pairs>
 class Packing {
-  static constexpr int parts = kParts<N>;
-  const Operand<N> x;
+  const Operand x;
   const int64_t rows, depth, deep = tiles_deep(depth);
   Bf16* const strip;
-  const int64_t chunk;
 
  public:
-  Packing(const Operand<N>& x, int64_t rows, int64_t depth, Bf16* strip, int64_t chunk = 0)
-      : x(x), rows(rows), depth(depth), strip(strip), chunk(chunk) {
+  Packing(const Operand& x, int64_t rows, int64_t depth, Bf16* strip) : x(x), rows(rows), depth(depth), strip(strip) {
     if (x.step == 1)
       from_rows();
     else
@@ -82,49 +54,30 @@ class Packing {
 
  private:
   Bf16* tile(int64_t row, int64_t k) const {
-    return strip + k / kChunk<N> * chunk + (row / kSide * deep + k % kChunk<N>) * kStep<N> +
-           row / kTileRows % 2 * kTileNumbers;
-  }
-
-  // A line of each part: 32 numbers that lie side by side.
-  FASTLM_INLINE void line(const N* from, Bf16* to) {
-    if constexpr (parts == 1) {
-      std::memcpy(to, from, 64);
-    } else {
-      Vector<float> a = load(from), b = load(from + 16);
-#pragma GCC unroll 3
-      for (int part = 0; part < parts; ++part) {
-        _mm512_store_si512(to + part * kPart, upper_halves(a, b));
-        take_part(a);
-        take_part(b);
-      }
-    }
+    return strip + (row / kSide * deep + k) * kStep + row / kTileRows % 2 * kTileNumbers;
   }
 
   // Row by row: what lies in order is read fastest.
   void from_rows() {
     const int64_t whole = depth / kTileDepth, end = strips(rows) * kSide;
     for (int64_t r = 0; r < end; ++r) {
-      const N* from = x.first + r * x.row;
-      const int64_t at = r % kTileRows * kTileDepth;
+      const Bf16* from = x.first + r * x.row;
+      Bf16* to = tile(r, 0) + r % kTileRows * kTileDepth;
       int64_t k = 0;
-      for (; r < rows && k < whole; ++k, from += kTileDepth) line(from, tile(r, k) + at);
-      for (; k < deep; ++k) {
-        N last[kTileDepth] = {};
-        if (r < rows) std::memcpy(last, from, (depth - k * kTileDepth) * sizeof *last);
-        line(last, tile(r, k) + at);
+      for (; r < rows && k < whole; ++k, from += kTileDepth, to += kStep) std::memcpy(to, from, 64);
+      for (; k < deep; ++k, to += kStep) {
+        std::memset(to, 0, 64);
+        if (r < rows) std::memcpy(to, from, (depth - k * kTileDepth) * sizeof *to);
       }
     }
     if constexpr (pairs)
       for (int64_t r = 0; r < end; r += kTileRows)
-        for (int64_t k = 0; k < deep; ++k)
-          for (int part = 0; part < parts; ++part) {
-            Pairs all[16];
-            Bf16* const at = tile(r, k) + part * kPart;
-            std::memcpy(all, at, sizeof all);
-            transpose(all);
-            std::memcpy(at, all, sizeof all);
-          }
+        for (int64_t k = 0; k < deep; ++k) {
+          Pairs all[16];
+          std::memcpy(all, tile(r, k), sizeof all);
+          transpose(all);
+          std::memcpy(tile(r, k), all, sizeof all);
+        }
   }
 
   // All strips take their part of a column while its page is at hand.
@@ -132,26 +85,17 @@ class Packing {
     for (int64_t k = 0; k < deep; ++k)
       for (int64_t r = 0; r < strips(rows) * kSide; r += kTileRows) {
         const int wide = int(std::clamp<int64_t>(rows - r, 0, 16));
-        const N* const from = x.first + r;
+        const Bf16* const from = x.first + r;
         const auto read = [&](int64_t at) FASTLM_INLINED {
-          return at < depth ? load(from + at * x.step, wide) : Vector<float>{};
+          return at < depth ? (Pairs)load(from + at * x.step, wide) : Pairs{};
         };
         for (int64_t i = 0; r % kSide == 0 && i < kTileDepth; ++i)
           __builtin_prefetch(from + ((k + 1) * kTileDepth + i) * x.step);
-        Pairs all[parts][16];
+        Pairs all[16];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) {
-          Vector<float> even = read(k * kTileDepth + 2 * i), odd = read(k * kTileDepth + 2 * i + 1);
-#pragma GCC unroll 3
-          for (int part = 0; part < parts; ++part) {
-            const Vector<float> a = parts == 1 ? even : take_part(even), b = parts == 1 ? odd : take_part(odd);
-            all[part][i] = (Pairs)a >> 16 | (Pairs)b;
-          }
-        }
-        for (int part = 0; part < parts; ++part) {
-          if constexpr (!pairs) transpose(all[part]);
-          std::memcpy(tile(r, k) + part * kPart, all[part], sizeof all[part]);
-        }
+        for (int64_t i = 0; i < 16; ++i) all[i] = read(k * kTileDepth + 2 * i) >> 16 | read(k * kTileDepth + 2 * i + 1);
+        if constexpr (!pairs) transpose(all);
+        std::memcpy(tile(r, k), all, sizeof all);
       }
   }
 };
@@ -165,34 +109,13 @@ struct StripOfA {
   int64_t row, low, step;
 };
 
-// Load a part of A, or of B past L1, which is A's.
-FASTLM_INLINE void load_a(const StripOfA& a, int part) {
-  _tile_loadd(4, a.first + part * kPart, a.row * sizeof *a.first);
-  _tile_loadd(5, a.first + part * kPart + a.low, a.row * sizeof *a.first);
-}
-
-FASTLM_INLINE void load_b(const Bf16* b, int part) {
-  _tile_stream_loadd(6, b + part * kPart, 64);
-  _tile_stream_loadd(7, b + part * kPart + kTileNumbers, 64);
-}
-
-FASTLM_INLINE void add_products() {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
 // sums [32, 32] = a · strip of B, plus what they are if `more`; the sums behind them are then fetched for the next strip.
-// Those of float32 in parts are added up apart, chunk by chunk: in one chain they would lose digits.
-template <class N>
 void multiply_strips(StripOfA a, const Bf16* b, int64_t deep, float* sums, bool more) {
-  constexpr int64_t row = kSide * sizeof *sums;
-  constexpr bool apart = kParts<N> > 1;
-  alignas(64) float own[apart ? kSide * kSide : 1];
-  float *const to = apart && more ? own : sums, *const below = to + kTileRows * kSide;
+  constexpr int64_t line = 64, row = kSide * sizeof *sums;
+  const int64_t a_row = a.row * sizeof *a.first;
+  float* const below = sums + kTileRows * kSide;
   __asm__ volatile("" : : : "memory");  // GCC's tile loads do not say that they read memory
-  if (more && !apart) {
+  if (more) {
     _tile_loadd(0, sums, row);
     _tile_loadd(1, sums + 16, row);
     _tile_loadd(2, below, row);
@@ -203,58 +126,32 @@ void multiply_strips(StripOfA a, const Bf16* b, int64_t deep, float* sums, bool 
     _tile_zero(2);
     _tile_zero(3);
   }
-  constexpr int lines = int(kSide * kSide / 16 / kChunk<N>);
   const float* next = sums + kSide * kSide;
-  for (; deep > 0; --deep, a.first += a.step, b += kStep<N>, next += lines * 16) {
-#pragma GCC unroll 16
-    for (int i = 0; more && i < lines; ++i) __builtin_prefetch(next + i * 16, 1);
-    if constexpr (kParts<N> == 3) {
-      constexpr int high = 0, middle = 1, low = 2;
-      load_a(a, high);
-      load_b(b, low);
-      add_products();
-      load_b(b, middle);
-      add_products();
-      load_a(a, middle);
-      add_products();
-      load_b(b, high);
-      add_products();
-      load_a(a, low);
-      add_products();
-      load_a(a, high);
-      add_products();
-    } else {
-      constexpr int64_t line = 64;
-      const int64_t a_row = a.row * sizeof *a.first;
-      _tile_stream_loadd(6, b, line);  // leaves L1 to A
-      _tile_loadd(4, a.first, a_row);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, a.first + a.low, a_row);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_stream_loadd(7, b + kTileNumbers, line);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+  for (; deep > 0; --deep, a.first += a.step, b += kStep, next += kSide * kSide / kChunk) {
+#pragma GCC unroll 4
+    for (int i = 0; more && i < 4; ++i) __builtin_prefetch(next + i * 16, 1);
+    _tile_stream_loadd(6, b, line);  // leaves L1 to A
+    _tile_loadd(4, a.first, a_row);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, a.first + a.low, a_row);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_stream_loadd(7, b + kTileNumbers, line);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, to, row);
-  _tile_stored(1, to + 16, row);
+  _tile_stored(0, sums, row);
+  _tile_stored(1, sums + 16, row);
   _tile_stored(2, below, row);
   _tile_stored(3, below + 16, row);
   __asm__ volatile("" : : : "memory");
-  if (apart && more)
-    for (int64_t i = 0; i < kSide * kSide; i += 16) store(sums + i, load(sums + i) + load(own + i));
 }
 
 // How C is cut into tasks: whoever is free takes the next, because a core may be slower than the others. Who makes a
 // part of C changes no number.
-template <class N>
 struct Plan {
-  static constexpr int64_t kChunk = FASTLM_ISA::kChunk<N>, kStep = FASTLM_ISA::kStep<N>;
-
   int64_t deep;                 // tiles of the depth, at least 1
   int64_t rows, columns;        // strips of a task's rows and of a block of B
   int64_t parts;                // of a block of B
-  int64_t strip, chunk;         // numbers of a strip's chunk, and of all of them: side by side they share no cache sets
   int64_t of_b, of_a, of_sums;  // bytes
 
   explicit Plan(const Product& p) : deep(std::max<int64_t>(tiles_deep(p.depth), 1)) {
@@ -265,22 +162,19 @@ struct Plan {
     columns = std::min(wide, (deep > kChunk ? 1 : 2) * kBlockColumns / kSide);
     const int64_t blocks = std::max<int64_t>((high + rows - 1) / rows, 1);
     parts = std::clamp<int64_t>(enough / blocks, 1, std::max<int64_t>(columns, 1));
-    strip = std::min(deep, kChunk) * kStep;
-    chunk = columns * strip;
-    of_b = (deep + kChunk - 1) / kChunk * chunk * sizeof(Bf16);
+    of_b = columns * deep * kStep * sizeof(Bf16);
     of_a = std::min(rows, kPackedRows / kSide) * std::min(deep, kChunk) * kStep * sizeof(Bf16);
     of_sums = (deep > kChunk ? rows * columns : 1) * kSide * kSide * sizeof(float);
   }
   size_t bytes(int threads) const { return of_b + threads * (of_a + of_sums); }
 };
 
-// One thread's share of a product of numbers N whose C is of type T.
-template <class N, class T>
+// One thread's share of a product whose C is of type T.
+template <class T>
 class Share {
-  static constexpr int64_t kChunk = FASTLM_ISA::kChunk<N>, kStep = FASTLM_ISA::kStep<N>;
   const Product& p;
   Member& me;
-  const Plan<N> plan;
+  const Plan plan;
   Bf16* const packed_b;
   Bf16* const packed_a;
   float* const sums;
@@ -304,9 +198,8 @@ class Share {
       if (n > 0) me.meet();  // the last strips were read
       for (; packing < packed + count; packing = packings.take()) {
         const int64_t column = n + (packing - packed) * kSide;
-        Packing<N, true>({static_cast<const N*>(p.b) + column * p.b_column, p.b_column, p.b_row},
-                         std::min(kSide, p.columns - column), p.depth, packed_b + (packing - packed) * plan.strip,
-                         plan.chunk);
+        Packing<true>({static_cast<const Bf16*>(p.b) + column * p.b_column, p.b_column, p.b_row},
+                      std::min(kSide, p.columns - column), p.depth, packed_b + (packing - packed) * plan.deep * kStep);
       }
       packed += count;
       me.meet();
@@ -319,8 +212,8 @@ class Share {
   }
 
  private:
-  const N* a_at(int64_t row, int64_t k) const {
-    return static_cast<const N*>(p.a) + row * p.a_row + k * kTileDepth * p.a_column;
+  const Bf16* a_at(int64_t row, int64_t k) const {
+    return static_cast<const Bf16*>(p.a) + row * p.a_row + k * kTileDepth * p.a_column;
   }
 
   // A task: rows of C from m on, and strips [first, last) of its columns from n on.
@@ -335,17 +228,16 @@ class Share {
   void multiply_chunk(int64_t m, int64_t rows, int64_t k, int64_t n, int64_t first, int64_t last, int64_t strip) {
     const int64_t deep = std::min(kChunk, plan.deep - k), depth = std::min(p.depth - k * kTileDepth, deep * kTileDepth);
     const bool whole = depth > 0 && depth % kTileDepth == 0 && rows % kSide == 0, ends = k + deep == plan.deep;
-    const bool packs = kParts<N> > 1 || !whole || p.a_column != 1 || p.a_row % kPage == 0;
-    if (packs) Packing<N, false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
+    const bool packs = !whole || p.a_column != 1 || p.a_row % kPage == 0;
+    if (packs) Packing<false>({a_at(m, k), p.a_row, p.a_column}, rows, depth, packed_a);
     for (int64_t i = 0; i < strips(rows); ++i) {
       const int64_t row = m + i * kSide;
-      StripOfA a{packed_a + i * deep * kStep, kTileDepth, kTileNumbers, kStep};
-      if constexpr (kParts<N> == 1)
-        if (!packs) a = {a_at(row, k), p.a_row, kTileRows * p.a_row, kTileDepth};
+      const StripOfA a = packs ? StripOfA{packed_a + i * deep * kStep, kTileDepth, kTileNumbers, kStep}
+                               : StripOfA{a_at(row, k), p.a_row, kTileRows * p.a_row, kTileDepth};
       for (int64_t j = first; j < last; ++j) {
         float* const to = sums + (plan.deep > kChunk ? (strip + i) * plan.columns + j : 0) * kSide * kSide;
         if (ends) fetch_c(row, n + j * kSide);
-        multiply_strips<N>(a, packed_b + k / kChunk * plan.chunk + j * plan.strip, depth > 0 ? deep : 0, to, k > 0);
+        multiply_strips(a, packed_b + (j * plan.deep + k) * kStep, depth > 0 ? deep : 0, to, k > 0);
         if (ends) finish(to, row, n + j * kSide);
       }
     }
@@ -381,61 +273,19 @@ class Share {
   }
 };
 
-template <class N, class T>
-void product_of(const Product& p) {
-  Queue packings, tasks;
-  parallel(p.threads, [&](Member& me) { Share<N, T>(p, me).run(packings, tasks); });
-}
-
-// The bits of the largest magnitude in rows [begin, end) of x [·, columns]: magnitudes order as their bits do, and NaN is
-// the last.
-uint32_t largest(const float* x, int64_t row, int64_t column, int64_t begin, int64_t end, int64_t columns) {
-  Pairs most = {};
-  const auto see = [&](const Vector<float>& v) FASTLM_INLINED {
-    most = (Pairs)_mm512_max_epu32((__m512i)most, (__m512i)((Pairs)v & 0x7fffffff));
-  };
-  for (int64_t r = begin; r < end; ++r) {
-    const float* const at = x + r * row;
-    if (column == 1) {
-      for (int64_t c = 0; c < columns; c += 16) see(load_some(at + c, columns - c));
-    } else {
-      for (int64_t c = 0; c < columns; ++c) see(Vector<float>{} + at[c * column]);
-    }
-  }
-  return _mm512_reduce_max_epu32((__m512i)most);
-}
-
 }  // namespace
 
-size_t product_pairs_workspace(const Product& p) { return Plan<Bf16>(p).bytes(p.threads); }
+size_t product_pairs_workspace(const Product& p) { return Plan(p).bytes(p.threads); }
 
 void product_pairs(const Product& p, size_t number) {
   if (p.rows == 0 || p.columns == 0) return;
-  number == sizeof(float) ? product_of<Bf16, float>(p) : product_of<Bf16, Bf16>(p);
-}
-
-size_t product_parts_workspace(const Product& p) { return Plan<float>(p).bytes(p.threads); }
-
-bool product_parts(const Product& p) {
-  if (p.rows == 0 || p.columns == 0) return true;
-  uint32_t of_a = 0, of_b = 0;
-  const auto scan = [&](Member& me, const void* x, int64_t rows, int64_t columns, int64_t row, int64_t column, uint32_t& most) {
-    if (row < column) std::swap(rows, columns), std::swap(row, column);
-    const uint32_t mine = largest(static_cast<const float*>(x), row, column, me.begin(rows), me.end(rows), columns);
-    uint32_t known = __atomic_load_n(&most, __ATOMIC_RELAXED);
-    while (known < mine && !__atomic_compare_exchange_n(&most, &known, mine, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-  };
+  Queue packings, tasks;
   parallel(p.threads, [&](Member& me) {
-    scan(me, p.a, p.rows, p.depth, p.a_row, p.a_column, of_a);
-    scan(me, p.b, p.depth, p.columns, p.b_row, p.b_column, of_b);
+    if (number == sizeof(float))
+      Share<float>(p, me).run(packings, tasks);
+    else
+      Share<Bf16>(p, me).run(packings, tasks);
   });
-  // Not what is infinite, because infinity times a part that is 0 is none; nor where parts of what counts would be denormal, zeros to AMX.
-  constexpr uint32_t most = 0x7f800000, least = (127 - 40) << 23;
-  for (const uint32_t found : {of_a, of_b})
-    if (found >= most || (found && found < least)) return false;
-  product_of<float, float>(p);
-  return true;
 }
 
 }  // namespace FASTLM_ISA

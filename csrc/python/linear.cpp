@@ -90,13 +90,9 @@ py::object linear_at_once(py::handle x, py::handle weight, py::handle bias, int 
   return y;
 }
 
-enum class Way : int { vectors, pairs, parts };
-
-void check_product(int threads, size_t number, int way) {
-  if (way < 0 || way > 2) throw std::invalid_argument("product: no such way");
-  if (way && !kernels.product_pairs) throw std::runtime_error("product: this CPU has no AMX");
-  const size_t other = way == 0 ? sizeof(double) : way == 1 ? sizeof(Bf16) : sizeof(float);
-  if (threads < 1 || (number != sizeof(float) && number != other))
+void check_product(int threads, size_t number, bool pairs) {
+  if (pairs && !kernels.product_pairs) throw std::runtime_error("product: this CPU has no AMX");
+  if (threads < 1 || (number != sizeof(float) && number != (pairs ? sizeof(Bf16) : sizeof(double))))
     throw std::invalid_argument("product: threads or size of a number out of range");
 }
 
@@ -104,27 +100,24 @@ void check_product(int threads, size_t number, int way) {
 
 void define_linear(py::module_& m) {
   m.def("product_workspace",
-        [](int64_t rows, int64_t depth, int64_t columns, int threads, size_t number, int way) {
+        [](int64_t rows, int64_t depth, int64_t columns, int threads, size_t number, bool pairs) {
           Product call{};
           call.rows = rows, call.depth = depth, call.columns = columns, call.threads = threads;
-          check_product(threads, number, way);
-          if (Way(way) == Way::vectors) return kernels.product_workspace(call, number);
-          return (Way(way) == Way::pairs ? kernels.product_pairs_workspace : kernels.product_parts_workspace)(call);
+          check_product(threads, number, pairs);
+          return pairs ? kernels.product_pairs_workspace(call) : kernels.product_workspace(call, number);
         },
         "Return the bytes of workspace that a call needs.");
   m.def("product",
-        [](const py::tuple& sizes, const py::tuple& addresses, bool add, int threads, size_t number, int way) {
+        [](const py::tuple& sizes, const py::tuple& addresses, bool add, int threads, size_t number, bool pairs) {
           const Pack n("product", sizes, 8), a("product", addresses, 5);
-          check_product(threads, number, way);
+          check_product(threads, number, pairs);
           const Product call{n.size(0), n.size(1), n.size(2), a[0], n.size(3), n.size(4), a[1],   n.size(5),
                              n.size(6), a[2],      a[3],      n.size(7), add, threads,   a[4]};
           py::gil_scoped_release release;
-          if (Way(way) == Way::parts) return kernels.product_parts(call);
-          (Way(way) == Way::pairs ? kernels.product_pairs : kernels.product)(call, number);
-          return true;
+          (pairs ? kernels.product_pairs : kernels.product)(call, number);
         },
-        "Run Product: sizes M, K, N and strides of A, of B and of C's rows; addresses of A, B, bias, C, workspace. `number` "
-        "is the bytes of a number of C; way 0: of all; 1: A and B are bfloat16; 2: float32 in parts. Return whether it did.");
+        "Run Product: sizes M, K, N and strides of A, of B and of C's rows; addresses of A, B, bias, C, workspace. `pairs`: "
+        "A and B are bfloat16, and `number` is the bytes of a number of C.");
   m.def("few_rows",
         [](const py::tuple& sizes, const py::tuple& addresses, int threads, size_t number) {
           const Pack n("few_rows", sizes, 4), a("few_rows", addresses, 4);

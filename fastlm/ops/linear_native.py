@@ -59,9 +59,7 @@ def _many(x, weight):
     """Tell whether products of many rows are faster than torch's."""
     if on_amx(_native):
         rows = x.numel() // (weight.shape[-1] or 1)
-        if x.dtype is torch.float32:
-            return _native.tiles and products.by_parts(rows, *weight.shape[::-1])
-        return _native.tiles and min(rows, *weight.shape) >= LEAST_SIDE
+        return _native.tiles and x.dtype is torch.bfloat16 and min(rows, *weight.shape) >= LEAST_SIDE
     return x.dtype is torch.float32 and x.numel() * weight.shape[0] >= LEAST
 
 
@@ -111,8 +109,8 @@ def backward(grads, saved, tensors, needs):
 
 
 def _product(a, b, bias=None):
-    """By whoever is faster; without AMX there is no other question in float32 than that of `loses`."""
-    if a.dtype is torch.bfloat16 or on_amx(_native):
+    """In bfloat16 by whoever is faster; in float32 there is no other question here than that of `loses`."""
+    if a.dtype is torch.bfloat16:
         return products.mm(_native, a, b, bias=bias)
     return products.multiply(_native, a, b, bias=bias)
 

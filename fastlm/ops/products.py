@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from fastlm.dispatch import assume_constant
-from fastlm.ops.cpu import on_amx
 from fastlm.ops.tensors import addresses, matmul_precision
 
 CPUS = ("zen5",)  # whose MKL is slower, benchmarks/LOG.md 2026-11-25; on Intel's it was not (2026-11-24)
-VECTORS, PAIRS, PARTS = range(3)  # ways to multiply, see csrc/product.h
 LEAST_OPERATIONS, LEAST_COLUMNS = 1 << 20, 64
-MOST_DEPTH = {PAIRS: 1 << 14, PARTS: 1 << 12}  # at a time: what is packed, 512 columns, then has 16 and 12 MB
+MOST_DEPTH = 1 << 14  # of tiles at a time: what is packed, 512 columns, then has 16 MB
 NARROW, CHAIN = 16, 512  # columns, below which MKL adds up in one chain, and how long that may be
 
 
@@ -34,10 +32,7 @@ def mm(native: ModuleType | None, a: Tensor, b: Tensor, out: Tensor | None = Non
         RuntimeError: shapes or dtypes do not fit each other.
     """
     if native is not None and is_ours(native, a, b):
-        in_parts = a.dtype is torch.float32 and native.cpu not in CPUS
-        found = multiply(native, a, b, out, add=add, bias=bias, in_parts=in_parts)
-        if found is not None:
-            return found
+        return multiply(native, a, b, out, add=add, bias=bias)
     if native is not None and native.amx and a.dtype is torch.bfloat16 and a.is_cpu and a.shape[1] % 32:
         a = a.contiguous()  # oneDNN's product by AMX reads what lies between the rows, and NaN there stays NaN
     if out is not None and out.dtype is not a.dtype:
@@ -65,14 +60,7 @@ def is_ours(native: ModuleType, a: Tensor, b: Tensor) -> bool:
         return False
     if a.dtype is torch.bfloat16:
         return native.tiles and _by_tiles(rows, depth, columns, a.stride(1) != 1) and _one_stride_is_1(a, b)
-    if a.dtype is not torch.float32 or not exact_float32():
-        return False
-    return native.cpu in CPUS or (on_amx(native) and native.tiles and by_parts(rows, depth, columns))
-
-
-def by_parts(rows, depth, columns):
-    """Tell whether float32 as three of bfloat16 beats MKL, by AMX: benchmarks/LOG.md 2026-11-27, sixth session."""
-    return rows >= 2048 and depth >= 256 and columns >= 256
+    return native.cpu in CPUS and a.dtype is torch.float32 and exact_float32()
 
 
 def _by_tiles(rows, depth, columns, transposed):
@@ -88,11 +76,8 @@ def _one_stride_is_1(*matrices):
 
 
 def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False,
-             bias: Tensor | None = None, in_parts: bool = False) -> Tensor | None:
-    """Do what `mm` does by csrc/product.h, whatever is faster: float32, float64, and bfloat16 by AMX.
-
-    With `in_parts` float32 is multiplied by AMX as three numbers of bfloat16; None where that would not be exact enough.
-    """
+             bias: Tensor | None = None) -> Tensor:
+    """Do what `mm` does by csrc/product.h, whatever is faster: float32, float64, and bfloat16 by AMX."""
     (rows, depth), columns = a.shape, b.shape[1]
     if out is None:
         out = a.new_empty(rows, columns)
@@ -110,26 +95,24 @@ def multiply(native: ModuleType, a: Tensor, b: Tensor, out: Tensor | None = None
         raise RuntimeError("mm: the rows of out and the bias must be contiguous")
     if add and bias is not None:
         raise RuntimeError("mm: a product is added to out or to the bias, not to both")
-    way = PAIRS if pairs else PARTS if in_parts and a.dtype is torch.float32 else VECTORS
-    if way != VECTORS:
+    if pairs:
         a, b = (t if _one_stride_is_1(t) else t.contiguous() for t in (a, b))
-        if depth > MOST_DEPTH[way]:
-            return _piece_by_piece(native, a, b, out, add, bias, way)
+        if depth > MOST_DEPTH:
+            return _in_parts(native, a, b, out, add, bias)
     size, threads = out.element_size(), torch.get_num_threads()
-    room = native.product_workspace(rows, depth, columns, threads, size, way)
+    room = native.product_workspace(rows, depth, columns, threads, size, pairs)
     workspace = a.new_empty(room, dtype=torch.uint8)
-    done = native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
-                          addresses(a, b, bias, out, workspace), add, threads, size, way)
-    return out if done else None
+    native.product((rows, depth, columns, *a.stride(), *b.stride(), out.stride(0)),
+                   addresses(a, b, bias, out, workspace), add, threads, size, pairs)
+    return out
 
 
-def _piece_by_piece(native, a, b, out, add, bias, way):
+def _in_parts(native, a, b, out, add, bias):
     """Do what `multiply` does of so many products that their factors are not all packed at a time."""
     sums = out if out.dtype is torch.float32 else out.float() if add else out.new_empty(out.shape, dtype=torch.float32)
     bias = None if bias is None else bias.float()
-    for x, w in zip(a.split(MOST_DEPTH[way], 1), b.split(MOST_DEPTH[way]), strict=True):
-        if multiply(native, x, w, sums, add=add, bias=bias, in_parts=way == PARTS) is None:
-            mm(None, x, w, sums, add=add, bias=bias)
+    for x, w in zip(a.split(MOST_DEPTH, 1), b.split(MOST_DEPTH), strict=True):
+        multiply(native, x, w, sums, add=add, bias=bias)
         add, bias = True, None
     return out if sums is out else out.copy_(sums)
 

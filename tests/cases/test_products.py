@@ -27,15 +27,14 @@ def draw(rows, columns, strides, dtype):
     return part.copy_(torch.randn(rows, columns, dtype=dtype))
 
 
-def check(rows, depth, columns, of_a="rows", of_b="rows", of_out="rows", start="", dtype=torch.float32, sums=None,
-          in_parts=False):
+def check(rows, depth, columns, of_a="rows", of_b="rows", of_out="rows", start="", dtype=torch.float32, sums=None):
     sums = sums or dtype
     a, b, out = draw(rows, depth, of_a, dtype), draw(depth, columns, of_b, dtype), draw(rows, columns, of_out, sums)
     if start != "add":
         out.fill_(torch.nan)
     bias = torch.randn(columns, dtype=sums) if start == "bias" else None
     exact = a.double() @ b.double() + (out.double() if start == "add" else 0 if bias is None else bias.double())
-    found = products.multiply(extension, a, b, out, add=start == "add", bias=bias, in_parts=in_parts)
+    found = products.multiply(extension, a, b, out, add=start == "add", bias=bias)
     assert found is out
     bound = torch.finfo(sums if dtype is sums else torch.float32).eps * (2 * depth**0.5 + 4) * (
         1 + exact.abs().max() if exact.numel() else 1)
@@ -105,28 +104,6 @@ def sweep_pairs():
         check(3, 600, 1500, "rows", "columns", "rows apart", "bias", torch.bfloat16, sums)
 
 
-def sweep_parts():
-    """The same of float32 in parts, whose chunks are of 192 of the depth: no more than half of what vectors may err."""
-    torch.manual_seed(0)
-    for rows, depth, columns in itertools.product((0, 1, 16, 33, 130), (0, 1, 31, 64, 390), (0, 1, 17, 32, 70)):
-        check(rows, depth, columns, in_parts=True)
-    for rows in 288, 1100:
-        check(rows, 900, 40, in_parts=True)
-        check(rows, 800, 40, "columns", "columns", "rows apart", "add", in_parts=True)
-    for of_a, of_b, of_out, start in itertools.product(STRIDES, STRIDES, ("rows", "rows apart"), ("", "add", "bias")):
-        check(53, 71, 51, of_a, of_b, of_out, start, in_parts=True)
-        check(64, 224, 40, of_a, of_b, of_out, start, in_parts=True)
-    check(300, 700, 1100, "columns", "columns", "rows", "add", in_parts=True)
-    check(3, 600, 1500, "rows", "columns", "rows apart", "bias", in_parts=True)
-    a, b = torch.rand(70, 4000), torch.rand(4000, 80)  # whose sums grow
-    exact = a.double() @ b.double()
-    found = products.multiply(extension, a, b, in_parts=True)
-    assert (found / exact - 1).abs().max() < 4 * torch.finfo(torch.float32).eps
-    for size in 2.0**-38, 2.0**60:
-        found = products.multiply(extension, a * size, b, in_parts=True) / size
-        assert (found / exact - 1).abs().max() < 4 * torch.finfo(torch.float32).eps
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products(threads):
     before = torch.get_num_threads()
@@ -136,7 +113,6 @@ def test_products(threads):
         sweep_few()
         if extension.tiles:
             sweep_pairs()
-            sweep_parts()
     finally:
         torch.set_num_threads(before)
 
@@ -180,59 +156,9 @@ def test_products_of_bfloat16_by_tiles(monkeypatch):
     expected = a.double() @ b.double()
     assert torch.equal(found[0].isnan(), expected.isnan())
     assert torch.equal(found[0].isinf(), expected.isinf())
-    monkeypatch.setitem(products.MOST_DEPTH, products.PAIRS, 96)
+    monkeypatch.setattr(products, "MOST_DEPTH", 96)
     for start, sums in itertools.product(("", "add", "bias"), (torch.float32, torch.bfloat16)):
         check(70, 300, 80, "columns", "rows apart", "rows apart", start, torch.bfloat16, sums)
-
-
-@pytest.mark.skipif(not extension.tiles, reason="needs AMX")
-def test_products_of_float32_in_parts(monkeypatch):
-    """The same numbers by any number of threads; great depths piece by piece; vectors where parts would lose something."""
-    a, b = torch.randn(520, 700), torch.randn(700, 530)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found += [products.multiply(extension, x, b, in_parts=True) for x in (a, a.t().contiguous().t())]
-    finally:
-        torch.set_num_threads(before)
-    assert all(x.equal(found[0]) for x in found[1:])
-    assert products.multiply(extension, torch.zeros_like(a), b, in_parts=True).eq(0).all()
-    for wrong in (torch.inf, -torch.inf, torch.nan):
-        for x, y in ((a, b), (b.t(), a.t())):
-            other = x.clone()
-            other[-1, -1] = wrong
-            assert products.multiply(extension, other, y, in_parts=True) is None
-            assert products.multiply(extension, y.t(), other.t(), in_parts=True) is None
-    assert products.multiply(extension, a * 2.0**-60, b, in_parts=True) is None
-    monkeypatch.setitem(products.MOST_DEPTH, products.PARTS, 96)
-    for start in ("", "add", "bias"):
-        check(70, 300, 80, "columns", "rows apart", "rows apart", start, in_parts=True)
-    # Pieces that parts do not take are torch's.
-    a[3, 300], b[5, 7] = torch.inf, torch.nan
-    found, expected = products.multiply(extension, a, b, in_parts=True), a.double() @ b.double()
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.isinf(), expected.isinf())
-
-
-@pytest.mark.skipif(not extension.tiles or extension.cpu != "intel", reason="needs AMX")
-def test_large_products_of_float32_are_made_in_parts(monkeypatch):
-    """Where they win, and at the highest precision alone; infinity is torch's."""
-    ways, real = [], extension.product
-    monkeypatch.setattr(extension, "product", lambda *args: ways.append(args[-1]) or real(*args))
-    a, b = torch.randn(2048, 256), torch.randn(256, 256)
-    found, exact = products.mm(extension, a, b), a.double() @ b.double()
-    assert (found - exact).norm() <= (a @ b - exact).norm()
-    products.mm(extension, a[:2000], b)
-    assert ways == [products.PARTS]
-    a[0, 0] = torch.inf
-    assert torch.equal(products.mm(extension, a, b), a @ b)
-    try:
-        torch.set_float32_matmul_precision("high")
-        products.mm(extension, a, b)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert ways == [products.PARTS] * 2
 
 
 def test_special_numbers_pass():
