@@ -292,7 +292,8 @@ class LSTM(_Recurrent):
 
     def _split(self, hx):
         if len(hx) != 2 or isinstance(hx, Tensor):
-            kind = IndexError if len(hx) < 2 else RuntimeError if len(hx) > 2 else TypeError  # as torch.nn's
+            whole = len(hx) == 2 and hx.dim() == 4  # as torch.nn's
+            kind = IndexError if len(hx) < 2 else TypeError if whole else RuntimeError
             raise kind(f"LSTM: hx must be a pair (h, c), got {len(hx)} of {type(hx).__name__}")
         return [hx[0], hx[1]]
 

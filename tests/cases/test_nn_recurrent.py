@@ -290,6 +290,7 @@ def bad_inputs(cell):
     if cell == "LSTM":
         yield "three states", "hx", x, (h, h, h)
         yield "states in one tensor", "hx", x, torch.stack([h, h])
+        yield "states of a layer in one tensor", "hx", x, torch.cat([h, h])
     yield "unbatched hx", "hx", x, state(h[:, 0])
     yield "batched hx", "hx", x[:, 0], state(h)
     yield "dtype of hx", "hx", x, state(h.double())
