@@ -1,5 +1,5 @@
-// Tensors as Python passed them, read through DLPack's C interface (version 1), by which torch shows where a tensor lies
-// without a copy: one call of some 30 ns, where six attributes take a microsecond.
+// Tensors as Python passed them, read through DLPack's C interface (version 1, DLPackExchangeAPI), by which torch shows
+// where a tensor lies: one call in place of six attributes, which take 0.8 µs more (benchmarks/LOG.md 2026-11-27).
 
 #pragma once
 
