@@ -45,7 +45,7 @@ def test_small_calls_end_a_checkpoint(call):
     (lambda x: fastlm.ops.dropout_add(x, x, 2, False), ValueError),
     (lambda x: fastlm.ops.rms_norm(x, (8,), torch.ones(8, dtype=torch.int64)), TypeError),
     (lambda x: fastlm.ops.add_rms_norm(x, x.long(), (8,)), TypeError),
-    (lambda x: fastlm.nn.LSTMCell(8, 4)(x, (torch.zeros(4, 4), torch.zeros(4, 4).double())), RuntimeError),
+    (lambda x: fastlm.nn.LSTMCell(8, 4)(x, (torch.zeros(4, 4).double(), torch.zeros(4, 4))), RuntimeError),
     (lambda x: fastlm.nn.RNN(8, 4)(x[None], torch.zeros(1, 1, 4)), RuntimeError),
     (lambda x: fastlm.nn.LSTM(8, 4)(x[None], (torch.zeros(1, 4, 4), torch.zeros(1, 1, 4))), RuntimeError),
     (lambda x: fastlm.nn.LSTM(8, 4)(x[None], (torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).double())), RuntimeError),
@@ -71,6 +71,36 @@ def test_small_calls_end_a_checkpoint(call):
 def test_small_calls_are_refused_like_others(call, error):
     with pytest.raises(error):
         call(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_a_step_is_refused_as_stock_s(cell):
+    """C++ tries a step before anything is checked: what it must not take goes on to the checks."""
+    theirs, ours = getattr(torch.nn, cell)(5, 70), getattr(fastlm.nn, cell)(5, 70)
+    ours.load_state_dict(theirs.state_dict())
+    x, h = torch.randn(1, 3, 5), torch.randn(1, 3, 70)
+    state = (lambda h: (h, h)) if cell == "LSTM" else (lambda h: h)
+    calls = {"right": (x, state(h)), "features": (x[..., 1:], state(h)), "batch": (x, state(h[:, 1:])),
+             "width": (x, state(h[..., 1:])), "layers": (x, state(h.repeat(2, 1, 1))), "dtype": (x.double(), state(h)),
+             "a list": (x, [h]), "three": (x, (h, h, h)), "dtype of the state": (x, state(h.double())),
+             "a negated view": (torch._neg_view(x), state(torch._neg_view(h))),
+             "expanded": (x[:, :1].expand_as(x), state(h)), "a number": (x, 1.0), "no batch": (x[:, :0], state(h[:, :0])), "no step": (x[:0], state(h))}
+    renamed = {"another input_size": "input_size", "another hidden_size": "hidden_size"}
+    for what in (*calls, *renamed):
+        args = calls.get(what, calls["right"])
+        for module in (theirs, ours):
+            module.input_size, module.hidden_size = 5, 70
+            if what in renamed:
+                setattr(module, renamed[what], 71)
+        with torch.no_grad():
+            try:
+                expected = theirs(*args)
+            except Exception as error:
+                with pytest.raises(type(error)):
+                    ours(*args)
+            else:
+                torch.testing.assert_close(ours(*args), expected, msg=lambda m, what=what: f"{what}: {m}")
+
 
 
 def test_what_has_no_probability_adds_nothing_to_a_small_loss():
