@@ -84,7 +84,8 @@ def test_a_step_is_refused_as_stock_s(cell):
              "width": (x, state(h[..., 1:])), "layers": (x, state(h.repeat(2, 1, 1))), "dtype": (x.double(), state(h)),
              "a list": (x, [h]), "three": (x, (h, h, h)), "dtype of the state": (x, state(h.double())),
              "a negated view": (torch._neg_view(x), state(torch._neg_view(h))),
-             "expanded": (x[:, :1].expand_as(x), state(h)), "a number": (x, 1.0), "no batch": (x[:, :0], state(h[:, :0])), "no step": (x[:0], state(h))}
+             "expanded": (x[:, :1].expand_as(x), state(h)), "a number": (x, 1.0),
+             "no batch": (x[:, :0], state(h[:, :0])), "no step": (x[:0], state(h))}
     renamed = {"another input_size": "input_size", "another hidden_size": "hidden_size"}
     for what in (*calls, *renamed):
         args = calls.get(what, calls["right"])
