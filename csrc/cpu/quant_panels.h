@@ -115,7 +115,7 @@ struct PanelPlan {
         words(part * Kind::kParts),          // of a row
         stride(words + 16),                  // one line more keeps rows in other cache sets
         slice((std::min(p.rows, kSlice) + kLanes - 1) / kLanes * kLanes),
-        sums(slice > kMostAcross * kLanes ? slice + kLanes : slice),
+        sums(kSpreads && slice > kMostAcross * kLanes ? slice + kLanes : slice),
         block(slice <= kMostAcross * kLanes ? kFewRows : kMostBlock),
         x(slice * stride * 4),
         scales((slice * int64_t(sizeof(RowOfX)) + 63) / 64 * 64),
@@ -165,12 +165,13 @@ void panel_block(const QuantizedLinear& p, const PanelPlan<Kind>& plan, const Pa
     const bool ends = end == plan.lines;
     const int64_t next_row = ends ? n0 + plan.block : n0, next_byte = ends ? 0 : end * 64;
     const Ahead ahead{weight + next_row * row_bytes + next_byte, row_bytes, p.out - next_row};
+    const int64_t shares = kSpreads ? tiles : 1;  // of the rows to fetch, one with each of the first vectors
     for (int64_t r = 0; r < plan.block; r += kGroup) {
       const int64_t group = std::min(kGroup, plan.block - r);
       const Panel here{static_cast<const uint8_t*>(part.first) + r / 16 * part.low, part.row, part.low, part.step};
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t v = vectors * i / tiles, across = vectors * (i + 1) / tiles - v;
-        const int64_t some = group * i / tiles, more = group * (i + 1) / tiles;  // to fetch: all at once would wait
+        const int64_t some = group * std::min(i, shares) / shares, more = group * std::min(i + 1, shares) / shares;
         for (int64_t k = Kind::kParts - 1; k >= 0; --k)  // the smallest first
           multiply_panel<Kind>(registers, x + v * next + (k * plan.part + line * line_words) * kLanes, next, across,
                                here, words, group, sums + r * plan.sums + v * kLanes, plan.sums,

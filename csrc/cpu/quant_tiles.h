@@ -13,6 +13,7 @@ constexpr int64_t kFewRows = 32, kMostBlock = 256;  // of the weight, in groups
 constexpr int64_t kGroup = 32;                      // rows of the weight: two tiles, which stay in L1 while x passes
 constexpr int kMostAcross = 2;                      // vectors of x that are multiplied at a time
 constexpr int kTile = TileRegisters::kRows;         // or words of one
+constexpr bool kSpreads = true;                     // what is fetched meanwhile: tiles would wait for all at once
 constexpr bool kSplits = true;                      // float32 and float16 are multiplied as sums of bfloat16
 constexpr bool kSigned = true;                      // integers are multiplied as they are
 

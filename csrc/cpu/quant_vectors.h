@@ -14,6 +14,7 @@ constexpr int64_t kPanelWords = 256;               // of a weight row at a time;
 constexpr int64_t kFewRows = 16, kMostBlock = 128;  // of the weight
 constexpr int64_t kGroup = kMostBlock;             // rows of the weight that are multiplied one after another
 constexpr int kMostAcross = 3;                     // vectors of x that are multiplied at a time
+constexpr bool kSpreads = false;                   // what is fetched meanwhile: all at once, as it was measured
 constexpr bool kSplits = false;                    // float32's own vectors are as fast
 constexpr bool kSigned = false;                    // one factor must not be negative: the weight, plus 128
 

@@ -1,9 +1,10 @@
 // fastlm._native: what Python sees of the kernels. The GIL is released while one runs.
 
-#include "arguments.h"
+#include "tensors.h"
 
 PYBIND11_MODULE(_native, m) {
   using namespace fastlm;
+  Torch::get();
   kernels = choose_kernels();
   const Features cpu;
   m.doc() = "Kernels in C++ and CUDA; see csrc/*.h for what each pointer means.";

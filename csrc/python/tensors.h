@@ -39,17 +39,20 @@ class Torch {
   const Exchange* exchange;
 
   Torch() {
-    const py::object of = py::module_::import("torch").attr("Tensor");
+    const py::module_ torch = py::module_::import("torch");
+    const py::object of = torch.attr("Tensor"), table = py::getattr(of, "__dlpack_c_exchange_api__", py::none());
+    exchange = table.is_none() ? nullptr : table.cast<py::capsule>().get_pointer<const Exchange>();
+    if (!exchange || exchange->major != 1 || !exchange->read)
+      throw py::import_error("fastlm._native: this torch has no DLPack interface of version 1");
     tensor = py::object(of).release();
-    parameter = py::module_::import("torch.nn").attr("Parameter").cast<py::object>().release();
-    empty_like = py::module_::import("torch").attr("empty_like").cast<py::object>().release();
-    exchange = of.attr("__dlpack_c_exchange_api__").cast<py::capsule>().get_pointer<const Exchange>();
-    if (exchange->major != 1 || !exchange->read) throw std::runtime_error("this torch speaks another version of DLPack");
+    parameter = py::object(torch.attr("nn").attr("Parameter")).release();
+    empty_like = py::object(torch.attr("empty_like")).release();
   }
 
  public:
   py::handle tensor, parameter, empty_like;
 
+  // First when the module is loaded, so that what is missing is a reason and not an error later.
   static const Torch& get() {
     static const Torch only;
     return only;

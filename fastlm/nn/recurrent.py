@@ -428,8 +428,6 @@ class LSTMCell(_Cell, nn.LSTMCell):
         if hx is not None and (len(hx) != 2 or isinstance(hx, Tensor)):
             kind = TypeError if isinstance(hx, Tensor) else RuntimeError
             raise kind(f"LSTMCell: hx must be a pair (h, c), got {len(hx)} of {type(hx).__name__}")
-        if hx is not None and hx[0].dtype is not hx[1].dtype:  # which torch promotes
-            return super().forward(input, hx)
         h, c = self._advance(ops.lstm, input, None if hx is None else [hx[0], hx[1]])
         return h, c
 

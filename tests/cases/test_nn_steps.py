@@ -104,14 +104,6 @@ def test_cell_autocast(cell):
             torch.testing.assert_close(a, b)
 
 
-def test_an_lstm_cell_promotes_as_stock_s():
-    theirs, ours = pair("LSTMCell", 4, 70)
-    x, h, c = torch.randn(3, 4), torch.randn(3, 70), torch.randn(3, 70, dtype=torch.float64)
-    for expected, found in zip(theirs(x, (h, c)), ours(x, (h, c)), strict=True):
-        assert found.dtype is torch.float64
-        assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("cell", STEPS)
 def test_cell_bad_inputs(cell):
     theirs, ours = pair(cell, 4, 6)
