@@ -15,12 +15,14 @@ RUN  := $(VENV)/bin/python
 bench: extension
 	$(RUN) -m fastlm bench --out $(RESULTS) $(ARGS)
 
-# Triton reads TRITON_INTERPRET when it is imported: its kernels are interpreted in a second process, on another core.
+# A second process runs on another core: Triton's kernels, interpreted, for Triton reads TRITON_INTERPRET when it is
+# imported, then CUDA's, emulated.
+SECOND := tests/test_cuda_sources.py
 test: extension
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_ops.py tests/cases -k triton $(ARGS) \
-		> build/interpreted.log 2>&1 & second=$$!; \
-	$(RUN) -m pytest $(ARGS); failed=$$?; \
-	wait $$second || failed=1; echo "Triton's kernels, interpreted:"; cat build/interpreted.log; exit $$failed
+	@{ TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_ops.py tests/cases -k triton $(ARGS); failed=$$?; \
+		$(RUN) -m pytest $(SECOND) $(ARGS) || failed=1; exit $$failed; } > build/second.log 2>&1 & second=$$!; \
+	$(RUN) -m pytest --ignore $(SECOND) $(ARGS); failed=$$?; \
+	wait $$second || failed=1; echo "Triton's kernels, interpreted, and CUDA's, emulated:"; cat build/second.log; exit $$failed
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -42,11 +42,11 @@ def emulated(tmp_path_factory, request):
         pytest.skip("needs AVX-512: only the products are emulated")
     pybind11 = pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("emulation")
-    sanitize = SANITIZE if request.config.getoption("--deep") else []
+    sanitize = ["-g", *SANITIZE] if request.config.getoption("--deep") else []
     compiler = ["g++", "-std=c++17", "-fPIC", "-fopenmp"]
     python = ["-fvisibility=hidden", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     warnings = shlex.split("-Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized")  # of GCC's intrinsics
-    pairs = ["-O1", "-g", *warnings, *AVX512, "-include", EMULATION / "tiles.h", *sanitize]
+    pairs = ["-O1", *warnings, *AVX512, "-include", EMULATION / "tiles.h", *sanitize]
     defines = ["-DFASTLM_GENERIC", "-DFASTLM_AVX512_BF16", "-DFASTLM_AMX", "-DFASTLM_EMULATED"]
     run(*([*compiler, *python, *defines, "-c", path, "-o", folder / f"python_{path.stem}.o"]
           for path in (ROOT / "csrc/isa.cpp", *(ROOT / "csrc/python").glob("*.cpp"))),
