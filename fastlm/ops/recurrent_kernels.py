@@ -28,6 +28,7 @@ ACCEPTS = frozenset(recurrent.TEST_SHAPES) | {"not a number", "not contiguous"}
 
 ANY = 1 << 62  # rows
 BLOCK_BYTES = 16 << 20  # of gates made before they are used: benchmarks/LOG.md
+KEPT_BYTES = 16 << 20  # less than this malloc keeps by itself
 
 
 class Layers:
@@ -160,8 +161,6 @@ class Layers:
         train, wide, hidden = any(needs), w_hh.shape[0], states[-1].shape[-1]
         rows, states = x.reshape(-1, x.shape[-1]), as_states(states)
         w_hh, w_hr = as_weights(w_hh, w_hr)
-        if train:
-            keep_freed_memory()
         y = rows.new_empty(rows.shape[0], w_hh.shape[1])
         bias, b_hn = split_biases(self.cell, *cast((b_ih, b_hh), state_dtype(y)))
         kept = padded(self.columns(hidden), y.element_size()) if train else wide
@@ -178,6 +177,8 @@ class Layers:
             gates = [y] if self.gates == 1 else [rows.new_empty(most, kept)] if not train else [
                 rows.new_empty(n, kept) for n in self.kept_rows(x, batch_sizes, hidden)]
         workspace = self.workspace(y, problem, False)
+        if train or y.nbytes + workspace.nbytes > KEPT_BYTES:
+            keep_freed_memory()
         for steps, part in blocks:
             now = None if gates is None else rows_of(gates, part) if train or self.gates == 1 else \
                 gates[0][: part.stop - part.start]
