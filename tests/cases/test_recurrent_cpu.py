@@ -72,7 +72,7 @@ INFERENCE = dict(setup="layer, x = fastlm.nn.LSTM(1024, 1024).requires_grad_(Fal
                     reason="other allocators have their own ways")
 @pytest.mark.parametrize("program", [TRAINING, INFERENCE], ids=["training", "inference"])
 def test_calls_need_no_new_pages(program):
-    """Once malloc has what a few calls took. Where it keeps nothing, 16,000 are new at each; in most processes 11,000."""
+    """Once malloc has what a few calls took. Where it keeps nothing, 16,000 or, mostly, 11,000 are new."""
     if program is TRAINING and not sys.modules["fastlm._native"].pairs:
         pytest.skip("computes in float32 here, in larger blocks")
     clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
