@@ -247,6 +247,13 @@ def note(op: str, ran: str, declined: dict[str, str]) -> None:
         _calls.append(Call(op, ran, declined))
 
 
+def runs_stock(op: Op, why: str) -> None:
+    """Tell `explain` that stock runs in place of an op, and why; raise CannotRun where `backend` asks for others."""
+    if "torch" not in _order and any(name in op.implementations for name in _order):
+        raise CannotRun(f"{op.name}: backend{_order} was asked for and cannot run: {why}")
+    note(op.name, "torch", dict.fromkeys(op.fast, why))
+
+
 def build_report() -> dict:
     """Return what setup.py wrote about the compiled extension: instruction sets, CUDA, and what is missing."""
     path = Path(__file__).with_name("_build.json")

@@ -169,6 +169,12 @@ def test_nested_and_sparse_tensors_get_stock():
         stock.load_state_dict(ours.state_dict())
         for a, b in zip(ours(nested).unbind(), stock(nested).unbind(), strict=True):
             torch.testing.assert_close(a, b)
+    attention = fastlm.nn.MultiheadAttention(128, 2, batch_first=True).eval()
+    layer = fastlm.nn.TransformerEncoderLayer(128, 2, batch_first=True).eval()
+    for call in (lambda: attention(nested, nested, nested, need_weights=False), lambda: layer(nested)):
+        with torch.no_grad():
+            explained, = fastlm.explain(call)
+        assert (explained.ran, explained.declined) == ("torch", {"attention": "nested tensors"})
 
 
 # --- explain ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
 from fastlm.autograd import autocasts
-from fastlm.dispatch import at_once
+from fastlm.dispatch import at_once, runs_stock
 from fastlm.ops import recurrent
 from fastlm.ops.gru import op as gru_op
 from fastlm.ops.lstm import op as lstm_op
@@ -318,6 +318,13 @@ class _Cell:
         except KeyError:  # parametrised or pruned: an attribute that is made of others
             return [getattr(self, name) for name in names]
 
+    def _autocasts(self, input) -> bool:
+        """Tell whether autocast is on, whose dtypes inside a cell are stock's own affair."""
+        if not autocasts(input.device.type):
+            return False
+        runs_stock(self.op, "a cell under autocast")
+        return True
+
     def _step_is_stocks(self, input, dtype) -> bool:
         """Tell whether `losses` of the kernels name stock for a step without gradients."""
         hidden, rows = self.hidden_size, input.shape[0] if input.dim() == 2 else 1
@@ -396,7 +403,7 @@ class RNNCell(_Cell, nn.RNNCell):
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"RNNCell: nonlinearity must be 'tanh' or 'relu', got {self.nonlinearity!r}")
-        if autocasts(input.device.type):  # whose dtypes inside a cell are stock's own affair
+        if self._autocasts(input):
             return super().forward(input, hx)
         run = functools.partial(ops.rnn, nonlinearity=self.nonlinearity)
         return self._advance(run, input, None if hx is None else [hx])[0]
@@ -410,7 +417,7 @@ class GRUCell(_Cell, nn.GRUCell):
     @_cell_shortcut(nn.GRUCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
-        if autocasts(input.device.type):
+        if self._autocasts(input):
             return super().forward(input, hx)
         return self._advance(ops.gru, input, None if hx is None else [hx])[0]
 
@@ -423,7 +430,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
     @_cell_shortcut(nn.LSTMCell)
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return (h, c), [B, H] each, after `input` [B, input_size]; without B for unbatched input."""
-        if autocasts(input.device.type):
+        if self._autocasts(input):
             return super().forward(input, hx)
         if hx is not None and (len(hx) != 2 or isinstance(hx, Tensor)):
             kind = TypeError if isinstance(hx, Tensor) else RuntimeError

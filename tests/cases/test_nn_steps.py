@@ -102,6 +102,10 @@ def test_cell_autocast(cell):
         for a, b in zip(tensors(call(ours, *leaves)), tensors(call(theirs, *leaves)), strict=True):
             assert a.dtype is b.dtype
             torch.testing.assert_close(a, b)
+        explained, = fastlm.explain(lambda: call(ours, *leaves))
+        assert (explained.ran, explained.declined["native"]) == ("torch", "a cell under autocast")
+        with fastlm.backend("native"), pytest.raises(fastlm.dispatch.CannotRun, match="a cell under autocast"):
+            call(ours, *leaves)
 
 
 @pytest.mark.parametrize("cell", STEPS)
