@@ -45,7 +45,7 @@ def test_small_calls_end_a_checkpoint(call):
     (lambda x: fastlm.ops.dropout_add(x, x, 2, False), ValueError),
     (lambda x: fastlm.ops.rms_norm(x, (8,), torch.ones(8, dtype=torch.int64)), TypeError),
     (lambda x: fastlm.ops.add_rms_norm(x, x.long(), (8,)), TypeError),
-    (lambda x: fastlm.nn.LSTMCell(8, 4)(x, (torch.zeros(4, 4), torch.zeros(4, 4).double())), RuntimeError),
+    (lambda x: fastlm.nn.LSTMCell(8, 4)(x, (torch.zeros(4, 4).double(), torch.zeros(4, 4))), RuntimeError),
     (lambda x: fastlm.nn.RNN(8, 4)(x[None], torch.zeros(1, 1, 4)), RuntimeError),
     (lambda x: fastlm.nn.LSTM(8, 4)(x[None], (torch.zeros(1, 4, 4), torch.zeros(1, 1, 4))), RuntimeError),
     (lambda x: fastlm.nn.LSTM(8, 4)(x[None], (torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).double())), RuntimeError),

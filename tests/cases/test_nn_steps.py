@@ -108,6 +108,19 @@ def test_cell_autocast(cell):
             call(ours, *leaves)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
+def test_an_lstm_cell_promotes_as_stocks(dtypes):
+    theirs, ours = pair("LSTMCell", 4, 70, dtype=dtypes[0])
+    x, h, c = torch.randn(3, 4, dtype=dtypes[0]), *(torch.randn(3, 70, dtype=dtype) for dtype in dtypes)
+    for train in (True, False):
+        with torch.set_grad_enabled(train), fastlm.backend("native", "torch"):
+            for expected, found in zip(theirs(x, (h, c)), ours(x, (h, c)), strict=True):
+                assert found.dtype is dtypes[1]
+                assert torch.equal(found, expected)
+    explained, = fastlm.explain(ours, x, (h, c))
+    assert explained.declined["native"] == f"h is {dtypes[0]}, c is {dtypes[1]}"
+
+
 @pytest.mark.parametrize("cell", STEPS)
 def test_cell_bad_inputs(cell):
     theirs, ours = pair(cell, 4, 6)
