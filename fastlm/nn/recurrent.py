@@ -319,9 +319,11 @@ class _Cell:
             return [getattr(self, name) for name in names]
 
     def _runs_stock(self, input, hx) -> bool:
-        """Tell whether the dtypes inside a cell are stock's own affair."""
+        """Tell whether the dtypes inside a cell are stock's own affair, or its input has a form of its own."""
         if autocasts(input.device.type):
             runs_stock(self.op, "a cell under autocast")
+        elif input.layout is not torch.strided:
+            runs_stock(self.op, f"input is {input.layout}")
         elif self._pair and hx is not None and len(hx) == 2 and hx[0].dtype is not hx[1].dtype:  # which torch promotes
             runs_stock(self.op, f"h is {hx[0].dtype}, c is {hx[1].dtype}")
         else:

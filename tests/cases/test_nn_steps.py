@@ -121,6 +121,16 @@ def test_an_lstm_cell_promotes_as_stocks(dtypes):
     assert explained.declined["native"] == f"h is {dtypes[0]}, c is {dtypes[1]}"
 
 
+@pytest.mark.parametrize("cell", ["RNNCell", "GRUCell"])
+def test_a_sparse_input_is_stocks(cell):
+    theirs, ours = pair(cell, 64, 64)
+    x, h = torch.randn(3, 64).relu().to_sparse(), torch.randn(3, 64)
+    for train in (True, False):
+        with torch.set_grad_enabled(train):
+            assert torch.equal(ours(x, h), theirs(x, h))
+    assert fastlm.explain(ours, x, h)[0].declined["native"] == "input is torch.sparse_coo"
+
+
 @pytest.mark.parametrize("cell", STEPS)
 def test_cell_bad_inputs(cell):
     theirs, ours = pair(cell, 4, 6)
