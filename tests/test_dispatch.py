@@ -174,7 +174,9 @@ def test_nested_and_sparse_tensors_get_stock():
     for call in (lambda: attention(nested, nested, nested, need_weights=False), lambda: layer(nested)):
         with torch.no_grad():
             explained, = fastlm.explain(call)
-        assert (explained.ran, explained.declined) == ("torch", {"attention": "nested tensors"})
+        assert (explained.op, explained.ran, explained.declined["native"]) == ("attention", "torch", "nested tensors")
+        with torch.no_grad(), fastlm.backend("native"), pytest.raises(CannotRun, match="nested tensors"):
+            call()
 
 
 # --- explain ---------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fastlm import dispatch, ops
 from fastlm.autograd import autocasts, plain, transformed
+from fastlm.ops.attention import op as ATTENTION
 from fastlm.ops.linear import op as LINEAR
 
 LEAST_SCORES = 1 << 21  # below, stock's fused functions are faster: benchmarks/LOG.md 2026-11-24
-NESTED = {"attention": "nested tensors"}
 FUSED = {"attention": "stock's fused function is faster: benchmarks/LOG.md 2026-11-24"}
 
 
@@ -45,7 +45,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             RuntimeError: `attn_mask` or a batch size does not fit, or `is_causal` comes without `attn_mask`.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            dispatch.note("multihead_attention", "torch", NESTED)
+            dispatch.runs_stock(ATTENTION, "nested tensors")
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask,
                                    average_attn_weights, is_causal)
         if is_causal and attn_mask is None:

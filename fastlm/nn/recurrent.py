@@ -318,7 +318,7 @@ class _Cell:
         except KeyError:  # parametrised or pruned: an attribute that is made of others
             return [getattr(self, name) for name in names]
 
-    def _runs_stock(self, input, hx) -> bool:
+    def _is_stocks(self, input, hx) -> bool:
         """Tell whether the dtypes inside a cell are stock's own affair, or its input has a form of its own."""
         if autocasts(input.device.type):
             runs_stock(self.op, "a cell under autocast")
@@ -408,7 +408,7 @@ class RNNCell(_Cell, nn.RNNCell):
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"RNNCell: nonlinearity must be 'tanh' or 'relu', got {self.nonlinearity!r}")
-        if self._runs_stock(input, hx):
+        if self._is_stocks(input, hx):
             return super().forward(input, hx)
         run = functools.partial(ops.rnn, nonlinearity=self.nonlinearity)
         return self._advance(run, input, None if hx is None else [hx])[0]
@@ -422,7 +422,7 @@ class GRUCell(_Cell, nn.GRUCell):
     @_cell_shortcut(nn.GRUCell)
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the state [B, H] after `input` [B, input_size]; without B for unbatched input. `hx` None is zeros."""
-        if self._runs_stock(input, hx):
+        if self._is_stocks(input, hx):
             return super().forward(input, hx)
         return self._advance(ops.gru, input, None if hx is None else [hx])[0]
 
@@ -435,7 +435,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
     @_cell_shortcut(nn.LSTMCell)
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return (h, c), [B, H] each, after `input` [B, input_size]; without B for unbatched input."""
-        if self._runs_stock(input, hx):
+        if self._is_stocks(input, hx):
             return super().forward(input, hx)
         if hx is not None and (len(hx) != 2 or isinstance(hx, Tensor)):
             kind = TypeError if isinstance(hx, Tensor) else RuntimeError

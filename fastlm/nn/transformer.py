@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import dispatch
-from fastlm.nn.attention import FUSED, NESTED, MultiheadAttention
+from fastlm.nn.attention import ATTENTION, FUSED, MultiheadAttention
 from fastlm.nn.linear import Linear
 from fastlm.nn.norm import LayerNorm
 
@@ -40,7 +40,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                 `MultiheadAttention`.
         """
         if src.is_nested:
-            dispatch.note("transformer_encoder_layer", "torch", NESTED)
+            dispatch.runs_stock(ATTENTION, "nested tensors")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is None and src_key_padding_mask is None and not is_causal and self._fuses(src):
             dispatch.note("transformer_encoder_layer", "torch", FUSED)

@@ -14,7 +14,7 @@ ROW = "benchmarks/LOG.md 2026-11-23 and 25 to 27"
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep up to 64 MB of what is freed: new pages can cost a step of training a fifth of its time.
+    """Have glibc's malloc keep up to 64 MB of what is freed: new pages can cost a call a fifth of its time.
 
     It keeps twice the largest block below 32 MB that was ever freed. This one is never touched.
     """
